@@ -1,0 +1,103 @@
+"""The canvas: the ids being denoised, which of them may change, and which slots exist at all.
+
+Shapes: B batch (rows), T slots. Row i is `[prompt_i | region to generate | not valid]`; for infilling the region is
+wherever the row holds the mask token. Prompts of different lengths are the ordinary case, never padded on the left.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+__all__ = ["Canvas"]
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """tokens (B, T) int64 ids; editable (B, T) bool, the region; valid (B, T) bool, False on padding; mask_id.
+
+    A slot is masked while it is editable and holds `mask_id`. Slots that are not editable never change.
+    """
+
+    tokens: Tensor
+    editable: Tensor
+    valid: Tensor
+    mask_id: int
+
+    def __post_init__(self):
+        if self.tokens.ndim != 2:
+            raise ValueError(f"canvas tokens have shape {tuple(self.tokens.shape)}; they must be (rows, slots)")
+        for name in ("editable", "valid"):
+            other = getattr(self, name)
+            if other.shape != self.tokens.shape or other.dtype != torch.bool:
+                raise ValueError(
+                    f"canvas {name} is {other.dtype} of shape {tuple(other.shape)}; "
+                    f"it must be bool of the tokens' shape {tuple(self.tokens.shape)}"
+                )
+
+    @classmethod
+    def from_prompts(cls, prompts: Iterable[Sequence[int]], gen_length: int, mask_id: int, *, device=None) -> "Canvas":
+        """Rows `[prompt | gen_length masks]`; a prompt is a sequence of ids and may be empty.
+
+        Raises ValueError for a gen_length below 1 and for a prompt that holds `mask_id`.
+        """
+        if gen_length < 1:
+            raise ValueError(f"gen_length is {gen_length}: there is nothing to generate; give 1 or more")
+        rows = [[int(token) for token in prompt] for prompt in prompts]
+        for i, row in enumerate(rows):
+            if mask_id in row:
+                raise ValueError(
+                    f"prompt {i} holds the mask token (id {mask_id}) at place {row.index(mask_id)}; "
+                    "remove it, or infill (Canvas.from_templates, dlm infill)"
+                )
+        lengths = [len(row) for row in rows]
+        return cls._build([row + [mask_id] * gen_length for row in rows], lengths, mask_id, device)
+
+    @classmethod
+    def from_templates(cls, templates: Iterable[Sequence[int]], mask_id: int, *, device=None) -> "Canvas":
+        """Rows with text on both sides of what is missing: every `mask_id` in a template is a place to fill."""
+        rows = [[int(token) for token in template] for template in templates]
+        for i, row in enumerate(rows):
+            if mask_id not in row:
+                raise ValueError(f"template {i} has no mask token (id {mask_id}): it has no blank to fill")
+        return cls._build(rows, None, mask_id, device)
+
+    @classmethod
+    def _build(cls, rows: list[list[int]], prompt_lengths, mask_id: int, device) -> "Canvas":
+        if not rows:
+            raise ValueError("no prompts were given: generation needs at least one row (it may be empty)")
+        longest = max(len(row) for row in rows)
+        tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.int64)
+        slots = torch.arange(longest)[None]
+        valid = slots < torch.tensor([len(row) for row in rows])[:, None]
+        if prompt_lengths is None:
+            editable = valid & (tokens == mask_id)
+        else:
+            editable = valid & (slots >= torch.tensor(prompt_lengths)[:, None])
+        return cls(tokens, editable, valid, mask_id).to(device)
+
+    @property
+    def masked(self) -> Tensor:
+        """(B, T) bool: the places still to fill."""
+        return self.editable & self.valid & (self.tokens == self.mask_id)
+
+    @property
+    def given(self) -> Tensor:
+        """(B, T) bool: the tokens that condition the generation (the prompt; padding is not counted)."""
+        return self.valid & ~self.editable
+
+    def to(self, device) -> "Canvas":
+        if device is None:
+            return self
+        tokens, editable, valid = (x.to(device) for x in (self.tokens, self.editable, self.valid))
+        return replace(self, tokens=tokens, editable=editable, valid=valid)
+
+    def rows(self, index: Tensor) -> "Canvas":
+        """The canvas of these rows alone; index (R,)."""
+        return replace(self, tokens=self.tokens[index], editable=self.editable[index], valid=self.valid[index])
+
+    def region(self, pad_id: int) -> Tensor:
+        """(B, G) ids at the editable places in order, rows with fewer of them filled with `pad_id` at the end."""
+        rows = [row[here] for row, here in zip(self.tokens, self.editable & self.valid, strict=True)]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)

@@ -1,0 +1,90 @@
+"""`load`: a folder or hub id -> a mask predictor in evaluation mode, and its tokenizer."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PretrainedConfig
+
+from .configuration import LLaDAConfig
+from .transformer import LLaDAModelLM
+
+__all__ = ["SHIPPED", "LLaDAConfig", "LLaDAModelLM", "load"]
+
+AutoConfig.register("llada", LLaDAConfig, exist_ok=True)
+AutoModel.register(LLaDAConfig, LLaDAModelLM, exist_ok=True)
+AutoModelForMaskedLM.register(LLaDAConfig, LLaDAModelLM, exist_ok=True)
+
+SHIPPED = Path(__file__).parent.parent / "assets" / "llama-stories-6m"  # the model that comes with the package
+
+_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+def load(
+    path: str | os.PathLike | None = None,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    attn_implementation: str | None = None,
+    device_map=None,
+    revision: str | None = None,
+):
+    """(model, tokenizer) from a folder or a hub id; without one, the model that ships with dlm.
+
+    dtype: "auto" is the checkpoint's. device: by default a GPU if there is one; device_map, as in transformers,
+    instead of it. attn_implementation: eager, sdpa, flash_attention_2 or flex_attention. No remote code is run.
+    The tokenizer is None where the folder has none. Raises ValueError, in one line that names the folder and the
+    reason, for a folder that is no checkpoint, another family, damaged weights, or tensors missing or left over;
+    OSError where the hub cannot be reached.
+    """
+    from ..tokenizer import load_tokenizer
+
+    path = os.fspath(SHIPPED if path is None else path)
+    config = _read_config(path, revision)
+    if isinstance(dtype, str) and dtype != "auto":
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"dtype is {dtype!r}: give auto, float32, bfloat16 or float16")
+        dtype = getattr(torch, dtype)
+    options = {"config": config, "dtype": dtype, "revision": revision or "main"}
+    if device_map is not None:
+        options["device_map"] = device_map
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    try:
+        model = LLaDAModelLM.from_pretrained(path, **options).eval()
+    except (SafetensorError, EOFError) as error:
+        raise ValueError(f"the weights in {path} are damaged or cut short ({error}): copy the file again") from None
+    if device_map is None:
+        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return model, load_tokenizer(path, revision)
+
+
+def _read_config(path: str, revision: str | None) -> LLaDAConfig:
+    folder = Path(path)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{path} has no config.json: give the folder of a checkpoint")
+        try:
+            fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{folder / 'config.json'} is not JSON ({error}): copy the file again") from None
+        if not any((folder / name).is_file() for name in _WEIGHTS):
+            raise ValueError(f"{path} has a config.json but no weights ({_WEIGHTS[0]}): copy them there")
+    elif folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise ValueError(f"{path} is not a folder: give the folder of a checkpoint, or a hub id such as name/model")
+    else:
+        fields, _ = PretrainedConfig.get_config_dict(path, revision=revision or "main")
+    family = fields.get("model_type") if isinstance(fields, dict) else None
+    if family != LLaDAConfig.model_type:
+        raise ValueError(
+            f"{path} holds a model of family {family!r}, which dlm does not read: it reads LLaDA's "
+            f"layout (model_type {LLaDAConfig.model_type!r})"
+        )
+    return LLaDAConfig.from_dict(fields)

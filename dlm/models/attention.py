@@ -1,0 +1,104 @@
+"""Which slots a token may look at, written once and read by every attention kernel.
+
+Shapes: B batch, Q queried tokens, K keys (slots of the canvas), H heads, D head size.
+
+A visibility rule answers `rule(b, q, k) -> bool` for row `b`, query slot `q` and key slot `k`, three integer
+tensors that broadcast. It is FlexAttention's mask_mod without the head, so the same function becomes a BlockMask on
+a GPU and a dense mask for SDPA on a CPU.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["Visible", "attention_mask", "block_causal", "both", "causal", "document", "full", "usable_kernel"]
+
+Visible = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def full(b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """Everything sees everything: the mask predictor of LLaDA."""
+    return (q >= 0) & (k >= 0)
+
+
+def causal(b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """A slot sees itself and what is before it: the autoregressive twin."""
+    return k <= q
+
+
+def block_causal(block_length: int) -> Visible:
+    """Slots see their own block of `block_length` slots, counted from slot 0, and every earlier one (BD3-LM)."""
+    if block_length < 1:
+        raise ValueError(f"block_length is {block_length}: a block holds at least one token; give 1 or more")
+
+    def rule(b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return k // block_length <= q // block_length
+
+    return rule
+
+
+def document(segments: Tensor) -> Visible:
+    """Slots see only their own document; `segments` (B, T) numbers the documents packed into each row."""
+
+    def rule(b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return segments[b, q] == segments[b, k]
+
+    return rule
+
+
+def both(first: Visible, second: Visible) -> Visible:
+    """What both rules allow."""
+
+    def rule(b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return first(b, q, k) & second(b, q, k)
+
+    return rule
+
+
+def usable_kernel(implementation: str | None, visible: Visible, valid: Tensor | None, device: torch.device) -> str:
+    """The kernel for this call: `implementation`, or SDPA (the same result) where that one cannot do it.
+
+    flash-attn takes no general mask, and FlexAttention on a CPU needs a C++ compiler at run time.
+    """
+    implementation = implementation or "eager"
+    hidden = visible is not full or valid is not None
+    if implementation.startswith("flash_attention") and hidden:
+        return "sdpa"
+    return "sdpa" if implementation == "flex_attention" and device.type == "cpu" else implementation
+
+
+def attention_mask(
+    implementation: str,
+    visible: Visible,
+    valid: Tensor | None,
+    slots: Tensor | None,
+    shape: tuple[int, int, int],
+    device: torch.device,
+):
+    """The mask that a kernel wants for a rule.
+
+    valid (B, K) or None: which keys exist. slots (B, Q) or None: the slot of each query; None means query i stands
+    in slot i. shape is (B, Q, K). Returns None (nothing is hidden), a BlockMask for flex_attention, or a bool
+    (B or 1, 1, Q, K) that is True where a key may be seen.
+    """
+    batch, queries, keys = shape
+    if visible is full and valid is None:
+        return None
+    if implementation == "flex_attention":
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def mask_mod(b, h, q, k):
+            seen = visible(b, q if slots is None else slots[b, q], k)
+            return seen if valid is None else seen & valid[b, k]
+
+        return create_block_mask(mask_mod, batch, None, queries, keys, device=device)
+    if visible is full:
+        return valid[:, None, None, :].expand(batch, 1, queries, keys)
+    rows = torch.arange(batch, device=device)[:, None, None]
+    if slots is None:
+        slots = torch.arange(queries, device=device)[None]
+    seen = visible(rows, slots[:, :, None], torch.arange(keys, device=device)[None, None, :])
+    if valid is not None:
+        seen = seen & valid[:, None, :]
+    return seen[:, None]

@@ -1,0 +1,285 @@
+"""The mask predictor: a bidirectional transformer in LLaDA's layout that computes any subset of the canvas.
+
+Shapes: B batch, Q queried tokens, T slots of the canvas, D d_model, H heads, V embedding_size.
+
+There is one path. Q tokens at given positions are computed; with a cache, their keys (after RoPE) and values are
+scattered to those positions and attention reads the whole canvas; without one, the Q tokens are the whole canvas.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .attention import Visible, attention_mask, block_causal, full, usable_kernel
+from .configuration import LLaDAConfig
+
+__all__ = ["LLaDAModel", "LLaDAModelLM"]
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the mean in fp32 and the product in the input's type, as LLaDA computes it."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+def rotary_angles(positions: Tensor, config: LLaDAConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (B, Q, 1, D / 2H), of the angles at these positions (RoFormer, arXiv:2104.09864, eq. 15)."""
+    size = config.head_dim
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    exponents = torch.arange(0, size, 2, device=positions.device, dtype=wide) / size
+    angles = positions.to(wide)[..., None, None] / config.rope_theta**exponents
+    if not config.rope_full_precision:
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns the pairs (x_i, x_{i + D/2}) of x (B, Q, H, D) by their angles, in the angles' precision."""
+    first, second = x.to(cos.dtype).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **_):
+    """softmax(q k^T) v written out: the reference for the fused kernels; the mask is bool, True where seen."""
+    groups = module.num_key_value_groups
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    wide = scores if scores.dtype == torch.float64 else scores.float()
+    weights = F.dropout(wide.softmax(dim=-1).to(query.dtype), p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class LLaDABlock(GradientCheckpointingLayer):
+    """One layer: x + attn_out(attention(norm(x))), then x + ff_out(silu(ff_proj(norm(x))) * up_proj(norm(x)))."""
+
+    is_causal = False
+
+    def __init__(self, config: LLaDAConfig, layer: int):
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.num_key_value_groups = config.n_heads // config.n_kv_heads
+        width, kv_width = config.d_model, config.n_kv_heads * config.head_dim
+        bias, qkv_bias = config.include_bias, bool(config.include_bias or config.include_qkv_bias)
+        self.attn_norm = RMSNorm(width, config.rms_norm_eps)
+        self.q_proj = nn.Linear(width, width, bias=qkv_bias)
+        self.k_proj = nn.Linear(width, kv_width, bias=qkv_bias)
+        self.v_proj = nn.Linear(width, kv_width, bias=qkv_bias)
+        if config.attention_layer_norm:
+            self.q_norm = RMSNorm(width, config.rms_norm_eps)
+            self.k_norm = RMSNorm(kv_width, config.rms_norm_eps)
+        self.attn_out = nn.Linear(width, width, bias=bias)
+        self.ff_norm = RMSNorm(width, config.rms_norm_eps)
+        self.ff_proj = nn.Linear(width, config.mlp_hidden_size, bias=bias)
+        self.up_proj = nn.Linear(width, config.mlp_hidden_size, bias=bias)
+        self.ff_out = nn.Linear(config.mlp_hidden_size, width, bias=bias)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], kernel: str, mask, positions, cache) -> Tensor:
+        x = x + self._drop(self.attn_out(self._attend(self.attn_norm(x), rotary, kernel, mask, positions, cache)))
+        y = self.ff_norm(x)
+        return x + self._drop(self.ff_out(F.silu(self.ff_proj(y)) * self.up_proj(y)))
+
+    def _attend(self, x: Tensor, rotary, kernel, mask, positions, cache) -> Tensor:
+        heads = (*x.shape[:2], -1, self.config.head_dim)
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.config.attention_layer_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (
+            rotate(q.view(heads), *rotary),
+            rotate(k.view(heads), *rotary),
+            v.view(heads),
+        )  # (B, Q, H, D)
+        if cache is not None:
+            k, v = cache.update(self.layer, positions, k, v)  # (B, T, H, D)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(kernel, eager_attention)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        scale = self.config.head_dim**-0.5
+        out, _ = attend(self, q, k, v, mask, scaling=scale, dropout=dropout, is_causal=False)  # (B, Q, H, D)
+        return out.reshape(*x.shape[:2], -1)
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.config.residual_dropout, self.training) if self.config.residual_dropout else x
+
+
+class LLaDAPreTrainedModel(PreTrainedModel):
+    config_class = LLaDAConfig
+    base_model_prefix = "model"
+    main_input_name = "tokens"
+    input_modalities = ("text",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LLaDABlock"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """`normal` (std init_std, residual outputs over sqrt(2 layers)), `fan_in` or `mitchell`, as LLaDA names them."""
+        if isinstance(module, RMSNorm):
+            init.ones_(module.weight)
+        if not isinstance(module, nn.Linear | nn.Embedding):
+            return
+        layer, kind = getattr(module, "_residual_layer", None), self.config.init_fn
+        fan_in = module.in_features if isinstance(module, nn.Linear) else self.config.d_model
+        if kind == "normal":
+            std = self.config.init_std / (math.sqrt(2 * self.config.n_layers) if layer is not None else 1.0)
+        elif kind in ("mitchell", "fan_in"):
+            std = fan_in**-0.5
+            if kind == "mitchell" and layer is not None:
+                std /= math.sqrt(2 * (layer + 1))
+        else:
+            raise ValueError(
+                f"config field init_fn={kind!r} has no rule here for new weights; use normal, mitchell or fan_in"
+            )
+        cutoff = 3.0 if kind == "mitchell" else self.config.init_cutoff_factor
+        if cutoff is None:
+            init.normal_(module.weight, std=std)
+        else:
+            init.trunc_normal_(module.weight, std=std, a=-cutoff * std, b=cutoff * std)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            init.zeros_(module.bias)
+
+
+class LLaDAModel(LLaDAPreTrainedModel):
+    """Embeddings and layers; the output projection hangs here too because that is where LLaDA's files keep it."""
+
+    def __init__(self, config: LLaDAConfig):
+        super().__init__(config)
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.embedding_size, config.d_model),
+                "blocks": nn.ModuleList(LLaDABlock(config, layer) for layer in range(config.n_layers)),
+                "ln_f": RMSNorm(config.d_model, config.rms_norm_eps),
+            }
+        )
+        if not config.weight_tying:
+            self.transformer["ff_out"] = nn.Linear(config.d_model, config.embedding_size, bias=config.include_bias)
+        for block in self.transformer.blocks:
+            block.attn_out._residual_layer = block.ff_out._residual_layer = block.layer
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        *,
+        visible: Visible | None = None,
+        cache=None,
+        valid: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states (B, Q, D) after the last norm; arguments as in `LLaDAModelLM.forward`."""
+        if visible is None:
+            visible = full if self.config.block_length is None else block_causal(self.config.block_length)
+        batch, queries = tokens.shape
+        if cache is not None and positions is None:
+            raise ValueError("a cache needs positions (B, Q): the slots whose keys and values are computed now")
+        x = self.transformer.wte(tokens)
+        if self.config.input_emb_norm:
+            x = x * self.config.d_model**0.5
+        if self.config.embedding_dropout:
+            x = F.dropout(x, self.config.embedding_dropout, self.training)
+        where = torch.arange(queries, device=tokens.device)[None] if positions is None else positions
+        rotary = rotary_angles(where, self.config, x.dtype)
+        keys = queries if cache is None else cache.length
+        slots = None if cache is None else positions
+        kernel = usable_kernel(self.config._attn_implementation, visible, valid, tokens.device)
+        mask = attention_mask(kernel, visible, valid, slots, (batch, queries, keys), tokens.device)
+        for block in self.transformer.blocks:
+            x = block(x, rotary, kernel, mask, positions, cache)
+        return self.transformer.ln_f(x)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.transformer.wte
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.transformer["wte"] = value
+
+
+class LLaDAModelLM(LLaDAPreTrainedModel):
+    """p(x0 | xt) for absorbing-state diffusion: logits over the vocabulary at every place asked for.
+
+    No time is given to the model (LLaDA, arXiv:2502.09992, section 2): the mask rate shows in the input.
+    """
+
+    _tied_weights_keys = {}
+
+    def __init__(self, config: LLaDAConfig):
+        super().__init__(config)
+        self.model = LLaDAModel(config)
+        self.post_init()
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        *,
+        visible: Visible | None = None,
+        cache=None,
+        valid: Tensor | None = None,
+        logits_to_keep: Tensor | None = None,
+    ) -> Tensor:
+        """Logits at the places asked for.
+
+        tokens (B, Q) ids; positions (B, Q) their slots, by default 0..Q-1; visible: a rule of `attention`, by
+        default the one that the checkpoint was trained with (full, or block-causal where config.block_length is
+        set); cache: a `KVCache`, and then attention reads all its slots; valid (B, T) which slots exist.
+        logits_to_keep: None for all, (B, Q, V); a bool (B, Q) for those, flat in row order, (N, V); int64 (B, M)
+        indices into Q for those, (B, M, V). V is config.embedding_size; the type is that of the weights.
+        """
+        x = self.model(tokens, positions, visible=visible, cache=cache, valid=valid)
+        if logits_to_keep is not None:
+            if logits_to_keep.dtype == torch.bool:
+                x = x[logits_to_keep]  # (N, D)
+            else:
+                x = x.gather(1, logits_to_keep[..., None].expand(-1, -1, x.shape[-1]))  # (B, M, D)
+        transformer = self.model.transformer
+        logits = F.linear(x, transformer.wte.weight) if self.config.weight_tying else transformer.ff_out(x)
+        return logits * self.config.d_model**-0.5 if self.config.scale_logits else logits
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers, but a tensor that is missing, left over or of another shape is an error, not a warning."""
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        problems = [
+            f"{name} {', '.join(sorted(str(key) for key in keys)[:4])}{' …' if len(keys) > 4 else ''}"
+            for name in ("missing_keys", "unexpected_keys", "mismatched_keys")
+            if (keys := info.get(name))
+        ]
+        if problems:
+            raise ValueError(
+                f"the weights of {args[0] if args else '?'} do not fit its config.json: "
+                f"{'; '.join(problems).replace('_keys', '')}. The checkpoint is damaged or of another family"
+            )
+        return (model, info) if wants_info else model
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.transformer.wte
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.transformer["wte"] = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        transformer = self.model.transformer
+        return transformer.wte if self.config.weight_tying else transformer.ff_out
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.model.transformer["wte" if self.config.weight_tying else "ff_out"] = value

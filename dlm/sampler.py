@@ -1,0 +1,410 @@
+"""The one denoising loop: plan which slots to compute, run the model, propose tokens, commit some, repeat.
+
+Shapes: B rows, T slots of the canvas, R rows of one forward pass, Q slots computed by it, M masked slots asked about,
+V vocabulary.
+
+Every decoding method is a row of `cache.METHODS`, every commit rule an entry of `unmasking.COMMITS`; nothing here
+knows their names. Rows keep their own pace: at each turn the rows that plan alike share one forward pass.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+from .cache import METHODS, KVCache, Planner, Signals, visibility
+from .canvas import Canvas
+from .models.attention import Visible, full
+from .sampling import SamplingConfig
+from .unmasking import COMMITS, Step, coarse_block, propose, schedule
+
+__all__ = ["DenoiseState", "GenerationOutput", "denoise", "denoise_step", "generate"]
+
+
+@dataclass(frozen=True)
+class DenoiseState:
+    """The canvas after one turn of the loop (a forward pass for every row that is not done).
+
+    committed (B, T) bool: written at this turn; confidence (B, T): theirs, 0 elsewhere. block, nfe and
+    positions_computed (B,) int64: each row's block, its forward passes so far, and the slots they computed.
+    step: turns so far, from 1.
+    """
+
+    canvas: Canvas
+    committed: Tensor
+    confidence: Tensor
+    block: Tensor
+    step: int
+    nfe: Tensor
+    positions_computed: Tensor
+
+
+@dataclass
+class GenerationOutput(ModelOutput):
+    """sequences (B, G) the generated ids; canvas: the final state; per row nfe, tokens_per_forward, positions_computed.
+
+    After a row's early end (`stop_at_eos`) its sequence holds end-of-text. Rows that fill fewer places than others
+    (infilling) are padded at the end with end-of-text, or 0 where there is none.
+    """
+
+    sequences: Tensor | None = None
+    canvas: Canvas | None = None
+    nfe: Tensor | None = None
+    tokens_per_forward: Tensor | None = None
+    positions_computed: Tensor | None = None
+
+
+# ---------------------------------------------------------------- one pass
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one forward pass is asked. rows (R,): of the canvas and the cache, None for all. positions (R, Q): the
+    slots it computes, ascending, None for all. slots (R, M): the places it proposes for, of which row i's first
+    counts[i] are masked and the rest padding. valid (R, T): which slots exist, None for all."""
+
+    rows: Tensor | None
+    positions: Tensor | None
+    slots: Tensor
+    counts: list[int]
+    valid: Tensor | None
+
+    @property
+    def eligible(self) -> Tensor:
+        counts = torch.tensor(self.counts, device=self.slots.device)
+        return torch.arange(self.slots.shape[1], device=self.slots.device)[None] < counts[:, None]
+
+
+def denoise_step(
+    model,
+    canvas: Canvas,
+    request: Request,
+    config: SamplingConfig,
+    *,
+    visible: Visible = full,
+    cache: KVCache | None = None,
+    vocab_size: int | None = None,
+    suppressed: Sequence[int] = (),
+    generators: Sequence[torch.Generator] = (),
+) -> tuple[Tensor, Tensor]:
+    """Runs the model once and proposes a token and its confidence for every slot asked about: (R, M), (R, M).
+
+    `canvas` holds the request's rows. `suppressed` ids, those from `vocab_size` on and the mask token are not proposed.
+    With guidance the model's batch holds every row twice, the second time with what is given masked, and the
+    cache has rows for both. Raises FloatingPointError where the logits are not numbers.
+    """
+    tokens, positions, valid, rows = canvas.tokens, request.positions, request.valid, request.rows
+    kept = request.slots
+    if positions is not None:
+        kept = torch.searchsorted(positions, kept).clamp_max(positions.shape[1] - 1)
+    elif cache is not None:
+        positions = torch.arange(tokens.shape[1], device=tokens.device).repeat(tokens.shape[0], 1)
+    if config.cfg_scale:
+        tokens = torch.cat([tokens, tokens.masked_fill(canvas.given, canvas.mask_id)])
+        positions, valid, kept = (None if x is None else x.repeat(2, 1) for x in (positions, valid, kept))
+        if rows is not None and cache is not None:
+            rows = torch.cat([rows, rows + cache.rows // 2])
+    if positions is not None:
+        tokens = tokens.gather(1, positions)
+    cache = None if cache is None else cache.at(rows)
+    logits = model(tokens, positions, visible=visible, cache=cache, valid=valid, logits_to_keep=kept)  # (R, M, V)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if config.cfg_scale:
+        given, masked = logits.chunk(2)
+        logits = masked + (config.cfg_scale + 1) * (given - masked)
+    _refuse_nan(logits, request)
+    logits = logits.clamp_min(torch.finfo(logits.dtype).min)
+    if suppressed:  # LLaDA's logits_eos_inf: gone from the prediction too, so that confidence does not count them
+        logits[..., list(suppressed)] = -torch.inf
+    return propose(
+        logits,
+        generators,
+        counts=request.counts,
+        forbidden=_forbidden(logits, vocab_size, (canvas.mask_id, *suppressed)),
+        confidence=config.ordering,
+        temperature=config.temperature,
+        tempered=config.tempered_confidence,
+        top_k=config.top_k,
+        top_p=config.top_p,
+    )
+
+
+def _forbidden(logits: Tensor, vocab_size: int | None, ids: Sequence[int]) -> Tensor:
+    """bool (V,): the ids that are not proposed."""
+    vocabulary = torch.arange(logits.shape[-1], device=logits.device)
+    forbidden = _is_any(vocabulary, ids)
+    return forbidden if vocab_size is None else forbidden | (vocabulary >= vocab_size)
+
+
+def _refuse_nan(logits: Tensor, request: Request) -> None:
+    largest = logits.amax(dim=-1)  # a NaN or +inf anywhere makes the largest so
+    bad = request.eligible & ~(largest < torch.inf)
+    if bool(bad.any()):
+        row, place = bad.nonzero()[0].tolist()
+        number = row if request.rows is None else int(request.rows[row])
+        raise FloatingPointError(
+            f"the model's logits are {largest[row, place].item()} at slot {int(request.slots[row, place])} of row "
+            f"{number}: its weights are damaged, or overflow in this dtype (try float32)"
+        )
+
+
+# ---------------------------------------------------------------- the loop
+
+
+@torch.inference_mode()
+def denoise(
+    model,
+    canvas: Canvas,
+    config: SamplingConfig | None = None,
+    *,
+    vocab_size: int | None = None,
+    eos_token_ids: Sequence[int] = (),
+) -> Iterator[DenoiseState]:
+    """Fills the masked places of `canvas` and yields a state after every turn.
+
+    `model` is any mask predictor: a callable with the signature of `LLaDAModelLM.forward`. vocab_size: ids from
+    there on are never proposed (embeddings beyond the tokenizer). eos_token_ids: what ends a text, unless the config
+    says. Raises ValueError for settings that do not fit the model or the canvas, FloatingPointError for NaN logits.
+    """
+    yield from _Run(model, canvas, config or SamplingConfig(), vocab_size, eos_token_ids).turns()
+
+
+class _Run:
+    """The state of one call of `denoise`. What a schedule fixes beforehand is kept on the host, so that a turn
+    waits for the device only where a rule must know what was committed."""
+
+    def __init__(self, model, canvas: Canvas, config: SamplingConfig, vocab_size: int | None, eos: Sequence[int]):
+        self.model, self.canvas, self.config, self.vocab_size = model, canvas, config, vocab_size
+        self.method, self.device = METHODS[config.method], canvas.tokens.device
+        self.eos = config.eos_ids or tuple(eos)
+        if (config.stop_at_eos or config.suppress_eos or config.delay_eos) and not self.eos:
+            raise ValueError(
+                "stop_at_eos, suppress_eos and delay_eos need an end-of-text id, and the checkpoint names none: "
+                "give eos_token_id"
+            )
+        self.block_length, self.visible = visibility(model, config.method, config.block_length)
+        rows, slots = canvas.tokens.shape
+        limit = getattr(getattr(model, "config", None), "max_sequence_length", None)
+        if limit is not None and slots > limit:
+            raise ValueError(
+                f"prompt and region are {slots} tokens together, above the model's max_sequence_length {limit}: "
+                "shorten the prompt or gen_length"
+            )
+        self.branches = 2 if config.cfg_scale else 1
+        self.cache = KVCache(rows * self.branches, slots) if self.method.cached else None
+        self.generators = [torch.Generator(self.device).manual_seed(seed) for seed in config.row_seeds(rows)]
+        self.lengths = canvas.valid.sum(dim=1).tolist()
+        self.layout, self.sizes = self._lay_out()
+        steps = config.steps if config.commit == "quota" else None
+        self.quotas = [schedule(steps, sizes, config.split) if sizes else [] for sizes in self.sizes]
+        self.block = [0] * rows  # each row's block ...
+        self.turn = [0] * rows  # ... the passes spent on it ...
+        self.left = [sizes[0] if sizes else 0 for sizes in self.sizes]  # ... and the places still masked in it
+        self.nfe, self.computed = [0] * rows, [0] * rows
+        self._plan: tuple = (None, None)
+
+    def _lay_out(self) -> tuple[Tensor, list[list[int]]]:
+        """(B, T) the block of every slot, -1 outside of the region, and the masked places of every row's blocks.
+
+        Left to right, a block is block_length masked places in order; for a block-causal model, the slots of one of
+        its blocks, which count from slot 0; coarse to fine chooses blocks as it goes.
+        """
+        masked = self.canvas.masked
+        if self.visible is full:
+            layout = torch.where(masked, (masked.cumsum(dim=1) - 1) // self.block_length, -1)
+        else:
+            cell = torch.arange(masked.shape[1], device=self.device) // self.block_length
+            busy = torch.zeros(masked.shape[0], int(cell[-1]) + 1, dtype=torch.int64, device=self.device)
+            busy = busy.index_add(1, cell, masked.long()) > 0
+            layout = torch.where(busy, busy.cumsum(dim=1) - 1, -1)[:, cell].masked_fill(~self.canvas.valid, -1)
+        sizes = [torch.bincount(row[here]).tolist() for row, here in zip(layout, masked, strict=True)]
+        return torch.full_like(layout, -1) if self.method.coarse else layout, sizes
+
+    def turns(self) -> Iterator[DenoiseState]:
+        step = 0
+        while active := [row for row, sizes in enumerate(self.sizes) if self.block[row] < len(sizes)]:
+            step += 1
+            tokens = self.canvas.tokens.clone()
+            committed = torch.zeros_like(self.canvas.valid)
+            confidence = torch.zeros(tokens.shape, device=self.device)
+            block = torch.tensor(self.block)
+            first = [row for row in active if self.turn[row] == 0]
+            later = [row for row in active if self.turn[row] > 0]
+            if self.method.first is self.method.later:
+                first, later = active, []
+            for planner, rows in ((self.method.first, first), (self.method.later, later)):
+                if not rows:
+                    continue
+                try:
+                    place, token, certain = self._pass(planner, rows)
+                except FloatingPointError as error:
+                    raise FloatingPointError(f"pass {step}: {error}") from None
+                tokens[place], committed[place], confidence[place] = token, True, certain.float()
+            self.canvas = replace(self.canvas, tokens=tokens)
+            self._advance(active, committed)
+            nfe, computed = torch.tensor(self.nfe), torch.tensor(self.computed)
+            yield DenoiseState(self.canvas, committed, confidence, block, step, nfe, computed)
+
+    def _pass(self, planner: Planner, rows: list[int]) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+        """One forward pass for `rows`: the places it commits as an index into (B, T), their tokens and confidences."""
+        index = torch.tensor(rows, device=self.device)
+        whole = len(rows) == len(self.sizes)
+        canvas = self.canvas if whole else self.canvas.rows(index)
+        current = torch.tensor([self.block[row] for row in rows], device=self.device)[:, None]
+        span = self.layout[index] == current
+        choosing = self.method.coarse and self.turn[rows[0]] == 0
+        if choosing:
+            asked, counts = canvas.masked, [sum(self.sizes[row][self.block[row] :]) for row in rows]
+        else:
+            asked, counts = canvas.masked & span, [self.left[row] for row in rows]
+        ragged = any(self.lengths[row] < canvas.tokens.shape[1] for row in rows)
+        positions = self._positions(planner, rows, current, canvas.valid)
+        slots = _leading(asked, max(counts))
+        request = Request(None if whole else index, positions, slots, counts, canvas.valid if ragged else None)
+        token, confidence = denoise_step(
+            self.model,
+            canvas,
+            request,
+            self.config,
+            visible=self.visible,
+            cache=self.cache,
+            vocab_size=self.vocab_size,
+            suppressed=self.eos if self.config.suppress_eos else (),
+            generators=[self.generators[row] for row in rows],
+        )
+        eligible, ending = request.eligible, _is_any(token, self.eos)
+        certain = confidence.masked_fill(ending, -torch.inf) if self.config.delay_eos else confidence
+        if choosing:
+            size = torch.tensor([self.left[row] for row in rows], device=self.device)
+            eligible = coarse_block(certain, eligible, ending, size)
+            self.layout[index] = self.layout[index].scatter_add(1, slots, eligible * (current + 1))
+        quota = torch.tensor([self._quota(row) for row in rows], device=self.device)
+        config = self.config
+        rule = Step(quota, config.threshold, config.factor, config.entropy_bound)
+        chosen = COMMITS[config.commit](certain, eligible, rule)
+        for row in rows:
+            self.nfe[row] += 1
+        return (index[:, None].expand_as(slots)[chosen], slots[chosen]), token[chosen], confidence[chosen]
+
+    def _positions(self, planner: Planner, rows: list[int], current: Tensor, valid: Tensor) -> Tensor | None:
+        """(R, Q) the slots that a pass computes, ascending, short rows padded with their last; None for all."""
+        key = (planner, tuple(rows), tuple(self.block[row] for row in rows))
+        if self._plan[0] != key:  # the same for every later pass of the block
+            layout = self.layout[torch.tensor(rows, device=self.device)]
+            before = (layout == current - 1) & (current > 0)
+            plan = planner(layout == current, Signals(before, self.config.window))
+            if plan is None:
+                self._plan = (key, (None, [self.lengths[row] for row in rows]))
+            else:
+                plan = plan & valid
+                counts = plan.sum(dim=1)
+                ascending = _leading(plan, int(counts.max()))
+                within = torch.arange(ascending.shape[1], device=self.device).minimum(counts[:, None] - 1)
+                self._plan = (key, (ascending.gather(1, within), counts.tolist()))
+        positions, counts = self._plan[1]
+        for row, count in zip(rows, counts, strict=True):
+            self.computed[row] += self.branches * count
+        return positions
+
+    def _quota(self, row: int) -> int:
+        return self.quotas[row][self.block[row]][self.turn[row]] if self.config.commit == "quota" else 0
+
+    def _advance(self, active: list[int], committed: Tensor) -> None:
+        """Moves every row on to its next pass, its next block, or its end."""
+        if self.config.commit == "quota":
+            written = [self._quota(row) for row in active]
+        else:
+            counts = committed.sum(dim=1).tolist()
+            written = [counts[row] for row in active]
+        for row, count in zip(active, written, strict=True):
+            self.left[row] -= count
+            self.turn[row] += 1
+            if self.left[row] == 0:
+                self.block[row], self.turn[row] = self.block[row] + 1, 0
+                if self.block[row] < len(self.sizes[row]):
+                    self.left[row] = self.sizes[row][self.block[row]]
+        if self.config.stop_at_eos:
+            self._stop_ended()
+
+    def _stop_ended(self) -> None:
+        """Ends the rows whose end-of-text has nothing masked before it, and fills what they leave with it."""
+        masked = self.canvas.masked
+        slots = torch.arange(masked.shape[1], device=self.device)
+        ending = self.canvas.editable & self.canvas.valid & _is_any(self.canvas.tokens, self.eos)
+        first_end = torch.where(ending, slots, masked.shape[1]).amin(dim=1)
+        first_mask = torch.where(masked, slots, masked.shape[1]).amin(dim=1)
+        ended = first_end < first_mask
+        tokens = self.canvas.tokens.masked_fill(masked & ended[:, None], self.eos[0])
+        self.canvas = replace(self.canvas, tokens=tokens)
+        for row in ended.nonzero()[:, 0].tolist():
+            self.block[row] = len(self.sizes[row])
+
+
+def _leading(here: Tensor, count: int) -> Tensor:
+    """(R, count) the slots where `here` (R, T) holds, ascending, then others."""
+    return here.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :count]
+
+
+def _is_any(tokens: Tensor, ids: Sequence[int]) -> Tensor:
+    found = torch.zeros_like(tokens, dtype=torch.bool)
+    for token in ids:
+        found |= tokens == token
+    return found
+
+
+# ---------------------------------------------------------------- the whole
+
+
+def generate(model, inputs, config: SamplingConfig | None = None, *, tokenizer=None) -> GenerationOutput:
+    """Generates for a batch: `prepare`, then `denoise` to the end.
+
+    inputs: id lists of any lengths, ids (B, P) or (P,), texts (these need `tokenizer`), or a `Canvas`.
+    Raises ValueError for inputs or settings that do not fit the model, FloatingPointError for NaN logits.
+    """
+    canvas, settings = prepare(model, inputs, config, tokenizer)
+    state, committed = None, torch.zeros(len(canvas.tokens), dtype=torch.int64)
+    for state in denoise(model, canvas, config, **settings):
+        committed += state.committed.sum(dim=1).cpu()
+    if state is None:
+        raise ValueError("the canvas has no masked place: there is nothing to generate")
+    ids = (config.eos_ids if config else ()) or settings["eos_token_ids"]
+    return GenerationOutput(
+        sequences=state.canvas.region(pad_id=ids[0] if ids else 0),
+        canvas=state.canvas,
+        nfe=state.nfe,
+        tokens_per_forward=committed / state.nfe.clamp_min(1),
+        positions_computed=state.positions_computed,
+    )
+
+
+def prepare(model, inputs, config: SamplingConfig | None = None, tokenizer=None) -> tuple[Canvas, dict]:
+    """The canvas for these inputs and what `denoise` should know of the checkpoint (vocab_size, eos_token_ids)."""
+    from .tokenizer import encode_prompt, mask_id
+
+    settings = getattr(model, "config", None)
+    ends = getattr(settings, "eos_token_id", None)
+    ends = () if ends is None else tuple(ends) if isinstance(ends, list | tuple) else (ends,)
+    vocab_size = getattr(settings, "vocab_size", None) if tokenizer is None else len(tokenizer)
+    known = {"vocab_size": vocab_size, "eos_token_ids": ends}
+    if isinstance(inputs, Canvas):
+        return inputs, known
+    if isinstance(inputs, Tensor):
+        inputs = inputs.tolist()
+    if isinstance(inputs, str) or (len(inputs) and isinstance(inputs[0], int)):
+        inputs = [inputs]
+    if any(isinstance(prompt, str) for prompt in inputs):
+        if tokenizer is None:
+            raise ValueError("text was given but no tokenizer: pass tokenizer=, or give token ids")
+        inputs = [encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in inputs]
+    limit = getattr(settings, "embedding_size", None)
+    for i, prompt in enumerate(inputs):
+        wrong = [token for token in prompt if token < 0 or (limit is not None and token >= limit)]
+        if wrong:
+            raise ValueError(
+                f"prompt {i} holds id {wrong[0]}, but the model's ids are 0 to {limit - 1 if limit else '…'}"
+            )
+    gen_length = (config or SamplingConfig()).gen_length
+    device = next((p.device for p in model.parameters()), None) if isinstance(model, torch.nn.Module) else None
+    return Canvas.from_prompts(inputs, gen_length, mask_id(tokenizer, settings), device=device), known

@@ -1,0 +1,133 @@
+"""SamplingConfig: every choice that a generation makes, checked when it is made."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .cache import METHODS
+from .names import check_name
+from .unmasking import COMMITS, CONFIDENCES, SPLITS
+
+__all__ = ["SamplingConfig"]
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How to denoise. Immutable; a value that cannot work raises ValueError with the reason and the fix.
+
+    gen_length: tokens to generate after each prompt (ignored where the canvas is given).
+    steps: forward passes for the whole region under commit `quota`; None is one token a pass. Other commit rules
+        decide themselves when a block is done, and do not read it.
+    block_length: tokens in a block; None is the model's own where it is block-causal, else 32. It need not divide
+        gen_length: the last block is shorter.
+    method: the order and what is recomputed at each pass, a row of `cache.METHODS`. window: vicinity's reach.
+    commit: which places are committed at a pass (`unmasking.COMMITS`), with threshold, factor or entropy_bound.
+    split: how a block's tokens are shared over its passes (`unmasking.SPLITS`).
+    confidence: what orders them (`unmasking.CONFIDENCES`); None is `entropy` for commit `entropy_bound`, else
+        `probability`. tempered_confidence: of the distribution sampled from (Dream), not the model's own (LLaDA).
+    temperature: 0 takes the most probable token, above 0 samples. top_k, top_p: which tokens may be sampled.
+    cfg_scale: w of classifier-free guidance, l = u + (w + 1)(c - u); 0 is none, and costs nothing.
+    seed: row i uses seed + i; a tuple gives one a row.
+    stop_at_eos: a row ends at a committed end-of-text with nothing masked before it. eos_token_id: an id or several,
+        in place of the checkpoint's. suppress_eos: never propose it (LLaDA's logits_eos_inf). delay_eos: commit it
+        only where nothing else is left to commit (LLaDA's confidence_eos_eot_inf).
+    """
+
+    gen_length: int = 128
+    steps: int | None = None
+    block_length: int | None = None
+    method: str = "none"
+    commit: str = "quota"
+    threshold: float = 0.9
+    factor: float = 1.0
+    entropy_bound: float = 0.1
+    split: str = "remainder_first"
+    confidence: str | None = None
+    tempered_confidence: bool = False
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    cfg_scale: float = 0.0
+    window: int = 16
+    seed: int | tuple[int, ...] = 0
+    stop_at_eos: bool = False
+    eos_token_id: int | tuple[int, ...] | None = None
+    suppress_eos: bool = False
+    delay_eos: bool = False
+
+    def __post_init__(self):
+        check_name("method", self.method, METHODS)
+        check_name("commit", self.commit, COMMITS)
+        check_name("split", self.split, SPLITS)
+        if self.confidence is not None:
+            check_name("confidence", self.confidence, CONFIDENCES)
+        for name in ("gen_length", "steps", "block_length", "top_k"):
+            value = getattr(self, name)
+            if value is not None and (not _whole(value) or value < 1):
+                raise ValueError(f"{name} is {value!r}: it counts tokens or passes; give a whole number, 1 or more")
+        if not _whole(self.window) or self.window < 0:
+            raise ValueError(f"window is {self.window!r}: it counts slots; give a whole number, 0 or more")
+        self._check_numbers()
+        self._check_commit()
+        for name in ("seed", "eos_token_id"):
+            value = getattr(self, name)
+            if isinstance(value, Sequence) and not isinstance(value, str):
+                object.__setattr__(self, name, tuple(value))  # lists, as JSON has them
+        seeds = self.seed if isinstance(self.seed, tuple) else (self.seed,)
+        if not all(_whole(seed) and 0 <= seed < 2**63 for seed in seeds):
+            raise ValueError(f"seed is {self.seed!r}: give a whole number from 0 to 2**63 - 1, or one a row")
+        if self.gen_length and self.commit == "quota" and self.steps and self.block_length:
+            blocks = -(-self.gen_length // self.block_length)
+            if self.steps < blocks:
+                raise ValueError(
+                    f"steps is {self.steps} but gen_length {self.gen_length} in blocks of {self.block_length} makes "
+                    f"{blocks} blocks, and each needs a pass: give steps >= {blocks}, or a larger block_length"
+                )
+
+    def _check_numbers(self) -> None:
+        ranges = {
+            "threshold": (lambda x: -1e9 < x <= 1, "a confidence, at most 1"),
+            "factor": (lambda x: x > 0, "above 0"),
+            "entropy_bound": (lambda x: x >= 0, "nats, 0 or more"),
+            "temperature": (lambda x: 0 <= x < float("inf"), "0 or more"),
+            "cfg_scale": (lambda x: 0 <= x < float("inf"), "0 or more"),
+            "top_p": (lambda x: x is None or 0 < x <= 1, "above 0 and at most 1"),
+        }
+        for name, (holds, wanted) in ranges.items():
+            value = getattr(self, name)
+            if isinstance(value, bool | str) or not holds(value):
+                raise ValueError(f"{name} is {value!r}: it must be {wanted}")
+
+    def _check_commit(self) -> None:
+        if self.commit == "entropy_bound" and self.confidence not in (None, "entropy"):
+            raise ValueError(
+                f"commit entropy_bound adds up entropies, but confidence is {self.confidence!r}: "
+                "leave confidence out, or take another commit rule"
+            )
+        if self.commit == "factor" and self.confidence in ("entropy", "random"):
+            raise ValueError(
+                f"commit factor reads confidence as a probability, but confidence is {self.confidence!r}: "
+                "use probability or margin, or another commit rule"
+            )
+
+    @property
+    def ordering(self) -> str:
+        """The confidence in force, a name in `unmasking.CONFIDENCES`."""
+        return self.confidence or ("entropy" if self.commit == "entropy_bound" else "probability")
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The end-of-text ids given here, () where the checkpoint's hold."""
+        ids = self.eos_token_id
+        return () if ids is None else ids if isinstance(ids, tuple) else (ids,)
+
+    def row_seeds(self, rows: int) -> list[int]:
+        """One seed a row; raises ValueError where a tuple of another length was given."""
+        if not isinstance(self.seed, tuple):
+            return [(self.seed + i) % 2**63 for i in range(rows)]
+        if len(self.seed) != rows:
+            raise ValueError(f"seed has {len(self.seed)} values for {rows} rows: give one a row, or a single number")
+        return list(self.seed)
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -16,5 +16,6 @@ def check_name(what: str, name: str, names: Iterable[str]) -> None:
     names = list(names)
     if name not in names:
         raise ValueError(
-            f"{what} is {name!r}, which is not known: did you mean {nearest(name, names)!r}? (one of {', '.join(names)})"
+            f"{what} is {name!r}, which is not known: did you mean {nearest(name, names)!r}? "
+            f"(one of {', '.join(names)})"
         )

@@ -131,7 +131,7 @@ class LLaDAPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """`normal` (std init_std, residual outputs over sqrt(2 layers)), `fan_in` or `mitchell`, as LLaDA names them."""
+        """`normal` (std init_std, residual outputs over sqrt(2 layers)), `fan_in` or `mitchell`, in LLaDA's names."""
         if isinstance(module, RMSNorm):
             init.ones_(module.weight)
         if not isinstance(module, nn.Linear | nn.Embedding):
@@ -256,7 +256,7 @@ class LLaDAModelLM(LLaDAPreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """As in transformers, but a tensor that is missing, left over or of another shape is an error, not a warning."""
+        """As in transformers, but a tensor missing, left over or of another shape is an error, not a warning."""
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         problems = [

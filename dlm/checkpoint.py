@@ -1,0 +1,161 @@
+"""Folders on disk: a model as other tools load it, and the state of a training run. Both appear whole or not at all.
+
+Everything is written to a hidden folder beside the final one and renamed, so a kill during a write loses nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+STEP_FOLDER = re.compile(r"step-(\d{8})")
+STATE_FILE = "trainer.json"  # written last: a folder that has it is complete
+EMA_FILE = "ema.safetensors"
+
+
+@contextmanager
+def whole_folder(folder: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `folder` (replacing it) when the block ends without an error."""
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.parent / f".{folder.name}-{uuid.uuid4().hex[:12]}"
+    temporary.mkdir()
+    try:
+        yield temporary
+        replace_folder(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_folder(temporary: Path, folder: Path) -> None:
+    """Rename `temporary` to `folder`; what was there goes once the new one is in place."""
+    if not folder.exists():
+        os.rename(temporary, folder)
+        return
+    old = folder.parent / f".{folder.name}-old-{uuid.uuid4().hex[:12]}"
+    os.rename(folder, old)
+    os.rename(temporary, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def save_model(
+    model: nn.Module,
+    folder: str | os.PathLike,
+    tokenizer=None,
+    *,
+    weights: dict[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+    notes: dict | None = None,
+) -> Path:
+    """Write a model folder: config, safetensors, tokenizer, and `training.json` where `notes` are given.
+
+    weights: parameters by name to write in place of the model's own (its moving average). dtype: the type on disk.
+    The model itself is not touched.
+    """
+    fresh = type(model)(copy.deepcopy(model.config))
+    fresh.load_state_dict(model.state_dict())
+    if weights is not None:
+        copy_weights(weights, fresh)
+    if dtype is not None:
+        fresh = fresh.to(dtype)
+    fresh.config.dtype = next(fresh.parameters()).dtype
+    with whole_folder(folder) as temporary:
+        fresh.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        if notes is not None:
+            (temporary / "training.json").write_text(json.dumps(notes, indent=2) + "\n")
+    return Path(folder)
+
+
+@torch.no_grad()
+def copy_weights(weights: dict[str, Tensor], model: nn.Module) -> None:
+    """Copy parameters by name into a model. Errors: a name or a shape that does not fit."""
+    parameters = dict(model.named_parameters())
+    if parameters.keys() != weights.keys():
+        odd = sorted(parameters.keys() ^ weights.keys())
+        raise ValueError(f"the weights are of another model: {', '.join(odd[:4])} on one side only")
+    for name, parameter in parameters.items():
+        if parameter.shape != weights[name].shape:
+            raise ValueError(
+                f"{name} has shape {tuple(weights[name].shape)} in the checkpoint and "
+                f"{tuple(parameter.shape)} in the model: use the settings of the first run"
+            )
+        parameter.copy_(weights[name])
+
+
+# --------------------------------------------------------------------------------------------------- training state
+
+
+def step_folder(output: str | os.PathLike, step: int) -> Path:
+    """The checkpoint folder of a step, under the run's output folder."""
+    return Path(output) / "checkpoints" / f"step-{step:08d}"
+
+
+def checkpoints(output: str | os.PathLike) -> list[tuple[int, Path]]:
+    """Complete checkpoints (step, folder) of a run, oldest first."""
+    found = []
+    folder = Path(output) / "checkpoints"
+    for child in folder.iterdir() if folder.is_dir() else ():
+        match = STEP_FOLDER.fullmatch(child.name)
+        if match and (child / STATE_FILE).is_file():
+            found.append((int(match.group(1)), child))
+    return sorted(found)
+
+
+def save_state(accelerator, output, state: dict, ema: dict[str, Tensor] | None, keep_last: int) -> Path:
+    """Write the run's state after `state['step']` steps: weights, optimizers, random numbers, EMA, position.
+
+    Every process calls this. Afterwards only the newest `keep_last` checkpoints are left.
+    """
+    final = step_folder(output, state["step"])
+    temporary = final.parent / f".{final.name}.partial"  # one name for all processes
+    if accelerator.is_main_process:
+        for stale in final.parent.glob(".step-*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(temporary))
+    if accelerator.is_main_process and ema is not None:
+        save_file({name: tensor.contiguous() for name, tensor in ema.items()}, temporary / EMA_FILE)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (temporary / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
+        replace_folder(temporary, final)
+        for _, old in checkpoints(output)[:-keep_last]:
+            shutil.rmtree(old, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    return final
+
+
+def read_state(folder: str | os.PathLike) -> dict:
+    """The small part of a checkpoint: step, data position, counters, and the settings it was made with."""
+    return json.loads((Path(folder) / STATE_FILE).read_text())
+
+
+def load_state(accelerator, folder: str | os.PathLike) -> dict[str, Tensor] | None:
+    """Load weights, optimizers and random numbers into what the accelerator prepared; returns the EMA weights.
+
+    Errors: a checkpoint of a model or an optimizer of another shape.
+    """
+    folder = Path(folder)
+    try:
+        accelerator.load_state(str(folder))
+    except (RuntimeError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()
+        raise ValueError(
+            f"the checkpoint {folder} does not fit this model and optimizer ({first[0] if first else error}); "
+            f"resume with the settings of the first run"
+        ) from error
+    return load_file(folder / EMA_FILE) if (folder / EMA_FILE).is_file() else None

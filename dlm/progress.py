@@ -1,0 +1,61 @@
+"""What a person sees of a training run: one line that moves on a terminal, one line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, as 1:02:03."""
+    whole = int(round(seconds))
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+class Display:
+    """Collects steps and shows their mean loss, tokens per second and the time left."""
+
+    def __init__(
+        self, report: Callable[[str], None], step: int, max_steps: int, *, log_every: int, log_seconds: float
+    ):
+        self.report, self.max_steps, self.log_every, self.log_seconds = report, max_steps, log_every, log_seconds
+        self.began, self.first, self.shown = time.perf_counter(), step, 0.0
+        self.live = report is print and sys.stderr.isatty()
+        self._clear()
+
+    def _clear(self) -> None:
+        self.loss, self.count, self.took, self.norm, self.steps = 0.0, 0, 0.0, 0.0, 0
+
+    def add(
+        self, step: int, loss: float, count: int, norm: float, took: float, rates: list[float], tokens: int
+    ) -> dict | None:
+        """Note a step; returns a record for the log every `log_every` steps. Loss in nats per target token."""
+        self.loss, self.count, self.took = self.loss + loss * count, self.count + count, self.took + took
+        self.norm, self.steps = self.norm + norm, self.steps + 1
+        if step % self.log_every and step != self.max_steps:
+            return None
+        elapsed = time.perf_counter() - self.began  # with validation and samples: the time left includes them
+        left = elapsed / (step - self.first) * (self.max_steps - step)
+        record = {
+            "step": step,
+            "loss": self.loss / max(self.count, 1),
+            "grad_norm": self.norm / self.steps,
+            "learning_rate": rates[0] if rates else 0.0,
+            "learning_rates": rates,
+            "tokens": tokens,
+            "tokens_per_s": self.count / self.took,
+            "seconds": elapsed,
+        }
+        line = (
+            f"step {step}/{self.max_steps}  loss {record['loss']:.4f}  grad {record['grad_norm']:.2f}  "
+            f"lr {record['learning_rate']:.2e}  {record['tokens_per_s']:,.0f} tokens/s  left {duration(left)}"
+        )
+        if self.live:
+            sys.stderr.write(f"\r\x1b[2K{line}" + ("\n" if step == self.max_steps else ""))
+            sys.stderr.flush()
+        elif elapsed - self.shown >= self.log_seconds or step == self.max_steps or self.shown == 0.0:
+            self.report(line)
+            self.shown = elapsed
+        self._clear()
+        return record

@@ -1,0 +1,156 @@
+"""Tokenizers: train a byte-level BPE, load one, encode a prompt, decode an answer."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+BOS, EOS, MASK = "<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>"
+START_HEADER, END_HEADER, EOT = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
+SPECIAL_TOKENS = (BOS, EOS, MASK, START_HEADER, END_HEADER, EOT)  # in this order at the end of the vocabulary
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n{{ message['content'] | trim }}<|eot_id|>"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE with `vocab_size` entries, the special tokens last.
+
+    A corpus with too few distinct pairs gives a smaller vocabulary: `len(tokenizer)` is the real size.
+    Errors: `vocab_size` below 256 bytes + the special tokens.
+    """
+    smallest = 256 + len(SPECIAL_TOKENS)
+    if vocab_size < smallest:
+        raise ValueError(
+            f"vocab_size is {vocab_size}, but a byte-level vocabulary needs 256 bytes and "
+            f"{len(SPECIAL_TOKENS)} special tokens: give at least {smallest}"
+        )
+    core = Tokenizer(models.BPE())
+    # Digits one by one: numbers then have one spelling each, which arithmetic and puzzles need.
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=[],
+        show_progress=False,
+    )
+    core.train_from_iterator(texts, trainer)
+    core.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=EOS,
+        mask_token=MASK,
+        additional_special_tokens=[START_HEADER, END_HEADER, EOT],
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def load_tokenizer(path: str | os.PathLike, revision: str | None = None) -> PreTrainedTokenizerFast | None:
+    """Load the tokenizer of a folder or hub id; None where the folder has none.
+
+    Errors: tokenizer files that cannot be read.
+    """
+    folder = Path(path)
+    if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(str(path), revision=revision)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"the tokenizer of {path} cannot be loaded: {error}") from error
+    except Exception as error:  # `tokenizers` raises a bare Exception for a damaged tokenizer.json
+        if type(error) is Exception:
+            raise ValueError(f"the tokenizer of {path} cannot be read: {error}") from error
+        raise
+
+
+def mask_id(tokenizer, config) -> int:
+    """The id of the mask token: the config's `mask_token_id`, else the tokenizer's.
+
+    Errors: neither names one, or the tokenizer's vocabulary does not hold it.
+    """
+    found = getattr(config, "mask_token_id", None)
+    if found is None and tokenizer is not None:
+        found = tokenizer.mask_token_id
+        if found is None:
+            found = tokenizer.get_vocab().get(MASK)
+    if found is None:
+        raise ValueError(
+            "no mask token: the checkpoint's config has no mask_token_id and the tokenizer has no mask token; "
+            "set mask_token_id in config.json"
+        )
+    if tokenizer is not None and tokenizer.convert_ids_to_tokens(int(found)) is None:
+        raise ValueError(
+            f"the tokenizer lacks the mask token: mask_token_id is {found}, but the tokenizer has "
+            f"{len(tokenizer)} tokens; use the tokenizer that belongs to this checkpoint"
+        )
+    return int(found)
+
+
+def encode_prompt(tokenizer, text: str, mask: int | None = None) -> list[int]:
+    """Encode a prompt, with the begin-of-text token in front where the tokenizer has one.
+
+    `mask`: the checkpoint's mask id, where the tokenizer does not name it itself.
+    Errors: a prompt that contains the mask token.
+    """
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    vocabulary = tokenizer.get_vocab()
+    forbidden = {i for i in (mask, tokenizer.mask_token_id, vocabulary.get(MASK)) if i is not None}
+    found = forbidden.intersection(ids)
+    if found:
+        name = tokenizer.convert_ids_to_tokens(found.pop())
+        raise ValueError(
+            f"the prompt contains the mask token {name}: it is how the model marks what it has still to write; "
+            f"remove it, or use infilling (dlm infill) to mark a blank"
+        )
+    bos = tokenizer.bos_token_id
+    if bos is not None and ids[:1] != [bos]:
+        ids.insert(0, bos)
+    return ids
+
+
+def encode_documents(tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Encode training text; a special token spelled in the text is plain text here, not the token."""
+    core = tokenizer.backend_tokenizer
+    before = core.encode_special_tokens
+    core.encode_special_tokens = True
+    try:
+        return [encoding.ids for encoding in core.encode_batch_fast(list(texts), add_special_tokens=False)]
+    finally:
+        core.encode_special_tokens = before
+
+
+def decode(tokenizer, ids: Iterable[int]) -> str:
+    """Text of `ids` up to the first end-of-text (or end-of-turn) token, special tokens removed."""
+    ends = {tokenizer.eos_token_id, tokenizer.get_vocab().get(EOT)} - {None}
+    kept: list[int] = []
+    for token in ids:
+        if int(token) in ends:
+            break
+        kept.append(int(token))
+    return tokenizer.decode(kept, skip_special_tokens=True)
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The name of `names` that is most like `name`; for messages about unknown options."""
+    names = list(names)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+    return close[0] if close else names[0]

@@ -1,0 +1,433 @@
+"""fit(): the one training loop, on Accelerate, for every objective and any number of processes.
+
+An optimizer step is `batch_size` packed rows, however many processes and micro-batches share them; its loss is one
+sum over all of them divided by one count of target tokens. Together with noise that belongs to the example, this
+makes the loss curve independent of how the work was cut up, and a resumed run equal to one that never stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dlm import checkpoint
+from dlm.data import Examples, Stream, fetch
+from dlm.diffusion import ESTIMATORS, draw_noise
+from dlm.objective import OBJECTIVES
+from dlm.optim import EMA, SCHEDULES, build_optimizers, schedule_factor, set_learning_rates
+from dlm.progress import Display
+from dlm.tokenizer import decode, encode_prompt, nearest
+from dlm.validation import Validation, validate
+
+PRECISIONS = ("no", "bf16", "fp16")
+OPTIMIZERS = ("muon", "adamw")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Settings of one run. Rates are per optimizer step; lengths are in optimizer steps; batch_size in packed rows."""
+
+    output: str
+    max_steps: int
+    batch_size: int = 32
+    accumulation: int = 1
+    learning_rate: float = 2e-3
+    muon_learning_rate: float | None = None
+    optimizer: str = "muon"
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    momentum: float = 0.95
+    clip: float = 1.0
+    schedule: str = "wsd"
+    warmup_steps: int = 100
+    decay_fraction: float = 0.3
+    final_factor: float = 0.0
+    ema: float = 0.999
+    objective: str = "diffusion"
+    estimator: str = "count"
+    precision: str = "bf16"
+    compile: bool = False
+    seed: int = 0
+    valid_every: int = 500
+    valid_rows: int = 128
+    checkpoint_every: int = 500
+    keep_last: int = 2
+    sample_every: int = 1000
+    sample_prompts: tuple[str, ...] = ("Once upon a time",)
+    sample_length: int = 96
+    log_every: int = 10
+    log_seconds: float = 10.0
+    tensorboard: bool = False
+
+    def __post_init__(self):
+        choices = {
+            "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "objective": OBJECTIVES,
+            "estimator": ESTIMATORS, "precision": PRECISIONS,
+        }  # fmt: skip
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(
+                    f"{name} is {value!r}: did you mean {nearest(str(value), allowed)!r}? It can be "
+                    f"{', '.join(sorted(allowed))}"
+                )
+        positive = ("max_steps", "batch_size", "accumulation", "learning_rate", "clip", "keep_last", "log_every",
+                    "checkpoint_every", "valid_rows", "sample_length")  # fmt: skip
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0")
+        for name in ("ema", "decay_fraction", "final_factor", "momentum", "beta1", "beta2"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must lie between 0 and 1")
+        if self.decay_fraction == 0 and self.schedule == "wsd":
+            raise ValueError("decay_fraction is 0 under schedule wsd: give a share of the run, or use schedule constant")
+        for name in ("warmup_steps", "valid_every", "sample_every", "weight_decay", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must not be negative")
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"batch_size {self.batch_size} cannot be cut into accumulation {self.accumulation} equal parts"
+            )
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended: steps done, target tokens seen, seconds of training (over all restarts), whether it was
+    interrupted, the EMA weights by name (None without EMA) and the last validation (None without data for it)."""
+
+    step: int
+    tokens: int
+    seconds: float
+    interrupted: bool
+    ema: dict[str, torch.Tensor] | None
+    validation: Validation | None
+
+
+class NonFiniteLoss(ValueError):
+    """The loss or the gradient became NaN or infinite; the message says where and which checkpoint is good."""
+
+
+def fit(
+    model: nn.Module,
+    tokenizer,
+    train: Examples,
+    valid: Examples | None,
+    config: TrainingConfig,
+    *,
+    mask_id: int,
+    resume: bool = False,
+    accelerator=None,
+    report: Callable[[str], None] = print,
+) -> Result:
+    """Train `model` on packed examples; checkpoints, metrics.jsonl and samples go to `config.output`.
+
+    tokenizer may be None (no samples then). resume: go on from the newest complete checkpoint, if there is one.
+    report: where lines for people go. The model is trained in place.
+    Errors: settings that do not fit together; NonFiniteLoss.
+    """
+    accelerator = accelerator or make_accelerator(config)
+    parts = accelerator.num_processes * config.accumulation
+    if config.batch_size % parts:
+        raise ValueError(
+            f"batch_size {config.batch_size} is not a multiple of {accelerator.num_processes} processes x "
+            f"accumulation {config.accumulation}: a step must cut into equal micro-batches"
+        )
+    if not resume and checkpoint.checkpoints(config.output):
+        raise ValueError(f"{config.output} holds checkpoints of a run: resume it, or choose another output folder")
+    report = report if accelerator.is_main_process else (lambda line: None)
+    run = _Run(model, tokenizer, train, valid, config, mask_id, accelerator, report)
+    if resume:
+        run.load_newest()
+    with _StopSignal() as stop:
+        return run.loop(stop)
+
+
+def make_accelerator(config: TrainingConfig):
+    """The Accelerator for a config; a recipe makes it early to know which process it is."""
+    from accelerate import Accelerator
+    from accelerate.utils import ProjectConfiguration
+
+    return Accelerator(
+        mixed_precision=config.precision,
+        log_with="tensorboard" if config.tensorboard else None,
+        project_config=ProjectConfiguration(project_dir=config.output, logging_dir=config.output),
+    )
+
+
+class _StopSignal:
+    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step; a second Ctrl-C stops at once."""
+
+    def __enter__(self) -> _StopSignal:
+        self.requested = False
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number, frame) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class _Run:
+    """One run's moving parts: model, optimizers, EMA, stream of rows, counters."""
+
+    def __init__(self, model, tokenizer, train, valid, config, mask_id, accelerator, report):
+        self.tokenizer, self.train, self.valid, self.config = tokenizer, train, valid, config
+        self.mask_id, self.accelerator, self.report = mask_id, accelerator, report
+        self.output = Path(config.output)
+        self.output.mkdir(parents=True, exist_ok=True)
+        pad = getattr(getattr(model, "config", None), "pad_token_id", None)
+        self.pad_id = mask_id if pad is None else pad  # no token sees padding: any id would do
+        model.to(accelerator.device)  # before the optimizers: they look at where the parameters are
+        optimizers = build_optimizers(
+            model,
+            config.optimizer,
+            learning_rate=config.learning_rate,
+            muon_learning_rate=config.muon_learning_rate,
+            weight_decay=config.weight_decay,
+            betas=(config.beta1, config.beta2),
+            momentum=config.momentum,
+        )
+        if config.compile:
+            for module in model.modules():
+                if type(module).__name__ in (getattr(model, "_no_split_modules", None) or ()):
+                    module.compile()  # layer by layer: one shape, one compilation
+        self.model, *self.optimizers = accelerator.prepare(model, *optimizers)
+        self.plain = accelerator.unwrap_model(self.model)
+        self.ema = EMA(self.plain, config.ema) if config.ema > 0 else None
+        self.stream = Stream(train, config.seed)
+        self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.last_checkpoint: Path | None = None
+        self.validation: Validation | None = None
+        if config.sample_every:  # now, not hours later, is when an import may fail
+            from dlm.sampler import SamplingConfig, generate
+
+            self.sampler = (SamplingConfig, generate)
+        if config.tensorboard:
+            accelerator.init_trackers("tensorboard")
+
+    # ------------------------------------------------------------------------------------------------ state
+
+    def load_newest(self) -> None:
+        """Take over the newest complete checkpoint; a run without one starts from the beginning."""
+        found = checkpoint.checkpoints(self.output)
+        if not found:
+            self.report(f"no checkpoint in {self.output} yet: starting from the beginning")
+            return
+        step, folder = found[-1]
+        state = checkpoint.read_state(folder)
+        for name in ("batch_size", "seed", "objective", "estimator"):
+            if state["config"][name] != getattr(self.config, name):
+                raise ValueError(
+                    f"{folder} was made with {name} {state['config'][name]}, now it is {getattr(self.config, name)}: "
+                    f"an exact resume needs the same; start a new output folder to change it"
+                )
+        if state["examples"] != len(self.train):
+            raise ValueError(
+                f"{folder} was made on {state['examples']} examples, the data now gives {len(self.train)}: "
+                f"an exact resume needs the same data and sequence length"
+            )
+        weights = checkpoint.load_state(self.accelerator, folder)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:  # a rate given anew holds from here on; the state keeps the old one
+                group["base_lr"] = self._base_rate(optimizer)
+        if self.ema is not None and weights is not None:
+            for name, tensor in self.ema.weights.items():
+                tensor.copy_(weights[name])
+        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+        self.stream = Stream(self.train, self.config.seed, tuple(state["position"]))
+        self.last_checkpoint = folder
+        self._forget_metrics_after(step)
+        self.report(f"resumed from {folder} at step {step}")
+
+    def _base_rate(self, optimizer) -> float:
+        inner = getattr(optimizer, "optimizer", optimizer)
+        muon = isinstance(inner, torch.optim.Muon) and self.config.muon_learning_rate is not None
+        return self.config.muon_learning_rate if muon else self.config.learning_rate
+
+    def _forget_metrics_after(self, step: int) -> None:
+        """Drop the log lines of steps that will be done again."""
+        log = self.output / "metrics.jsonl"
+        if self.accelerator.is_main_process and log.is_file():
+            records = [json.loads(line) for line in log.read_text().splitlines() if line.strip().endswith("}")]
+            kept = [record for record in records if record["step"] <= step]
+            log.write_text("".join(json.dumps(record) + "\n" for record in kept))
+
+    def save(self) -> None:
+        """Write a checkpoint of this moment."""
+        state = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "position": list(self.stream.position),
+            "examples": len(self.train),
+            "processes": self.accelerator.num_processes,
+            "config": asdict(self.config),
+        }
+        ema = None if self.ema is None else self.ema.weights
+        self.last_checkpoint = checkpoint.save_state(
+            self.accelerator, self.output, state, ema, self.config.keep_last
+        )
+
+    # ------------------------------------------------------------------------------------------------- steps
+
+    def loop(self, stop: _StopSignal) -> Result:
+        """All steps from here to the end, or to a request to stop."""
+        config = self.config
+        display = Display(
+            self.report, self.step, config.max_steps, log_every=config.log_every, log_seconds=config.log_seconds
+        )
+        stopped = False
+        while self.step < config.max_steps and not stopped:
+            began = time.perf_counter()
+            loss, count, norm, stopped = self.train_step(stop.requested)
+            took = time.perf_counter() - began
+            self.step, self.tokens, self.seconds = self.step + 1, self.tokens + count, self.seconds + took
+            record = display.add(self.step, loss, count, norm, took, self._rates(), self.tokens)
+            if record:
+                self.log({"kind": "train", **record})
+            last = self.step == config.max_steps
+            if self.valid is not None and config.valid_every and (self.step % config.valid_every == 0 or last):
+                self.check(None if last else config.valid_rows)
+            if config.sample_every and self.tokenizer is not None and (self.step % config.sample_every == 0 or last):
+                self.sample()
+            if self.step % config.checkpoint_every == 0 or last or stopped:
+                self.save()
+        if config.tensorboard:
+            self.accelerator.end_training()
+        ema = None if self.ema is None else self.ema.weights
+        return Result(self.step, self.tokens, self.seconds, stopped, ema, self.validation)
+
+    def train_step(self, stop: bool) -> tuple[float, int, float, bool]:
+        """One optimizer step. Returns loss per target token, target tokens, gradient norm, whether any process stops."""
+        config, accelerator = self.config, self.accelerator
+        world, rank = accelerator.num_processes, accelerator.process_index
+        objective = OBJECTIVES[config.objective]
+        rows = self.stream.take(config.batch_size)[rank::world]
+        size = len(rows) // config.accumulation
+        batches = [fetch(self.train, rows[i : i + size], self.pad_id) for i in range(0, len(rows), size)]
+        local = sum(int(objective.targets(batch).sum()) for batch in batches)
+        count = int(self._sum([local])[0])
+        factor = schedule_factor(
+            config.schedule, self.step, config.max_steps, warmup_steps=config.warmup_steps,
+            decay_fraction=config.decay_fraction, final_factor=config.final_factor,
+        )  # fmt: skip
+        set_learning_rates(self.optimizers, factor)
+        self.model.train()
+        total, bad = 0.0, []
+        for number, batch in enumerate(batches):
+            noise = draw_noise(batch, config.estimator, config.seed).to(accelerator.device)
+            synchronise = number == len(batches) - 1
+            with nullcontext() if synchronise else accelerator.no_sync(self.model):
+                loss = objective.loss(self.model, batch.to(accelerator.device), noise, self.mask_id)
+                # DDP averages gradients over processes: times `world` makes the average a sum.
+                accelerator.backward(loss.total * (world / max(count, 1)))
+            value = float(loss.total.detach())
+            total += value
+            if not math.isfinite(value):
+                bad += [int(i) for i in batch.index[~loss.examples.isfinite().cpu()]]
+        norm = float(accelerator.clip_grad_norm_(self.model.parameters(), config.clip))
+        total, stops, broken = self._sum([total, float(stop), float(not math.isfinite(norm))])
+        if not math.isfinite(total) or (broken and config.precision != "fp16"):  # fp16 skips such a step by itself
+            raise NonFiniteLoss(self._non_finite(bad, rows, total, norm))
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update(self.plain, self.step)
+        return total / max(count, 1), count, norm, stops > 0
+
+    def _sum(self, values: list[float]) -> list[float]:
+        """Sum of each value over all processes."""
+        if self.accelerator.num_processes == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float32 if self.accelerator.device.type == "mps" else torch.float64)
+        return self.accelerator.reduce(tensor.to(self.accelerator.device), reduction="sum").tolist()
+
+    def _rates(self) -> list[float]:
+        return [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
+
+    def _non_finite(self, bad: list[int], rows, total: float, norm: float) -> str:
+        of = sorted(set(bad)) or sorted({index for row in rows for _, index in row})
+        shown = ", ".join(map(str, of[:16])) + (f" … ({len(of)} in all)" if len(of) > 16 else "")
+        last = self.last_checkpoint or "none yet"
+        return (
+            f"step {self.step + 1}: the loss is {total} and the gradient norm {norm}; examples {shown}. "
+            f"Last good checkpoint: {last}. Lower learning_rate, raise warmup_steps, or look at those examples"
+        )
+
+    # -------------------------------------------------------------------------------- validation and samples
+
+    def check(self, rows: int | None) -> None:
+        """Validate the raw weights and their average on the same noise, and log both."""
+        config = self.config
+        settings = dict(
+            objective=config.objective, estimator=config.estimator, mask_id=self.mask_id, pad_id=self.pad_id, seed=0,
+            micro_batch=config.batch_size // (self.accelerator.num_processes * config.accumulation), rows=rows,
+        )  # fmt: skip
+        self.model.eval()
+        raw = averaged = validate(self.model, self.valid, self.accelerator, **settings)
+        if self.ema is not None:
+            self.ema.swap(self.plain)
+            averaged = validate(self.model, self.valid, self.accelerator, **settings)
+            self.ema.swap(self.plain)
+        self.validation = averaged
+        rate = " ".join("-" if b is None else f"{b:.2f}" for b in averaged.buckets)
+        self.report(
+            f"step {self.step}  validation {averaged.bound:.4f} ± {averaged.error:.4f} nats/token"
+            + (f" (average of weights; raw {raw.bound:.4f})" if self.ema is not None else "")
+            + f", {averaged.tokens} tokens; CE by mask rate 0.1…1: {rate}"
+        )
+        entry = {"kind": "valid", "bound": averaged.bound, "error": averaged.error, "raw_bound": raw.bound}
+        self.log({**entry, "step": self.step, "tokens": averaged.tokens, "buckets": averaged.buckets})
+
+    def sample(self) -> None:
+        """Print what the averaged weights write now."""
+        if not self.accelerator.is_main_process:
+            return
+        SamplingConfig, generate = self.sampler
+        self.model.eval()
+        if self.ema is not None:
+            self.ema.swap(self.plain)
+        settings = SamplingConfig(
+            gen_length=self.config.sample_length, block_length=32, temperature=0.7, seed=self.config.seed
+        )
+        prompts = [encode_prompt(self.tokenizer, text, self.mask_id) for text in self.config.sample_prompts]
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                out = generate(self.plain, prompts, settings, tokenizer=self.tokenizer)
+        finally:
+            if self.ema is not None:
+                self.ema.swap(self.plain)
+        for text, ids in zip(self.config.sample_prompts, out.sequences.tolist(), strict=True):
+            story = decode(self.tokenizer, ids)
+            self.report(f"step {self.step}  sample: {text}{story}")
+            self.log({"kind": "sample", "step": self.step, "prompt": text, "text": story})
+
+    def log(self, record: dict) -> None:
+        """Append a record to metrics.jsonl (and to the tracker)."""
+        if self.accelerator.is_main_process:
+            with open(self.output / "metrics.jsonl", "a") as log:
+                log.write(json.dumps(record) + "\n")
+        if self.config.tensorboard:
+            numbers = {f"{record['kind']}/{k}": v for k, v in record.items() if isinstance(v, float)}
+            self.accelerator.log(numbers, step=self.step)
+

@@ -114,9 +114,9 @@ def read_documents(path: str | os.PathLike, column: str = "text") -> Iterator[st
         raise ValueError(f"{path}: unknown kind of file; data files end in {', '.join(SUFFIXES)}")
     jsonl = ".jsonl" in path.suffixes
     found = False
-    opened = lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else open(path, encoding="utf-8")
+    opener = lzma.open if path.suffix == ".xz" else open
     try:
-        with opened as lines:
+        with opener(path, "rt", encoding="utf-8") as lines:
             for text in _json_texts(lines, path, column) if jsonl else _split(lines):
                 text = normalise(text)
                 if text:

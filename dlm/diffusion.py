@@ -104,9 +104,7 @@ def draw_noise(batch, estimator: str, seed: int, *, stream: int = TRAINING) -> N
         masked[own] = chosen
         weight[own[chosen]] = factor
     shape = batch.target.shape
-    return Noise(
-        torch.from_numpy(masked).view(shape), torch.from_numpy(weight).view(shape), torch.from_numpy(rate)
-    )
+    return Noise(torch.from_numpy(masked).view(shape), torch.from_numpy(weight).view(shape), torch.from_numpy(rate))
 
 
 def corrupt(tokens: Tensor, masked: Tensor, mask_id: int) -> Tensor:

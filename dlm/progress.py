@@ -9,16 +9,14 @@ from collections.abc import Callable
 
 def duration(seconds: float) -> str:
     """Hours, minutes and seconds, as 1:02:03."""
-    whole = int(round(seconds))
+    whole = round(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
 class Display:
     """Collects steps and shows their mean loss, tokens per second and the time left."""
 
-    def __init__(
-        self, report: Callable[[str], None], step: int, max_steps: int, *, log_every: int, log_seconds: float
-    ):
+    def __init__(self, report: Callable[[str], None], step: int, max_steps: int, *, log_every: int, log_seconds: float):
         self.report, self.max_steps, self.log_every, self.log_seconds = report, max_steps, log_every, log_seconds
         self.began, self.first, self.shown = time.perf_counter(), step, 0.0
         self.live = report is print and sys.stderr.isatty()

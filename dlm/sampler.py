@@ -98,7 +98,7 @@ def denoise_step(
     tokens, positions, valid, rows = canvas.tokens, request.positions, request.valid, request.rows
     kept = request.slots
     if positions is not None:
-        kept = torch.searchsorted(positions, kept).clamp_max(positions.shape[1] - 1)
+        kept = torch.searchsorted(positions, kept.contiguous()).clamp_max(positions.shape[1] - 1)
     elif cache is not None:
         positions = torch.arange(tokens.shape[1], device=tokens.device).repeat(tokens.shape[0], 1)
     if config.cfg_scale:
@@ -117,7 +117,7 @@ def denoise_step(
     _refuse_nan(logits, request)
     logits = logits.clamp_min(torch.finfo(logits.dtype).min)
     if suppressed:  # LLaDA's logits_eos_inf: gone from the prediction too, so that confidence does not count them
-        logits[..., list(suppressed)] = -torch.inf
+        logits[..., [token for token in suppressed if token < logits.shape[-1]]] = -torch.inf
     return propose(
         logits,
         generators,

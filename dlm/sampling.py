@@ -62,7 +62,8 @@ class SamplingConfig:
             check_name("confidence", self.confidence, CONFIDENCES)
         for name in ("gen_length", "steps", "block_length", "top_k"):
             value = getattr(self, name)
-            if value is not None and (not _whole(value) or value < 1):
+            optional = value is None and name != "gen_length"
+            if not optional and (not _whole(value) or value < 1):
                 raise ValueError(f"{name} is {value!r}: it counts tokens or passes; give a whole number, 1 or more")
         if not _whole(self.window) or self.window < 0:
             raise ValueError(f"window is {self.window!r}: it counts slots; give a whole number, 0 or more")
@@ -72,16 +73,11 @@ class SamplingConfig:
             value = getattr(self, name)
             if isinstance(value, Sequence) and not isinstance(value, str):
                 object.__setattr__(self, name, tuple(value))  # lists, as JSON has them
+        if not all(_whole(token) and token >= 0 for token in self.eos_ids):
+            raise ValueError(f"eos_token_id is {self.eos_token_id!r}: give a token id, 0 or more, or several")
         seeds = self.seed if isinstance(self.seed, tuple) else (self.seed,)
         if not all(_whole(seed) and 0 <= seed < 2**63 for seed in seeds):
             raise ValueError(f"seed is {self.seed!r}: give a whole number from 0 to 2**63 - 1, or one a row")
-        if self.gen_length and self.commit == "quota" and self.steps and self.block_length:
-            blocks = -(-self.gen_length // self.block_length)
-            if self.steps < blocks:
-                raise ValueError(
-                    f"steps is {self.steps} but gen_length {self.gen_length} in blocks of {self.block_length} makes "
-                    f"{blocks} blocks, and each needs a pass: give steps >= {blocks}, or a larger block_length"
-                )
 
     def _check_numbers(self) -> None:
         ranges = {

@@ -22,83 +22,13 @@ from torch import nn
 
 from dlm import checkpoint
 from dlm.data import Examples, Stream, fetch
-from dlm.diffusion import ESTIMATORS, draw_noise
+from dlm.diffusion import draw_noise
 from dlm.objective import OBJECTIVES
-from dlm.optim import EMA, SCHEDULES, build_optimizers, schedule_factor, set_learning_rates
+from dlm.optim import EMA, build_optimizers, schedule_factor, set_learning_rates
 from dlm.progress import Display
-from dlm.tokenizer import decode, encode_prompt, nearest
+from dlm.tokenizer import decode, encode_prompt
+from dlm.training_config import TrainingConfig
 from dlm.validation import Validation, validate
-
-PRECISIONS = ("no", "bf16", "fp16")
-OPTIMIZERS = ("muon", "adamw")
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """Settings of one run. Rates are per optimizer step; lengths are in optimizer steps; batch_size in packed rows."""
-
-    output: str
-    max_steps: int
-    batch_size: int = 32
-    accumulation: int = 1
-    learning_rate: float = 2e-3
-    muon_learning_rate: float | None = None
-    optimizer: str = "muon"
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    momentum: float = 0.95
-    clip: float = 1.0
-    schedule: str = "wsd"
-    warmup_steps: int = 100
-    decay_fraction: float = 0.3
-    final_factor: float = 0.0
-    ema: float = 0.999
-    objective: str = "diffusion"
-    estimator: str = "count"
-    precision: str = "bf16"
-    compile: bool = False
-    seed: int = 0
-    valid_every: int = 500
-    valid_rows: int = 128
-    checkpoint_every: int = 500
-    keep_last: int = 2
-    sample_every: int = 1000
-    sample_prompts: tuple[str, ...] = ("Once upon a time",)
-    sample_length: int = 96
-    log_every: int = 10
-    log_seconds: float = 10.0
-    tensorboard: bool = False
-
-    def __post_init__(self):
-        choices = {
-            "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "objective": OBJECTIVES,
-            "estimator": ESTIMATORS, "precision": PRECISIONS,
-        }  # fmt: skip
-        for name, allowed in choices.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ValueError(
-                    f"{name} is {value!r}: did you mean {nearest(str(value), allowed)!r}? It can be "
-                    f"{', '.join(sorted(allowed))}"
-                )
-        positive = ("max_steps", "batch_size", "accumulation", "learning_rate", "clip", "keep_last", "log_every",
-                    "checkpoint_every", "valid_rows", "sample_length")  # fmt: skip
-        for name in positive:
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0")
-        for name in ("ema", "decay_fraction", "final_factor", "momentum", "beta1", "beta2"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must lie between 0 and 1")
-        if self.decay_fraction == 0 and self.schedule == "wsd":
-            raise ValueError("decay_fraction is 0 under schedule wsd: give a share of the run, or use schedule constant")
-        for name in ("warmup_steps", "valid_every", "sample_every", "weight_decay", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must not be negative")
-        if self.batch_size % self.accumulation:
-            raise ValueError(
-                f"batch_size {self.batch_size} cannot be cut into accumulation {self.accumulation} equal parts"
-            )
 
 
 @dataclass(frozen=True)
@@ -170,6 +100,7 @@ class _StopSignal:
 
     def __enter__(self) -> _StopSignal:
         self.requested = False
+        self.name = ""
         self._before = {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -179,7 +110,7 @@ class _StopSignal:
     def _note(self, number, frame) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
+        self.requested, self.name = True, signal.Signals(number).name
 
     def __exit__(self, *_) -> None:
         for number, handler in self._before.items():
@@ -283,9 +214,7 @@ class _Run:
             "config": asdict(self.config),
         }
         ema = None if self.ema is None else self.ema.weights
-        self.last_checkpoint = checkpoint.save_state(
-            self.accelerator, self.output, state, ema, self.config.keep_last
-        )
+        self.last_checkpoint = checkpoint.save_state(self.accelerator, self.output, state, ema, self.config.keep_last)
 
     # ------------------------------------------------------------------------------------------------- steps
 
@@ -311,13 +240,15 @@ class _Run:
                 self.sample()
             if self.step % config.checkpoint_every == 0 or last or stopped:
                 self.save()
+            if stopped:
+                self.report(f"asked to stop ({stop.name or 'by another process'}) in step {self.step}")
         if config.tensorboard:
             self.accelerator.end_training()
         ema = None if self.ema is None else self.ema.weights
         return Result(self.step, self.tokens, self.seconds, stopped, ema, self.validation)
 
     def train_step(self, stop: bool) -> tuple[float, int, float, bool]:
-        """One optimizer step. Returns loss per target token, target tokens, gradient norm, whether any process stops."""
+        """One optimizer step. Returns loss per target token, target tokens, gradient norm, whether to stop."""
         config, accelerator = self.config, self.accelerator
         world, rank = accelerator.num_processes, accelerator.process_index
         objective = OBJECTIVES[config.objective]
@@ -379,10 +310,15 @@ class _Run:
     def check(self, rows: int | None) -> None:
         """Validate the raw weights and their average on the same noise, and log both."""
         config = self.config
-        settings = dict(
-            objective=config.objective, estimator=config.estimator, mask_id=self.mask_id, pad_id=self.pad_id, seed=0,
-            micro_batch=config.batch_size // (self.accelerator.num_processes * config.accumulation), rows=rows,
-        )  # fmt: skip
+        settings = {
+            "objective": config.objective,
+            "estimator": config.estimator,
+            "mask_id": self.mask_id,
+            "pad_id": self.pad_id,
+            "seed": 0,
+            "micro_batch": config.batch_size // (self.accelerator.num_processes * config.accumulation),
+            "rows": rows,
+        }
         self.model.eval()
         raw = averaged = validate(self.model, self.valid, self.accelerator, **settings)
         if self.ema is not None:
@@ -430,4 +366,3 @@ class _Run:
         if self.config.tensorboard:
             numbers = {f"{record['kind']}/{k}": v for k, v in record.items() if isinstance(v, float)}
             self.accelerator.log(numbers, step=self.step)
-

@@ -1,8 +1,8 @@
 """Pretrain a masked diffusion language model (or its causal twin) on text. Settings: a YAML and the command line.
 
-    python -m train.pretrain --config train/configs/pretrain_stories.yaml --data my.txt --output runs/mine
-    accelerate launch train/pretrain.py --config …        (any number of processes: the same loss curve)
-    dlm train pretrain …                                  (from an installed package)
+python -m train.pretrain --config train/configs/pretrain_stories.yaml --data my.txt --output runs/mine
+accelerate launch train/pretrain.py --config …        (any number of processes: the same loss curve)
+dlm train pretrain …                                  (from an installed package)
 """
 
 from __future__ import annotations
@@ -140,7 +140,9 @@ def _convert(name: str, value, wanted):
             return int(float(value))
         return wanted(value)
     except (ValueError, TypeError):
-        raise ValueError(f"{name} is {value!r}: it must be a{'n int' if wanted is int else ' ' + wanted.__name__}") from None
+        raise ValueError(
+            f"{name} is {value!r}: it must be a{'n int' if wanted is int else ' ' + wanted.__name__}"
+        ) from None
 
 
 def prepare(recipe: Recipe, accelerator):

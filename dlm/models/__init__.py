@@ -2,11 +2,13 @@
 
 import json
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PretrainedConfig
+from transformers.utils import logging as hf_logging
 
 from .configuration import LLaDAConfig
 from .transformer import LLaDAModelLM
@@ -58,12 +60,27 @@ def load(
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     try:
-        model = LLaDAModelLM.from_pretrained(path, **options).eval()
+        with _quiet():
+            model = LLaDAModelLM.from_pretrained(path, **options).eval()
     except (SafetensorError, EOFError) as error:
         raise ValueError(f"the weights in {path} are damaged or cut short ({error}): copy the file again") from None
     if device_map is None:
         model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model, load_tokenizer(path, revision)
+
+
+@contextmanager
+def _quiet():
+    """No progress bar and no report from transformers while loading: what matters is raised."""
+    bar, level = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bar:
+            hf_logging.enable_progress_bar()
 
 
 def _read_config(path: str, revision: str | None) -> LLaDAConfig:

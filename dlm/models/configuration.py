@@ -149,9 +149,10 @@ class LLaDAConfig(PretrainedConfig):
     def head_dim(self) -> int:
         return self.d_model // self.n_heads
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields that LLaDA's own code reads: `torch_dtype` by its old name, ours only where set."""
-        fields = super().to_dict()
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What config.json holds: the fields that LLaDA's own code reads (`torch_dtype` by its old name), ours only
+        where set."""
+        fields = super().to_diff_dict()
         if fields.get("dtype") is not None:
             fields["torch_dtype"] = fields.pop("dtype")
         if fields.get("block_length") is None:

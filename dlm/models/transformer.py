@@ -258,16 +258,19 @@ class LLaDAModelLM(LLaDAPreTrainedModel):
     def from_pretrained(cls, *args, **kwargs):
         """As in transformers, but a tensor missing, left over or of another shape is an error, not a warning."""
         wants_info = kwargs.pop("output_loading_info", False)
+        kwargs.setdefault("ignore_mismatched_sizes", True)  # so that they come back by name, and are refused below
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        problems = [
-            f"{name} {', '.join(sorted(str(key) for key in keys)[:4])}{' …' if len(keys) > 4 else ''}"
-            for name in ("missing_keys", "unexpected_keys", "mismatched_keys")
-            if (keys := info.get(name))
-        ]
+        problems = []
+        for kind in ("missing", "unexpected", "mismatched"):
+            keys = sorted(info.get(f"{kind}_keys") or (), key=str)
+            if keys:
+                shown = [key if isinstance(key, str) else f"{key[0]} {tuple(key[1])}" for key in keys[:4]]
+                more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
+                problems.append(f"{kind} {', '.join(shown)}{more}")
         if problems:
             raise ValueError(
-                f"the weights of {args[0] if args else '?'} do not fit its config.json: "
-                f"{'; '.join(problems).replace('_keys', '')}. The checkpoint is damaged or of another family"
+                f"the weights of {args[0] if args else 'the checkpoint'} do not fit its config.json: "
+                f"{'; '.join(problems)}. The checkpoint is damaged or of another family"
             )
         return (model, info) if wants_info else model
 

@@ -1,0 +1,83 @@
+"""The settings of a training run, checked when they are made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dlm.diffusion import ESTIMATORS
+from dlm.objective import OBJECTIVES
+from dlm.optim import SCHEDULES
+from dlm.tokenizer import nearest
+
+PRECISIONS = ("no", "bf16", "fp16")
+OPTIMIZERS = ("muon", "adamw")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Settings of one run. Rates are per optimizer step; lengths are in optimizer steps; batch_size in packed rows."""
+
+    output: str
+    max_steps: int
+    batch_size: int = 32
+    accumulation: int = 1
+    learning_rate: float = 2e-3
+    muon_learning_rate: float | None = None
+    optimizer: str = "muon"
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    momentum: float = 0.95
+    clip: float = 1.0
+    schedule: str = "wsd"
+    warmup_steps: int = 100
+    decay_fraction: float = 0.3
+    final_factor: float = 0.0
+    ema: float = 0.999
+    objective: str = "diffusion"
+    estimator: str = "count"
+    precision: str = "bf16"
+    compile: bool = False
+    seed: int = 0
+    valid_every: int = 500
+    valid_rows: int = 128
+    checkpoint_every: int = 500
+    keep_last: int = 2
+    sample_every: int = 1000
+    sample_prompts: tuple[str, ...] = ("Once upon a time",)
+    sample_length: int = 96
+    log_every: int = 10
+    log_seconds: float = 10.0
+    tensorboard: bool = False
+
+    def __post_init__(self):
+        choices = {
+            "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "objective": OBJECTIVES,
+            "estimator": ESTIMATORS, "precision": PRECISIONS,
+        }  # fmt: skip
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(
+                    f"{name} is {value!r}: did you mean {nearest(str(value), allowed)!r}? It can be "
+                    f"{', '.join(sorted(allowed))}"
+                )
+        positive = ("max_steps", "batch_size", "accumulation", "learning_rate", "clip", "keep_last", "log_every",
+                    "checkpoint_every", "valid_rows", "sample_length")  # fmt: skip
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0")
+        for name in ("ema", "decay_fraction", "final_factor", "momentum", "beta1", "beta2"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must lie between 0 and 1")
+        if self.decay_fraction == 0 and self.schedule == "wsd":
+            raise ValueError(
+                "decay_fraction is 0 under schedule wsd: give a share of the run, or use schedule constant"
+            )
+        for name in ("warmup_steps", "valid_every", "sample_every", "weight_decay", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must not be negative")
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"batch_size {self.batch_size} cannot be cut into accumulation {self.accumulation} equal parts"
+            )

@@ -1,0 +1,124 @@
+"""Turn a trained model into the folder that ships: weights, sampling defaults, measured bound, samples, model card.
+
+    python -m train.release --model runs/stories/export --output dlm/assets/llama-stories-6m \\
+        --card train/configs/card_stories.md --valid data/valid/stories.txt.xz --credits data/childrens_ccby.jsonl
+
+The card's words come from the template; every number and sample in it is measured here or read from the run's notes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file from a clone: find dlm/ beside train/
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import yaml
+
+import dlm
+from dlm.checkpoint import whole_folder
+from dlm.data import Examples, load_documents
+from dlm.tokenizer import decode
+from dlm.training import make_accelerator
+from dlm.training_config import TrainingConfig
+from dlm.validation import validate
+
+LN2 = math.log(2.0)
+
+
+def measure(model, tokenizer, paths: list[str], length: int, passes: int) -> dict:
+    """The bound on held-out text: `passes` draws of noise for every example, with the standard error over documents."""
+    parts = [load_documents(path, tokenizer) for path in paths]
+    examples = Examples(parts, length)
+    settings = TrainingConfig(output=".", max_steps=1, precision="no", sample_every=0)
+    found = validate(
+        model,
+        examples,
+        make_accelerator(settings),
+        objective="diffusion",
+        estimator="count",
+        mask_id=model.config.mask_token_id,
+        pad_id=model.config.pad_token_id,
+        seed=1,
+        micro_batch=16,
+        passes=passes,
+    )
+    size = sum(part.bytes for part in parts) * passes
+    return {
+        "nats_per_token": found.bound,
+        "standard_error": found.error,
+        "perplexity": math.exp(found.bound),
+        "bits_per_byte": found.bound * found.tokens / size / LN2,
+        "bits_per_byte_error": found.error * found.tokens / size / LN2,
+        "evaluations": found.examples,
+        "documents": sum(len(part) for part in parts),
+        "tokens": found.tokens // passes,
+        "cross_entropy_by_mask_rate": found.buckets,
+    }
+
+
+def samples(model, tokenizer, prompts: list[str], config: dlm.SamplingConfig) -> list[str]:
+    """One text a prompt, seeds from config.seed up, unedited."""
+    out = dlm.generate(model, prompts, config, tokenizer=tokenizer)
+    return [prompt + decode(tokenizer, row) for prompt, row in zip(prompts, out.sequences.tolist(), strict=True)]
+
+
+def credits(path: Path) -> str:
+    """`Title` by Author, one entry a text, from a JSONL file with title, author and licence."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    kinds: dict[str, list[str]] = {}
+    for row in rows:
+        kinds.setdefault(row["license"].strip("[]"), []).append(f"*{row['title']}* by {row['author']}")
+    return "\n\n".join(f"**{kind}** ({len(entries)}): " + "; ".join(entries) + "." for kind, entries in kinds.items())
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="release", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--model", required=True, help="folder that train/pretrain.py exported")
+    parser.add_argument("--output", required=True, help="folder to write")
+    parser.add_argument("--card", required=True, help="template of the model card: text with {fields}")
+    parser.add_argument("--valid", required=True, help="held-out text, comma separated files")
+    parser.add_argument("--credits", help="JSONL with title, author and license of texts to be credited")
+    parser.add_argument("--passes", type=int, default=4, help="draws of noise for each example (default: 4)")
+    args = parser.parse_args(argv)
+    source, template = Path(args.model), Path(args.card).read_text(encoding="utf-8")
+    notes = json.loads((source / "training.json").read_text(encoding="utf-8"))
+    front = yaml.safe_load(template.split("---")[1])
+    defaults, prompts = front.pop("sampling"), front.pop("samples")
+    model, tokenizer = dlm.load(source, dtype="float32", device="cpu")
+    bound = measure(model, tokenizer, args.valid.split(","), notes["recipe"]["sequence_length"], args.passes)
+    config = dlm.SamplingConfig(**defaults)
+    texts = samples(model, tokenizer, prompts, config)
+    fields = {
+        **{key: value for key, value in notes.items() if not isinstance(value, dict)},
+        **notes["recipe"],
+        **bound,
+        "minutes": notes["seconds"] / 60,
+        "sampling": ", ".join(f"`{key}` {value}" for key, value in defaults.items()),
+        "samples": "\n\n".join(f"Seed {seed}:\n\n> {text.replace(chr(10), chr(10) + '> ')}" for seed, text in enumerate(texts)),
+        "credits": credits(Path(args.credits)) if args.credits else "",
+    }
+    card = "---\n" + yaml.safe_dump(front, sort_keys=False) + "---" + template.split("---", 2)[2].format_map(fields)
+    with whole_folder(args.output) as folder:
+        for file in source.iterdir():
+            if file.name != "training.json":
+                shutil.copy(file, folder / file.name)
+        generation = {"_from_model_config": False, "dlm": defaults}
+        (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+        (folder / "training.json").write_text(json.dumps({**notes, "validation": bound}, indent=2) + "\n")
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    print(f"wrote {args.output}: {bound['nats_per_token']:.4f} ± {bound['standard_error']:.4f} nats/token")
+    for text in texts:
+        print(f"\n{text}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -4,6 +4,7 @@ Shapes: B batch (rows), T slots. Row i is `[prompt_i | region to generate | not 
 wherever the row holds the mask token. Prompts of different lengths are the ordinary case, never padded on the left.
 """
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -28,6 +29,8 @@ class Canvas:
     def __post_init__(self):
         if self.tokens.ndim != 2:
             raise ValueError(f"canvas tokens have shape {tuple(self.tokens.shape)}; they must be (rows, slots)")
+        if self.tokens.dtype != torch.int64:
+            raise ValueError(f"canvas tokens are {self.tokens.dtype}; token ids are int64")
         for name in ("editable", "valid"):
             other = getattr(self, name)
             if other.shape != self.tokens.shape or other.dtype != torch.bool:
@@ -44,7 +47,7 @@ class Canvas:
         """
         if gen_length < 1:
             raise ValueError(f"gen_length is {gen_length}: there is nothing to generate; give 1 or more")
-        rows = [[int(token) for token in prompt] for prompt in prompts]
+        rows = [_ids(prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
         for i, row in enumerate(rows):
             if mask_id in row:
                 raise ValueError(
@@ -57,7 +60,7 @@ class Canvas:
     @classmethod
     def from_templates(cls, templates: Iterable[Sequence[int]], mask_id: int, *, device=None) -> "Canvas":
         """Rows with text on both sides of what is missing: every `mask_id` in a template is a place to fill."""
-        rows = [[int(token) for token in template] for template in templates]
+        rows = [_ids(template, f"template {i}") for i, template in enumerate(templates)]
         for i, row in enumerate(rows):
             if mask_id not in row:
                 raise ValueError(f"template {i} has no mask token (id {mask_id}): it has no blank to fill")
@@ -101,3 +104,11 @@ class Canvas:
         """(B, G) ids at the editable places in order, rows with fewer of them filled with `pad_id` at the end."""
         rows = [row[here] for row, here in zip(self.tokens, self.editable & self.valid, strict=True)]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
+
+
+def _ids(row: Sequence[int], name: str) -> list[int]:
+    """The row as a list of ints. Raises ValueError for anything that is not a sequence of whole numbers."""
+    try:
+        return [operator.index(token) for token in row]
+    except TypeError:
+        raise ValueError(f"{name} is {str(row)[:60]}: give a sequence of token ids, whole numbers") from None

@@ -252,11 +252,7 @@ def expected(opened: Opened, canvas, config) -> tuple[int | None, int]:
 
 def row_text(opened: Opened, config, show_given: bool = True) -> terminal.RowText:
     """How the rows of a canvas are shown on standard output."""
-    ends = {
-        opened.tokenizer.eos_token_id,
-        *as_ids(config.eos_token_id),
-        *as_ids(opened.model.config.eos_token_id),
-    }
+    ends = {opened.tokenizer.eos_token_id, *config.eos_ids, *as_ids(opened.model.config.eos_token_id)}
     return terminal.RowText(
         opened.text,
         frozenset(ends - {None}),

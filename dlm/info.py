@@ -21,12 +21,12 @@ def describe(path: str | None = None, revision: str | None = None) -> dict[str, 
     """
     from dlm.cache import methods_for
     from dlm.console import hub_errors, own_defaults
-    from dlm.models import SHIPPED, _read_config
+    from dlm.models import SHIPPED, read_config
     from dlm.tokenizer import load_tokenizer
 
     path = str(SHIPPED) if path is None else path
     with hub_errors(path):
-        config = _read_config(path, revision)
+        config = read_config(path, revision)
     tokenizer = load_tokenizer(path, revision)
     tensors, size = weights(path, revision)
     causal = config.block_length is not None

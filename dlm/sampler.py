@@ -319,6 +319,7 @@ class _Run:
             counts = committed.sum(dim=1).tolist()
             written = [counts[row] for row in active]
         for row, count in zip(active, written, strict=True):
+            assert 0 < count <= self.left[row], f"a pass committed {count} of row {row}'s {self.left[row]} places"
             self.left[row] -= count
             self.turn[row] += 1
             if self.left[row] == 0:
@@ -392,19 +393,19 @@ def prepare(model, inputs, config: SamplingConfig | None = None, tokenizer=None)
         return inputs, known
     if isinstance(inputs, Tensor):
         inputs = inputs.tolist()
-    if isinstance(inputs, str) or (len(inputs) and isinstance(inputs[0], int)):
+    if isinstance(inputs, str) or (len(inputs) and isinstance(inputs[0], int | float)):
         inputs = [inputs]
     if any(isinstance(prompt, str) for prompt in inputs):
         if tokenizer is None:
             raise ValueError("text was given but no tokenizer: pass tokenizer=, or give token ids")
         inputs = [encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in inputs]
-    limit = getattr(settings, "embedding_size", None)
-    for i, prompt in enumerate(inputs):
-        wrong = [token for token in prompt if token < 0 or (limit is not None and token >= limit)]
-        if wrong:
-            raise ValueError(
-                f"prompt {i} holds id {wrong[0]}, but the model's ids are 0 to {limit - 1 if limit else '…'}"
-            )
     gen_length = (config or SamplingConfig()).gen_length
     device = next((p.device for p in model.parameters()), None) if isinstance(model, torch.nn.Module) else None
-    return Canvas.from_prompts(inputs, gen_length, mask_id(tokenizer, settings), device=device), known
+    canvas = Canvas.from_prompts(inputs, gen_length, mask_id(tokenizer, settings), device=device)
+    size = getattr(settings, "embedding_size", None)
+    wrong = canvas.tokens[(canvas.tokens < 0) | (canvas.tokens >= (size or 2**62))]
+    if len(wrong):
+        raise ValueError(
+            f"the prompts hold id {int(wrong[0])}, but the model's ids go from 0 to {size - 1 if size else '…'}"
+        )
+    return canvas, known

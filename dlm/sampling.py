@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 from .cache import METHODS
 from .names import check_name
@@ -67,6 +68,9 @@ class SamplingConfig:
                 raise ValueError(f"{name} is {value!r}: it counts tokens or passes; give a whole number, 1 or more")
         if not _whole(self.window) or self.window < 0:
             raise ValueError(f"window is {self.window!r}: it counts slots; give a whole number, 0 or more")
+        for name in ("tempered_confidence", "stop_at_eos", "suppress_eos", "delay_eos"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}: it is a switch; give True or False")
         self._check_numbers()
         self._check_commit()
         for name in ("seed", "eos_token_id"):
@@ -86,11 +90,12 @@ class SamplingConfig:
             "entropy_bound": (lambda x: x >= 0, "nats, 0 or more"),
             "temperature": (lambda x: 0 <= x < float("inf"), "0 or more"),
             "cfg_scale": (lambda x: 0 <= x < float("inf"), "0 or more"),
-            "top_p": (lambda x: x is None or 0 < x <= 1, "above 0 and at most 1"),
+            "top_p": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
         }
         for name, (holds, wanted) in ranges.items():
             value = getattr(self, name)
-            if isinstance(value, bool | str) or not holds(value):
+            optional = value is None and name == "top_p"
+            if not optional and (not isinstance(value, Real) or isinstance(value, bool) or not holds(value)):
                 raise ValueError(f"{name} is {value!r}: it must be {wanted}")
 
     def _check_commit(self) -> None:
@@ -126,4 +131,4 @@ class SamplingConfig:
 
 
 def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)

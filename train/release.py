@@ -68,6 +68,11 @@ def samples(model, tokenizer, prompts: list[str], config: dlm.SamplingConfig) ->
     return [prompt + decode(tokenizer, row) for prompt, row in zip(prompts, out.sequences.tolist(), strict=True)]
 
 
+def quote(text: str) -> str:
+    """A text as a quotation in Markdown, line for line."""
+    return "\n".join(f"> {line}".rstrip() + ("  " if line else "") for line in text.split("\n"))
+
+
 def credits(path: Path) -> str:
     """`Title` by Author, one entry a text, from a JSONL file with title, author and licence."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -102,7 +107,7 @@ def main(argv: list[str]) -> int:
         **bound,
         "minutes": notes["seconds"] / 60,
         "sampling": ", ".join(f"`{key}` {value}" for key, value in defaults.items()),
-        "samples": "\n\n".join(f"Seed {seed}:\n\n> {text.replace(chr(10), chr(10) + '> ')}" for seed, text in enumerate(texts)),
+        "samples": "\n\n".join(f"Seed {seed}:\n\n{quote(text)}" for seed, text in enumerate(texts)),
         "credits": credits(Path(args.credits)) if args.credits else "",
     }
     card = "---\n" + yaml.safe_dump(front, sort_keys=False) + "---" + template.split("---", 2)[2].format_map(fields)

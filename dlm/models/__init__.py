@@ -13,7 +13,7 @@ from transformers.utils import logging as hf_logging
 from .configuration import LLaDAConfig
 from .transformer import LLaDAModelLM
 
-__all__ = ["SHIPPED", "LLaDAConfig", "LLaDAModelLM", "load"]
+__all__ = ["SHIPPED", "LLaDAConfig", "LLaDAModelLM", "load", "read_config"]
 
 AutoConfig.register("llada", LLaDAConfig, exist_ok=True)
 AutoModel.register(LLaDAConfig, LLaDAModelLM, exist_ok=True)
@@ -21,12 +21,9 @@ AutoModelForMaskedLM.register(LLaDAConfig, LLaDAModelLM, exist_ok=True)
 
 SHIPPED = Path(__file__).parent.parent / "assets" / "llama-stories-6m"  # the model that comes with the package
 
-_WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+WIDENED = 1_000_000_000  # parameters; above this, float32 would take too much of a machine's memory
+
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
 def load(
@@ -40,23 +37,25 @@ def load(
 ):
     """(model, tokenizer) from a folder or a hub id; without one, the model that ships with dlm.
 
-    dtype: "auto" is the checkpoint's. device: by default a GPU if there is one; device_map, as in transformers,
-    instead of it. attn_implementation: eager, sdpa, flash_attention_2 or flex_attention. No remote code is run.
-    The tokenizer is None where the folder has none. Raises ValueError, in one line that names the folder and the
+    dtype: "auto" is the checkpoint's, but float32 for half-precision weights of up to a billion numbers on a CPU:
+    every processor is quick at that, and gives the same text. device: by default a GPU if there is one; device_map,
+    as in transformers, instead of it. attn_implementation: eager, sdpa, flash_attention_2 or flex_attention. No
+    remote code is run. The tokenizer is None where the folder has none. Raises ValueError, in one line that names the folder and the
     reason, for a folder that is no checkpoint, another family, damaged weights, or tensors missing or left over;
     OSError where the hub cannot be reached.
     """
     from ..tokenizer import load_tokenizer
 
     path = os.fspath(SHIPPED if path is None else path)
-    config = _read_config(path, revision)
+    config = read_config(path, revision)
     if isinstance(dtype, str) and dtype != "auto":
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ValueError(f"dtype is {dtype!r}: give auto, float32, bfloat16 or float16")
         dtype = getattr(torch, dtype)
     options = {"config": config, "dtype": dtype, "revision": revision or "main"}
-    if device_map is not None:
-        options["device_map"] = device_map
+    if device_map is None:  # the weights go straight there
+        device_map = {"": torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))}
+    options["device_map"] = device_map
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     try:
@@ -64,8 +63,9 @@ def load(
             model = LLaDAModelLM.from_pretrained(path, **options).eval()
     except (SafetensorError, EOFError) as error:
         raise ValueError(f"the weights in {path} are damaged or cut short ({error}): copy the file again") from None
-    if device_map is None:
-        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    small = model.device.type == "cpu" and model.dtype.itemsize < 4 and model.num_parameters() <= WIDENED
+    if dtype == "auto" and small:
+        model = model.float()
     return model, load_tokenizer(path, revision)
 
 
@@ -83,7 +83,8 @@ def _quiet():
             hf_logging.enable_progress_bar()
 
 
-def _read_config(path: str, revision: str | None) -> LLaDAConfig:
+def read_config(path: str, revision: str | None = None) -> LLaDAConfig:
+    """The configuration in a folder or at a hub id; raises ValueError where there is none that `load` reads."""
     folder = Path(path)
     if folder.is_dir():
         if not (folder / "config.json").is_file():

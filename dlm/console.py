@@ -203,11 +203,11 @@ def denoise(opened: Opened, jobs: Sequence[Job], config, args, show_given: bool 
     Ctrl-C ends it early: the results are then not finished.
     """
     import dlm
-    from dlm.sampler import prepare
+    from dlm.inputs import prepare
 
     canvas = dlm.Canvas.from_templates([job.ids for job in jobs], opened.mask, device=opened.model.device)
     config = dataclasses.replace(config, seed=tuple(job.seed for job in jobs))
-    _, known = prepare(opened.model, canvas, config, opened.tokenizer)
+    _, known = prepare(opened.model, canvas, config.gen_length, opened.tokenizer)
     live = not args.json and not args.no_live and terminal.is_live(sys.stdout)
     view: Any = contextlib.nullcontext()
     if live:

@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 
 from .cache import METHODS, KVCache, Planner, Signals, visibility
 from .canvas import Canvas
+from .inputs import prepare
 from .models.attention import Visible, full
 from .sampling import SamplingConfig
 from .unmasking import COMMITS, Step, coarse_block, propose, schedule
@@ -364,13 +365,14 @@ def generate(model, inputs, config: SamplingConfig | None = None, *, tokenizer=N
     inputs: id lists of any lengths, ids (B, P) or (P,), texts (these need `tokenizer`), or a `Canvas`.
     Raises ValueError for inputs or settings that do not fit the model, FloatingPointError for NaN logits.
     """
-    canvas, settings = prepare(model, inputs, config, tokenizer)
+    config = config or SamplingConfig()
+    canvas, settings = prepare(model, inputs, config.gen_length, tokenizer)
     state, committed = None, torch.zeros(len(canvas.tokens), dtype=torch.int64)
     for state in denoise(model, canvas, config, **settings):
         committed += state.committed.sum(dim=1).cpu()
     if state is None:
         raise ValueError("the canvas has no masked place: there is nothing to generate")
-    ids = (config.eos_ids if config else ()) or settings["eos_token_ids"]
+    ids = config.eos_ids or settings["eos_token_ids"]
     return GenerationOutput(
         sequences=state.canvas.region(pad_id=ids[0] if ids else 0),
         canvas=state.canvas,
@@ -378,34 +380,3 @@ def generate(model, inputs, config: SamplingConfig | None = None, *, tokenizer=N
         tokens_per_forward=committed / state.nfe.clamp_min(1),
         positions_computed=state.positions_computed,
     )
-
-
-def prepare(model, inputs, config: SamplingConfig | None = None, tokenizer=None) -> tuple[Canvas, dict]:
-    """The canvas for these inputs and what `denoise` should know of the checkpoint (vocab_size, eos_token_ids)."""
-    from .tokenizer import encode_prompt, mask_id
-
-    settings = getattr(model, "config", None)
-    ends = getattr(settings, "eos_token_id", None)
-    ends = () if ends is None else tuple(ends) if isinstance(ends, list | tuple) else (ends,)
-    vocab_size = getattr(settings, "vocab_size", None) if tokenizer is None else len(tokenizer)
-    known = {"vocab_size": vocab_size, "eos_token_ids": ends}
-    if isinstance(inputs, Canvas):
-        return inputs, known
-    if isinstance(inputs, Tensor):
-        inputs = inputs.tolist()
-    if isinstance(inputs, str) or (len(inputs) and isinstance(inputs[0], int | float)):
-        inputs = [inputs]
-    if any(isinstance(prompt, str) for prompt in inputs):
-        if tokenizer is None:
-            raise ValueError("text was given but no tokenizer: pass tokenizer=, or give token ids")
-        inputs = [encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in inputs]
-    gen_length = (config or SamplingConfig()).gen_length
-    device = next((p.device for p in model.parameters()), None) if isinstance(model, torch.nn.Module) else None
-    canvas = Canvas.from_prompts(inputs, gen_length, mask_id(tokenizer, settings), device=device)
-    size = getattr(settings, "embedding_size", None)
-    wrong = canvas.tokens[(canvas.tokens < 0) | (canvas.tokens >= (size or 2**62))]
-    if len(wrong):
-        raise ValueError(
-            f"the prompts hold id {int(wrong[0])}, but the model's ids go from 0 to {size - 1 if size else '…'}"
-        )
-    return canvas, known

@@ -40,9 +40,9 @@ def load(
     dtype: "auto" is the checkpoint's, but float32 for half-precision weights of up to a billion numbers on a CPU:
     every processor is quick at that, and gives the same text. device: by default a GPU if there is one; device_map,
     as in transformers, instead of it. attn_implementation: eager, sdpa, flash_attention_2 or flex_attention. No
-    remote code is run. The tokenizer is None where the folder has none. Raises ValueError, in one line that names the folder and the
-    reason, for a folder that is no checkpoint, another family, damaged weights, or tensors missing or left over;
-    OSError where the hub cannot be reached.
+    remote code is run. The tokenizer is None where the folder has none.
+    Raises ValueError, in one line that names the folder and the reason, for a folder that is no checkpoint, another
+    family, damaged weights, or tensors missing or left over; OSError where the hub cannot be reached.
     """
     from ..tokenizer import load_tokenizer
 

@@ -188,7 +188,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 a user's mistake, 1 a failure, 130 Ctrl-C.
+    """Run the command line; returns the exit code: 0, 2 what was given does not work, 1 out of memory, 130 Ctrl-C.
 
     With DLM_DEBUG set an error shows its stack.
     """
@@ -214,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("DLM_DEBUG") or not (known or type(error).__name__ == "OutOfMemoryError"):
             raise
         print(f"dlm: error: {one_line(error)}", file=sys.stderr)
-        return 2 if isinstance(error, (ValueError, OSError, ImportError)) else 1
+        return 2 if known else 1
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -1,0 +1,40 @@
+"""Shared fixtures: one thread (results and times do not depend on the machine), tiny models, recorded checkpoints."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # toys.py and oracle.py, whatever the import mode
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def pytest_configure(config):
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def fixtures():
+    return FIXTURES
+
+
+@pytest.fixture(scope="session", params=["mha", "gqa"])
+def recorded(request):
+    """A recorded checkpoint: (model, folder, its cases)."""
+    import dlm
+
+    folder = FIXTURES / request.param
+    model, tokenizer = dlm.load(folder)
+    assert tokenizer is None
+    return model, folder, json.loads((folder / "expected.json").read_text())["cases"]
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """One tiny double-precision model (V 40, mask 39, end of text 38)."""
+    from toys import tiny_model
+
+    return tiny_model(0)

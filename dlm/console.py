@@ -18,9 +18,6 @@ from typing import Any
 
 from dlm import terminal
 from dlm.cli import SAMPLING, flag
-from dlm.names import check_name
-
-ATTENTION = ("eager", "sdpa", "flash_attention_2", "flex_attention")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,9 +95,6 @@ def open_checkpoint(args, check: bool = True) -> Opened:
     """
     gc.disable()  # the imports make a million objects and no garbage: a quarter less time
     try:
-        import torch
-        from transformers.utils import logging
-
         import dlm
         from dlm.models import SHIPPED
         from dlm.tokenizer import mask_id
@@ -110,17 +104,7 @@ def open_checkpoint(args, check: bool = True) -> Opened:
         defaults = own_defaults(path, args.revision) if local else {}
         if check:
             settings(args, defaults)
-        if local or not sys.stderr.isatty():
-            logging.disable_progress_bar()  # of weights; a download may show its own
-        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            torch.empty(1, device=device)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"--device {device} cannot be used here ({reason}): leave it out, or give cpu") from error
-        if args.attn_implementation is not None:
-            check_name("--attn-implementation", args.attn_implementation, ATTENTION)
-        options = {"dtype": args.dtype, "device": device, "attn_implementation": args.attn_implementation}
+        options = {"dtype": args.dtype, "device": args.device, "attn_implementation": args.attn_implementation}
         with hub_errors(path):
             model, tokenizer = dlm.load(path, revision=args.revision, **options)
         if tokenizer is None:

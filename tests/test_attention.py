@@ -6,12 +6,14 @@ import pytest
 import torch
 from toys import tiny_model
 
-from dlm.models import attention
+from dlm.cache import KVCache
+from dlm.models import attention, transformer
 
 
-@pytest.fixture(autouse=True)
-def uncompiled():
-    """FlexAttention is compiled where it matters, on a GPU; here its Python form must do without a C++ compiler."""
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """FlexAttention itself on a CPU: its Python form, where the library would take SDPA for want of a compiler."""
+    monkeypatch.setattr(transformer, "usable_kernel", lambda implementation, *_: implementation)
     with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -72,7 +74,7 @@ RULES = {
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("name", RULES)
-def test_kernels_agree_and_hide_what_the_rule_hides(name, padded):
+def test_kernels_agree_and_hide_what_the_rule_hides(name, padded, uncompiled):
     """A token changes exactly the logits of the places that may see it (one layer: no indirect sight)."""
     rule, seen = RULES[name]
     kernels = {k: tiny_model(5, n_layers=1, attn_implementation=k, dtype=torch.float32) for k in
@@ -100,7 +102,7 @@ def test_kernels_agree_and_hide_what_the_rule_hides(name, padded):
 
 
 @pytest.mark.parametrize("kernel", ["eager", "sdpa", "flex_attention"])
-def test_masked_out_is_the_same_as_absent(kernel):
+def test_masked_out_is_the_same_as_absent(kernel, uncompiled):
     """Slots that are not valid weigh nothing, whatever they hold."""
     model = tiny_model(6, attn_implementation=kernel, dtype=torch.float32)
     tokens = torch.randint(0, 39, (1, 10), generator=torch.Generator().manual_seed(2))
@@ -109,3 +111,30 @@ def test_masked_out_is_the_same_as_absent(kernel):
         alone = model(tokens[:, :7])
         padded = model(tokens, valid=valid)[:, :7]
     assert (alone - padded).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 1}, {"block_length": 4}])
+def test_kernels_agree_on_some_slots_with_a_cache(changes, uncompiled):
+    tokens = torch.randint(0, 39, (2, 10), generator=torch.Generator().manual_seed(3))
+    everywhere, slots = torch.arange(10).expand(2, 10), torch.tensor([[3, 4, 9], [0, 5, 6]])
+    valid = torch.ones(2, 10, dtype=torch.bool)
+    valid[1, 8:] = False
+    found = []
+    for kernel in ("eager", "sdpa", "flex_attention"):
+        model = tiny_model(7, attn_implementation=kernel, dtype=torch.float32, **changes)
+        cache = KVCache(2, 10)
+        with torch.inference_mode():
+            model(tokens, everywhere, cache=cache, valid=valid)
+            found.append(model(tokens.gather(1, slots) // 2, slots, cache=cache, valid=valid))
+    for other in found[1:]:
+        assert (other - found[0]).abs().max() < 1e-4
+
+
+def test_flex_attention_on_a_cpu_needs_no_compiler():
+    """It runs SDPA; the compiled kernel wants a C++ compiler and fails on some shapes of torch 2.13."""
+    model = tiny_model(5, attn_implementation="flex_attention", dtype=torch.float32)
+    with torch.inference_mode():
+        for length in (13, 7, 10):
+            tokens = torch.arange(length)[None]
+            valid = torch.arange(length)[None] < length - 1
+            assert model(tokens, valid=valid).isfinite().all()

@@ -31,7 +31,7 @@ tokenizer, checkpoint, run = commandline.tokenizer, commandline.checkpoint, comm
         (["generate", "x", "--delay", "-1"], ["--delay"]),
         (["generate", "x", "--gen-length", "127"], ["129", "128", "shorten"]),
         (["generate", "x", "--method", "block_causal"], ["full-attention", "dual"]),
-        (["generate", "x", "--device", "abacus"], ["--device abacus"]),
+        (["generate", "x", "--device", "abacus"], ["device abacus"]),
         (["generate", "x", "--dtype", "float3"], ["'float3'", "float32"]),
         (["generate", "x", "--attn-implementation", "sdpaa"], ["'sdpaa'", "'sdpa'"]),
         (["generate", "a <|mdm_mask|> b"], ["mask token <|mdm_mask|>"]),

@@ -180,7 +180,23 @@ def test_dtype_is_saved_under_the_name_the_authors_use(fixtures, tmp_path):
     model, _ = dlm.load(fixtures / "mha", dtype="bfloat16")
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
-    assert {p.dtype for p in dlm.load(tmp_path)[0].parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in dlm.load(tmp_path, dtype=torch.bfloat16)[0].parameters()} == {torch.bfloat16}
+
+
+def test_half_precision_is_widened_on_a_cpu(fixtures, tmp_path):
+    """Small models only, and only where no dtype is asked for; what is saved then says what it is."""
+    dlm.load(fixtures / "mha", dtype="bfloat16")[0].save_pretrained(tmp_path / "half")
+    model, _ = dlm.load(tmp_path / "half", device="cpu")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    model.save_pretrained(tmp_path / "wide")
+    assert json.loads((tmp_path / "wide" / "config.json").read_text())["torch_dtype"] == "float32"
+    assert {t.dtype for t in load_file(tmp_path / "wide" / "model.safetensors").values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", ["float31", "int", "matmul"])
+def test_unknown_dtype(fixtures, dtype):
+    with pytest.raises(ValueError, match=dtype):
+        dlm.load(fixtures / "mha", dtype=dtype)
 
 
 def test_loading_is_silent(fixtures, capfd):
@@ -219,7 +235,7 @@ def test_attn_implementation_is_taken(fixtures, kernel):
     model, _ = dlm.load(fixtures / "mha", attn_implementation=kernel)
     assert model.config._attn_implementation == kernel
     want = load_file(fixtures / "mha" / "logits.safetensors")
-    with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
+    with torch.inference_mode():
         assert (model(want["input_ids"]) - want["logits"]).abs().max() < 1e-4
 
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PretrainedConfig
 from transformers.utils import logging as hf_logging
 
+from ..names import check_name
 from .configuration import LLaDAConfig
 from .transformer import LLaDAModelLM
 
@@ -22,6 +23,8 @@ AutoModelForMaskedLM.register(LLaDAConfig, LLaDAModelLM, exist_ok=True)
 SHIPPED = Path(__file__).parent.parent / "assets" / "llama-stories-6m"  # the model that comes with the package
 
 WIDENED = 1_000_000_000  # parameters; above this, float32 would take too much of a machine's memory
+
+ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
@@ -53,13 +56,13 @@ def load(
             raise ValueError(f"dtype is {dtype!r}: give auto, float32, bfloat16 or float16")
         dtype = getattr(torch, dtype)
     options = {"config": config, "dtype": dtype, "revision": revision or "main"}
-    if device_map is None:  # the weights go straight there
-        device_map = {"": torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))}
-    options["device_map"] = device_map
+    # A device as a device_map: the weights go straight there.
+    options["device_map"] = {"": _usable(device)} if device_map is None else device_map
     if attn_implementation is not None:
+        check_name("attn_implementation", attn_implementation, ATTENTION)
         options["attn_implementation"] = attn_implementation
     try:
-        with _quiet():
+        with _quiet() if os.path.isdir(path) else nullcontext():  # a download shows its progress
             model = LLaDAModelLM.from_pretrained(path, **options).eval()
     except (SafetensorError, EOFError) as error:
         raise ValueError(f"the weights in {path} are damaged or cut short ({error}): copy the file again") from None
@@ -67,6 +70,17 @@ def load(
     if dtype == "auto" and small:
         model = model.float()
     return model, load_tokenizer(path, revision)
+
+
+def _usable(device: str | torch.device | None) -> torch.device:
+    """The device, by default a GPU where there is one; raises ValueError for one that this machine does not have."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {device} cannot be used here ({reason}): leave it out, or give cpu") from None
+    return torch.device(device)
 
 
 @contextmanager

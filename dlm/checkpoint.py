@@ -19,6 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dlm.models import quiet
+
 STEP_FOLDER = re.compile(r"step-(\d{8})")
 STATE_FILE = "trainer.json"  # written last: a folder that has it is complete
 EMA_FILE = "ema.safetensors"
@@ -70,7 +72,7 @@ def save_model(
     if dtype is not None:
         fresh = fresh.to(dtype)
     fresh.config.dtype = next(fresh.parameters()).dtype
-    with whole_folder(folder) as temporary:
+    with whole_folder(folder) as temporary, quiet():
         fresh.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)

@@ -69,6 +69,8 @@ def template(tokenizer, text: str, blank_length: int, mask: int) -> list[int]:
     the model, which writes it with the word; the text after a blank keeps its own.
     Errors: no blank; a blank of no tokens; text that contains the mask token.
     """
+    from dlm.tokenizer import encode_prompt
+
     blanks = list(BLANK.finditer(text))
     if not blanks:
         raise ValueError(f"no blank in {text[:60]!r}: mark each with ___, or with ___{{12}} for twelve tokens")
@@ -81,17 +83,9 @@ def template(tokenizer, text: str, blank_length: int, mask: int) -> list[int]:
         piece = text[at : blank.start()]
         if piece.endswith(" ") and not piece.endswith("  "):
             piece = piece[:-1]
-        ids += piece_ids(tokenizer, piece, mask, first=not ids) + [mask] * length
+        ids += encode_prompt(tokenizer, piece, mask, beginning=not ids) + [mask] * length
         at = blank.end()
-    return ids + piece_ids(tokenizer, text[at:], mask, first=False)
-
-
-def piece_ids(tokenizer, text: str, mask: int, *, first: bool) -> list[int]:
-    """Ids of a part of a text; only the first part begins with the begin-of-text token."""
-    from dlm.tokenizer import encode_prompt
-
-    ids = encode_prompt(tokenizer, text, mask)
-    return ids if first or tokenizer.bos_token_id is None else ids[1:]
+    return ids + encode_prompt(tokenizer, text[at:], mask, beginning=False)
 
 
 def chat_ids(tokenizer, messages: Sequence[dict[str, str]], mask: int) -> list[int]:

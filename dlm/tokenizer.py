@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 BOS, EOS, MASK = "<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>"
@@ -51,6 +51,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
     core.train_from_iterator(texts, trainer)
     core.add_special_tokens(list(SPECIAL_TOKENS))
+    core.post_processor = (
+        processors.TemplateProcessing(  # a text begins as documents in training do
+            single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, core.token_to_id(BOS))]
+        )
+    )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
         bos_token=BOS,
@@ -105,13 +110,18 @@ def mask_id(tokenizer, config) -> int:
     return int(found)
 
 
-def encode_prompt(tokenizer, text: str, mask: int | None = None) -> list[int]:
-    """Encode a prompt, with the begin-of-text token in front where the tokenizer has one.
+def encode_prompt(tokenizer, text: str, mask: int | None = None, *, beginning: bool = True) -> list[int]:
+    """Encode a prompt, with what the tokenizer itself puts in front of a text (ours: begin-of-text; LLaDA's: nothing).
 
-    `mask`: the checkpoint's mask id, where the tokenizer does not name it itself.
+    `mask`: the checkpoint's mask id, where the tokenizer does not name it itself. `beginning`: False for a later
+    part of a text, which has nothing in front.
     Errors: a prompt that contains the mask token.
     """
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids = list(tokenizer(text, add_special_tokens=beginning)["input_ids"])
+    if beginning and ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token):
+        ids.pop()  # some tokenizers end every text; a prompt goes on
+    if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
+        ids.pop(0)  # the text, of a chat template perhaps, brought its own
     vocabulary = tokenizer.get_vocab()
     forbidden = {i for i in (mask, tokenizer.mask_token_id, vocabulary.get(MASK)) if i is not None}
     found = forbidden.intersection(ids)
@@ -121,9 +131,6 @@ def encode_prompt(tokenizer, text: str, mask: int | None = None) -> list[int]:
             f"the prompt contains the mask token {name}: it is how the model marks what it has still to write; "
             f"remove it, or use infilling (dlm infill) to mark a blank"
         )
-    bos = tokenizer.bos_token_id
-    if bos is not None and ids[:1] != [bos]:
-        ids.insert(0, bos)
     return ids
 
 

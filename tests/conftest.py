@@ -14,6 +14,9 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 def pytest_configure(config):
     torch.set_num_threads(1)
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # save_pretrained's would land in what the tests capture
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from ..names import check_name
 from .configuration import LLaDAConfig
 from .transformer import LLaDAModelLM
 
-__all__ = ["SHIPPED", "LLaDAConfig", "LLaDAModelLM", "load", "read_config"]
+__all__ = ["SHIPPED", "LLaDAConfig", "LLaDAModelLM", "load", "quiet", "read_config"]
 
 AutoConfig.register("llada", LLaDAConfig, exist_ok=True)
 AutoModel.register(LLaDAConfig, LLaDAModelLM, exist_ok=True)
@@ -62,7 +62,7 @@ def load(
         check_name("attn_implementation", attn_implementation, ATTENTION)
         options["attn_implementation"] = attn_implementation
     try:
-        with _quiet() if os.path.isdir(path) else nullcontext():  # a download shows its progress
+        with quiet() if os.path.isdir(path) else nullcontext():  # a download shows its progress
             model = LLaDAModelLM.from_pretrained(path, **options).eval()
     except (SafetensorError, EOFError) as error:
         raise ValueError(f"the weights in {path} are damaged or cut short ({error}): copy the file again") from None
@@ -84,8 +84,8 @@ def _usable(device: str | torch.device | None) -> torch.device:
 
 
 @contextmanager
-def _quiet():
-    """No progress bar and no report from transformers while loading: what matters is raised."""
+def quiet():
+    """No progress bar and no report from transformers meanwhile: what matters is raised."""
     bar, level = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()

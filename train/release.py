@@ -1,7 +1,8 @@
 """Turn a trained model into the folder that ships: weights, sampling defaults, measured bound, samples, model card.
 
-    python -m train.release --model runs/stories/export --output dlm/assets/llama-stories-6m \\
-        --card train/configs/card_stories.md --valid data/valid/stories.txt.xz --credits data/childrens_ccby.jsonl
+    python -m train.release --model runs/stories-2/export --before runs/stories-1/model \\
+        --output dlm/assets/llama-stories-6m --card train/configs/card_stories.md \\
+        --valid data/valid/stories.txt.xz --credits data/childrens_ccby.jsonl
 
 The card's words come from the template; every number and sample in it is measured here or read from the run's notes.
 """
@@ -68,6 +69,16 @@ def samples(model, tokenizer, prompts: list[str], config: dlm.SamplingConfig) ->
     return [prompt + decode(tokenizer, row) for prompt, row in zip(prompts, out.sequences.tolist(), strict=True)]
 
 
+def read_notes(folder: Path) -> dict:
+    """What train/pretrain.py wrote about a run."""
+    return json.loads((folder / "training.json").read_text(encoding="utf-8"))
+
+
+def write_json(file: Path, found: dict) -> None:
+    """Write a JSON file that a person can read."""
+    file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
 def quote(text: str) -> str:
     """A text as a quotation in Markdown, line for line."""
     return "\n".join(f"> {line}".rstrip() + ("  " if line else "") for line in text.split("\n"))
@@ -87,6 +98,7 @@ def main(argv: list[str]) -> int:
         prog="release", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--model", required=True, help="folder that train/pretrain.py exported")
+    parser.add_argument("--before", help="folder of the first stage's model, where there were two")
     parser.add_argument("--output", required=True, help="folder to write")
     parser.add_argument("--card", required=True, help="template of the model card: text with {fields}")
     parser.add_argument("--valid", required=True, help="held-out text, comma separated files")
@@ -94,9 +106,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--passes", type=int, default=4, help="draws of noise for each example (default: 4)")
     args = parser.parse_args(argv)
     source, template = Path(args.model), Path(args.card).read_text(encoding="utf-8")
-    notes = json.loads((source / "training.json").read_text(encoding="utf-8"))
+    notes = read_notes(source)
+    before = read_notes(Path(args.before)) if args.before else {}
     front = yaml.safe_load(template.split("---")[1])
-    defaults, prompts = front.pop("sampling"), front.pop("samples")
+    defaults, prompts, chat = front.pop("sampling"), front.pop("samples"), front.pop("chat")
     model, tokenizer = dlm.load(source, dtype="float32", device="cpu")
     bound = measure(model, tokenizer, args.valid.split(","), notes["recipe"]["sequence_length"], args.passes)
     config = dlm.SamplingConfig(**defaults)
@@ -105,7 +118,9 @@ def main(argv: list[str]) -> int:
         **{key: value for key, value in notes.items() if not isinstance(value, dict)},
         **notes["recipe"],
         **bound,
-        "minutes": notes["seconds"] / 60,
+        **{f"before_{key}": value for key, value in before.items()},
+        "minutes": (notes["seconds"] + before.get("seconds", 0)) / 60,
+        "all_tokens": notes["tokens_seen"] + before.get("tokens_seen", 0),
         "sampling": ", ".join(f"`{key}` {value}" for key, value in defaults.items()),
         "samples": "\n\n".join(f"Seed {seed}:\n\n{quote(text)}" for seed, text in enumerate(texts)),
         "credits": credits(Path(args.credits)) if args.credits else "",
@@ -115,9 +130,8 @@ def main(argv: list[str]) -> int:
         for file in source.iterdir():
             if file.name != "training.json":
                 shutil.copy(file, folder / file.name)
-        generation = {"_from_model_config": False, "dlm": defaults}
-        (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-        (folder / "training.json").write_text(json.dumps({**notes, "validation": bound}, indent=2) + "\n")
+        write_json(folder / "generation_config.json", {"dlm": {**defaults, "chat": chat}})
+        write_json(folder / "training.json", {**notes, "before": before, "validation": bound})
         (folder / "README.md").write_text(card, encoding="utf-8")
     print(f"wrote {args.output}: {bound['nats_per_token']:.4f} ± {bound['standard_error']:.4f} nats/token")
     for text in texts:

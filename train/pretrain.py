@@ -138,6 +138,8 @@ def _convert(name: str, value, wanted):
             if isinstance(value, bool) or float(value) != int(float(value)):
                 raise ValueError
             return int(float(value))
+        if wanted is str and isinstance(value, bool):
+            return "yes" if value else "no"  # YAML reads the bare words yes and no as truth values
         return wanted(value)
     except (ValueError, TypeError):
         raise ValueError(

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dlm.diffusion import CROP, example_generator
 from dlm.tokenizer import encode_documents
 
 SEPARATOR = "<|endoftext|>"  # on a line of its own between the documents of a text file
@@ -356,6 +357,25 @@ def epoch_rows(examples: Examples, seed: int, epoch: int) -> list[list[int]]:
     return pack_rows(examples.lengths, order, examples.length)
 
 
-def fetch(examples: Examples, rows: Sequence[Sequence[tuple[int, int]]], pad_id: int) -> Batch:
-    """The Batch of rows of (epoch, index), as `Stream.take` gives them."""
-    return pack([[(epoch, examples[i]) for epoch, i in row] for row in rows], examples.length, pad_id)
+def fetch(
+    examples: Examples, rows: Sequence[Sequence[tuple[int, int]]], pad_id: int, *,
+    random_length: float = 0.0, seed: int = 0,
+) -> Batch:  # fmt: skip
+    """The Batch of rows of (epoch, index), as `Stream.take` gives them; random_length, seed: as `crop` takes them."""
+    made = [[(epoch, crop(examples[i], epoch, random_length, seed)) for epoch, i in row] for row in rows]
+    return pack(made, examples.length, pad_id)
+
+
+def crop(example: Example, epoch: int, probability: float, seed: int) -> Example:
+    """With this probability the first n tokens, n from 1..L: LLaDA's 1% of short texts (arXiv:2502.09992, 2.2).
+
+    A text that does not end lets the model meet lengths below that of its rows. Like noise, the draw belongs to the
+    example: it is a function of (seed, epoch, index).
+    """
+    if probability == 0:
+        return example
+    generator = example_generator(seed, epoch, example.index, CROP)
+    if generator.random() >= probability:
+        return example
+    length = int(generator.integers(1, len(example.tokens) + 1))
+    return Example(example.tokens[:length], example.target[:length], example.index)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dlm.data import Batch
 from dlm.diffusion import Noise, corrupt
+from dlm.models import attention
 from dlm.models.attention import both, causal, document
 
 
@@ -26,7 +27,7 @@ class Loss:
 
     total: () fp32, differentiable. count: number of target tokens of the batch (the share of the normaliser).
     examples (E,): each example's part of `total`, detached; lengths (E,): each example's target tokens.
-    ce (N,), rate (N,): cross entropy of each predicted token and the mask rate of its example, detached.
+    ce (N,), rate (N,): cross entropy of each predicted token and the mask rate of its draw, detached.
     """
 
     total: Tensor
@@ -46,16 +47,24 @@ def masked_diffusion(model, batch: Batch, noise: Noise, mask_id: int) -> Loss:
     logits = model(
         xt, batch.positions, visible=document(batch.segments), logits_to_keep=noise.masked
     )  # (N, V), row-major over (B, T)
-    example = batch.segments[noise.masked]
-    return _loss(
-        logits,
-        batch.tokens[noise.masked],
-        noise.weight[noise.masked],
-        example,
-        noise.rate[example],
-        batch.target,
-        batch,
-    )
+    return _masked_loss(logits, batch, noise)
+
+
+def block_diffusion(model, batch: Batch, noise: Noise, mask_id: int) -> Loss:
+    """The bound of block diffusion: each block's masked tokens given the rest of it and the clean blocks before.
+
+    All blocks in one forward of [x_t ; x_0] with repeated positions (BD3-LM, arXiv:2503.09573, eq. 8 and section 4.1).
+    The noise must have been drawn block by block: it says how long a block is.
+    """
+    assert noise.block_length is not None, "noise of whole examples: draw it with NoiseSettings(block_length=...)"
+    xt = corrupt(batch.tokens, noise.masked, mask_id)
+    logits = model(
+        torch.cat([xt, batch.tokens], dim=1),  # (B, 2T)
+        torch.cat([batch.positions, batch.positions], dim=1),
+        visible=attention.block_diffusion(batch.segments, batch.positions, noise.block_length),
+        logits_to_keep=torch.cat([noise.masked, torch.zeros_like(noise.masked)], dim=1),
+    )  # (N, V)
+    return _masked_loss(logits, batch, noise)
 
 
 def next_token_targets(batch: Batch) -> Tensor:
@@ -88,8 +97,16 @@ class Objective:
 
 OBJECTIVES = {
     "diffusion": Objective(masked_diffusion, lambda batch: batch.target),
+    "block_diffusion": Objective(block_diffusion, lambda batch: batch.target),
     "autoregressive": Objective(autoregressive, next_token_targets),
 }
+
+
+def _masked_loss(logits: Tensor, batch: Batch, noise: Noise) -> Loss:
+    masked = noise.masked
+    units = batch.segments if noise.units is None else noise.units
+    example, rate = batch.segments[masked], noise.rate[units[masked]]
+    return _loss(logits, batch.tokens[masked], noise.weight[masked], example, rate, batch.target, batch)
 
 
 def _loss(logits, tokens, weight, example, rate, target, batch) -> Loss:

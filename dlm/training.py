@@ -22,13 +22,19 @@ from torch import nn
 
 from dlm import checkpoint
 from dlm.data import Examples, Stream, fetch
-from dlm.diffusion import draw_noise
+from dlm.diffusion import NoiseSettings, deal_strata, draw_noise
 from dlm.objective import OBJECTIVES
 from dlm.optim import EMA, build_optimizers, schedule_factor, set_learning_rates
 from dlm.progress import Display
 from dlm.tokenizer import decode, encode_prompt
 from dlm.training_config import TrainingConfig
 from dlm.validation import Validation, validate
+
+# What decides the data, the noise and the loss of a step: a resumed run needs the same.
+EXACT = (
+    "batch_size", "seed", "objective", "estimator", "noise_schedule", "noise_exponent", "diffusion_steps",
+    "lowest_rate", "highest_rate", "block_length", "random_length",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,12 @@ def make_accelerator(config: TrainingConfig):
     )
 
 
+def checkpoint_activations(model) -> None:
+    """Have every layer keep only its input, and compute the rest again in the backward pass."""
+    newer = getattr(model, "activation_checkpointing_enable", None)  # its name in later releases of transformers
+    (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
 class _StopSignal:
     """Turns the first Ctrl-C or SIGTERM into a request to stop after the step; a second Ctrl-C stops at once."""
 
@@ -127,6 +139,10 @@ class _Run:
         self.output.mkdir(parents=True, exist_ok=True)
         pad = getattr(getattr(model, "config", None), "pad_token_id", None)
         self.pad_id = mask_id if pad is None else pad  # no token sees padding: any id would do
+        if config.objective != "autoregressive" and hasattr(model, "config"):
+            model.config.block_length = config.block_length  # what it sees from now on, and says in its checkpoint
+        if config.activation_checkpointing:
+            checkpoint_activations(model)
         model.to(accelerator.device)  # before the optimizers: they look at where the parameters are
         optimizers = build_optimizers(
             model,
@@ -165,10 +181,11 @@ class _Run:
             return
         step, folder = found[-1]
         state = checkpoint.read_state(folder)
-        for name in ("batch_size", "seed", "objective", "estimator"):
-            if state["config"][name] != getattr(self.config, name):
+        for name in EXACT:
+            before = state["config"].get(name, getattr(TrainingConfig, name, None))
+            if before != getattr(self.config, name):
                 raise ValueError(
-                    f"{folder} was made with {name} {state['config'][name]}, now it is {getattr(self.config, name)}: "
+                    f"{folder} was made with {name} {before}, now it is {getattr(self.config, name)}: "
                     f"an exact resume needs the same; start a new output folder to change it"
                 )
         if state["examples"] != len(self.train):
@@ -252,9 +269,14 @@ class _Run:
         config, accelerator = self.config, self.accelerator
         world, rank = accelerator.num_processes, accelerator.process_index
         objective = OBJECTIVES[config.objective]
-        rows = self.stream.take(config.batch_size)[rank::world]
+        step_rows = self.stream.take(config.batch_size)
+        strata = None
+        if config.estimator == "stratified":  # over the whole step, which every process knows
+            strata = deal_strata((key for row in step_rows for key in row), config.seed, self.step)
+        rows = step_rows[rank::world]
         size = len(rows) // config.accumulation
-        batches = [fetch(self.train, rows[i : i + size], self.pad_id) for i in range(0, len(rows), size)]
+        cut = {"random_length": config.random_length, "seed": config.seed}
+        batches = [fetch(self.train, rows[i : i + size], self.pad_id, **cut) for i in range(0, len(rows), size)]
         local = sum(int(objective.targets(batch).sum()) for batch in batches)
         count = int(self._sum([local])[0])
         factor = schedule_factor(
@@ -265,7 +287,7 @@ class _Run:
         self.model.train()
         total, bad = 0.0, []
         for number, batch in enumerate(batches):
-            noise = draw_noise(batch, config.estimator, config.seed).to(accelerator.device)
+            noise = draw_noise(batch, config.noise(), config.seed, strata=strata).to(accelerator.device)
             synchronise = number == len(batches) - 1
             with nullcontext() if synchronise else accelerator.no_sync(self.model):
                 loss = objective.loss(self.model, batch.to(accelerator.device), noise, self.mask_id)
@@ -312,7 +334,7 @@ class _Run:
         config = self.config
         settings = {
             "objective": config.objective,
-            "estimator": config.estimator,
+            "estimator": NoiseSettings(block_length=config.block_length),  # the whole bound, whatever trains it
             "mask_id": self.mask_id,
             "pad_id": self.pad_id,
             "seed": 0,
@@ -343,9 +365,7 @@ class _Run:
         self.model.eval()
         if self.ema is not None:
             self.ema.swap(self.plain)
-        settings = SamplingConfig(
-            gen_length=self.config.sample_length, block_length=32, temperature=0.7, seed=self.config.seed
-        )
+        settings = SamplingConfig(gen_length=self.config.sample_length, temperature=0.7, seed=self.config.seed)
         prompts = [encode_prompt(self.tokenizer, text, self.mask_id) for text in self.config.sample_prompts]
         try:
             with torch.compiler.set_stance("force_eager"):

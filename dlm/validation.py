@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from dlm.data import Examples, fetch, pack_rows
-from dlm.diffusion import VALIDATION, draw_noise
+from dlm.diffusion import VALIDATION, NoiseSettings, draw_noise
 from dlm.objective import OBJECTIVES
 
 BUCKETS = 10
@@ -31,8 +31,8 @@ class Validation:
 
 @torch.no_grad()
 def validate(
-    model, data: Examples, accelerator, *, objective: str, estimator: str, mask_id: int, pad_id: int, seed: int,
-    micro_batch: int, rows: int | None = None, passes: int = 1,
+    model, data: Examples, accelerator, *, objective: str, estimator: str | NoiseSettings,
+    mask_id: int, pad_id: int, seed: int, micro_batch: int, rows: int | None = None, passes: int = 1,
 ) -> Validation:  # fmt: skip
     """Evaluate the bound on the first `rows` packed rows (None: all), `passes` draws of noise for each example.
 

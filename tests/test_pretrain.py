@@ -4,15 +4,10 @@ import json
 import os
 import shlex
 import signal
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the recipes live beside dlm/, not inside it
 
 import dlm
 from dlm import checkpoint, training

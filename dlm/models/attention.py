@@ -12,7 +12,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["Visible", "attention_mask", "block_causal", "both", "causal", "document", "full", "usable_kernel"]
+__all__ = [
+    "Visible", "attention_mask", "block_causal", "block_diffusion", "both", "causal", "document", "full",
+    "usable_kernel",
+]  # fmt: skip
 
 Visible = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -43,6 +46,26 @@ def document(segments: Tensor) -> Visible:
 
     def rule(b: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return segments[b, q] == segments[b, k]
+
+    return rule
+
+
+def block_diffusion(segments: Tensor, positions: Tensor, block_length: int) -> Visible:
+    """Slots of [x_t ; x_0], 2T of them for rows of T (BD3-LM, arXiv:2503.09573, section 4.1).
+
+    segments, positions (B, T): each token's document and its place in it, from which blocks are counted. x_t sees its
+    own block in x_t and earlier blocks in x_0; x_0 sees the blocks up to its own in x_0. What x_0 sees is what
+    `block_causal` shows at generation, so that its keys are those of a cache.
+    """
+    blocks, width = positions // block_length, segments.shape[1]
+
+    def rule(b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        clean_q, clean_k = q >= width, k >= width
+        slot_q, slot_k = q % width, k % width
+        block_q, block_k = blocks[b, slot_q], blocks[b, slot_k]
+        noisy = (block_k == block_q) & ~clean_k & ~clean_q
+        clean = clean_k & ((block_k < block_q) | ((block_k == block_q) & clean_q))
+        return (segments[b, slot_q] == segments[b, slot_k]) & (noisy | clean)
 
     return rule
 

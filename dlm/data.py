@@ -1,4 +1,4 @@
-"""Text files -> documents -> tokens (cached on disk) -> Examples -> packed Batches.
+"""Documents -> tokens (cached on disk) -> Examples -> packed Batches.
 
 Shapes: B rows in a batch, T row length, E examples in a batch.
 
@@ -10,25 +10,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import lzma
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dlm.diffusion import CROP, example_generator
+from dlm.diffusion import CROP, PROMPT, example_generator
+from dlm.reading import identity, read_documents
 from dlm.tokenizer import encode_documents
 
-SEPARATOR = "<|endoftext|>"  # on a line of its own between the documents of a text file
 PAD_SEGMENT = -1
-SUFFIXES = (".txt", ".txt.xz", ".jsonl", ".jsonl.xz")
-CACHE_FORMAT = 1  # part of the cache key: raise it when what is written changes
+CACHE_FORMAT = 2  # part of the cache key: raise it when what is written changes
 
 
 @dataclass(frozen=True)
@@ -68,8 +66,8 @@ class Batch:
         assert self.index.shape == self.epoch.shape
 
     def to(self, device) -> Batch:
-        fields = (self.tokens, self.segments, self.target, self.positions, self.index, self.epoch)
-        return Batch(*(field.to(device) for field in fields))
+        tensors = (self.tokens, self.segments, self.target, self.positions, self.index, self.epoch)
+        return Batch(*(tensor.to(device) for tensor in tensors))
 
 
 def pack(rows: Sequence[Sequence[tuple[int, Example]]], length: int, pad_id: int) -> Batch:
@@ -99,77 +97,6 @@ def pack(rows: Sequence[Sequence[tuple[int, Example]]], length: int, pad_id: int
     return Batch(*(torch.from_numpy(array) for array in arrays))
 
 
-# ---------------------------------------------------------------------------------------------------------- reading
-
-
-def read_documents(path: str | os.PathLike, column: str = "text") -> Iterator[str]:
-    """The documents of a .txt, .jsonl, .txt.xz or .jsonl.xz file, odd whitespace normalised, empty ones left out.
-
-    Errors: a missing file, another suffix, text that is not UTF-8, a JSONL line that does not parse or lacks
-    `column`, a file without a document; each names the file (and line).
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; give the path of a {', '.join(SUFFIXES)} file")
-    if not path.name.endswith(SUFFIXES):
-        raise ValueError(f"{path}: unknown kind of file; data files end in {', '.join(SUFFIXES)}")
-    jsonl = ".jsonl" in path.suffixes
-    found = False
-    opener = lzma.open if path.suffix == ".xz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8") as lines:
-            for text in _json_texts(lines, path, column) if jsonl else _split(lines):
-                text = normalise(text)
-                if text:
-                    found = True
-                    yield text
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason}); convert it, e.g. with iconv") from error
-    except (lzma.LZMAError, EOFError) as error:
-        raise ValueError(f"{path}: not a complete .xz file ({error}); fetch it again") from error
-    if not found:
-        raise ValueError(f"{path}: the file holds no text; give a file with at least one document")
-
-
-def normalise(text: str) -> str:
-    """Unix line ends, plain spaces, no spaces at line ends, at most one empty line in a row, none at the ends."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\u00a0", " ").replace("\ufeff", "")
-    lines, blank = [], False
-    for line in text.split("\n"):
-        line = line.rstrip()
-        if line or not blank:
-            lines.append(line)
-        blank = not line
-    return "\n".join(lines).strip()
-
-
-def _split(lines) -> Iterator[str]:
-    parts: list[str] = []
-    for line in lines:
-        if line.strip() == SEPARATOR:
-            yield "".join(parts)
-            parts = []
-        else:
-            parts.append(line)
-    yield "".join(parts)
-
-
-def _json_texts(lines, path: Path, column: str) -> Iterator[str]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})") from error
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {number}: a JSON {type(record).__name__}, not an object with columns")
-        if not isinstance(record.get(column), str):
-            found = ", ".join(sorted(record)) or "none"
-            raise ValueError(f"{path}, line {number}: no text in column {column!r}; the columns are {found}")
-        yield record[column]
-
-
 # ------------------------------------------------------------------------------------------------------ token cache
 
 
@@ -177,7 +104,8 @@ def _json_texts(lines, path: Path, column: str) -> Iterator[str]:
 class Documents:
     """Tokenized documents: tokens (N,) uint16 or uint32, end to end; document d is tokens[starts[d]:starts[d + 1]].
 
-    target (N,) bool, or None: every token but the begin-of-text token carries loss. bytes: UTF-8 size of the text.
+    target (N,) bool, or None: every token but the begin-of-text token carries loss. bytes: UTF-8 size of the text that
+    carries loss. counts: what happened on the way from rows to documents, by name.
     """
 
     tokens: np.ndarray
@@ -185,6 +113,7 @@ class Documents:
     target: np.ndarray | None
     bos_id: int | None
     bytes: int
+    counts: dict[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -196,51 +125,81 @@ def default_cache() -> Path:
     return Path(base) / "tokens"
 
 
-def load_documents(path, tokenizer, *, column: str = "text", cache: str | os.PathLike | None = None) -> Documents:
-    """Tokenize a file once, as [bos] tokens [eos] for each document, and memory-map the result from then on.
+def load_documents(
+    path, tokenizer, *, column: str = "text", split: str = "train", cache: str | os.PathLike | None = None
+) -> Documents:
+    """Tokenize a source once, as [bos] tokens [eos] for each document, and memory-map the result from then on.
 
-    The cache's name holds a hash of the file's path, size and time, the column and the tokenizer. Several processes
-    may arrive together: each writes its own folder and the first rename wins. Errors: those of `read_documents`.
+    path, column, split: as in `read_documents`, whose errors these are.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; give the path of a {', '.join(SUFFIXES)} file")
-    stat = path.stat()
-    named = (CACHE_FORMAT, str(path.resolve()), stat.st_size, stat.st_mtime_ns, column)
-    digest = hashlib.sha256(repr(named).encode())
+    named = ("text", identity(path, split), column)
+    return cached(path, named, tokenizer, lambda: _tokenize(path, tokenizer, column, split), cache)
+
+
+def cached(
+    path, named: tuple, tokenizer, build: Callable[[], Documents], cache: str | os.PathLike | None = None
+) -> Documents:
+    """The Documents that `build` makes, kept on disk under a name that holds a hash of `named` and the tokenizer.
+
+    Several processes may arrive together: each writes its own folder and the first rename wins.
+    """
+    digest = hashlib.sha256(repr((CACHE_FORMAT, *named)).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
-    folder = Path(cache or default_cache()) / f"{path.name}-{digest.hexdigest()[:24]}"
+    folder = Path(cache or default_cache()) / f"{Path(str(path)).name}-{digest.hexdigest()[:24]}"
     if not (folder / "meta.json").is_file():
-        _write_cache(folder, path, tokenizer, column)
+        _write_cache(folder, build())
     meta = json.loads((folder / "meta.json").read_text())
-    tokens = np.load(folder / "tokens.npy", mmap_mode="r")
-    return Documents(tokens, np.load(folder / "starts.npy"), None, meta["bos_id"], meta["bytes"])
+    target = folder / "target.npy"
+    return Documents(
+        np.load(folder / "tokens.npy", mmap_mode="r"),
+        np.load(folder / "starts.npy"),
+        np.load(target, mmap_mode="r") if target.is_file() else None,
+        meta["bos_id"],
+        meta["bytes"],
+        meta["counts"],
+    )
 
 
-def _write_cache(folder: Path, path: Path, tokenizer, column: str) -> None:
-    dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
+def _tokenize(path, tokenizer, column: str, split: str) -> Documents:
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     before, after = ([] if bos is None else [bos]), ([] if eos is None else [eos])
-    pieces, lengths, size, texts = [], [], 0, []
+    pieces, size, texts = [], 0, []
 
     def flush():
         for ids in encode_documents(tokenizer, texts):
-            pieces.append(np.array(before + ids + after, dtype=dtype))
-            lengths.append(len(pieces[-1]))
+            pieces.append(np.array(before + ids + after, dtype=token_type(tokenizer)))
         texts.clear()
 
-    for text in read_documents(path, column):
+    for text in read_documents(path, column, split):
         texts.append(text)
         size += len(text.encode())
         if len(texts) == 1024:  # enough for `tokenizers` to use all cores, little enough to hold
             flush()
     flush()
+    return join(pieces, None, bos, size)
+
+
+def token_type(tokenizer) -> type:
+    """The smallest type that holds every token id."""
+    return np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
+
+
+def join(pieces: list[np.ndarray], targets: list[np.ndarray] | None, bos: int | None, size: int, counts=None):
+    """Documents of one array of tokens (and one of targets) each."""
+    starts = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).astype(np.int64)
+    target = None if targets is None else np.concatenate(targets)
+    return Documents(np.concatenate(pieces), starts, target, bos, size, counts or {})
+
+
+def _write_cache(folder: Path, made: Documents) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.parent / f".{folder.name}-{uuid.uuid4().hex}"
     temporary.mkdir()
-    np.save(temporary / "tokens.npy", np.concatenate(pieces))
-    np.save(temporary / "starts.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
-    meta = {"source": str(path.resolve()), "documents": len(lengths), "bytes": size, "bos_id": bos, "eos_id": eos}
+    np.save(temporary / "tokens.npy", made.tokens)
+    np.save(temporary / "starts.npy", made.starts)
+    if made.target is not None:
+        np.save(temporary / "target.npy", made.target)
+    meta = {"documents": len(made), "bytes": made.bytes, "bos_id": made.bos_id, "counts": made.counts}
     (temporary / "meta.json").write_text(json.dumps(meta))
     try:
         os.rename(temporary, folder)
@@ -256,13 +215,15 @@ def _write_cache(folder: Path, path: Path, tokenizer, column: str) -> None:
 class Examples:
     """Documents cut into examples of at most `length` tokens: a long one gives consecutive examples.
 
-    An example's number is its index over all files in order; it names its noise.
+    An example's number is its index over all sources in order; it names its noise. weights: each source's share of the
+    examples of an epoch; None: every example once.
     """
 
-    def __init__(self, documents: Sequence[Documents], length: int):
+    def __init__(self, documents: Sequence[Documents], length: int, weights: Sequence[float] | None = None):
         if length < 2:
             raise ValueError(f"sequence_length is {length}: an example needs at least 2 tokens")
-        self.documents, self.length = list(documents), length
+        assert weights is None or len(weights) == len(documents)
+        self.documents, self.length, self.weights = list(documents), length, weights
         files, starts, lengths, owners, first = [], [], [], [], 0
         for number, part in enumerate(self.documents):
             sizes = np.diff(part.starts)
@@ -324,14 +285,15 @@ def pack_rows(lengths: Sequence[int], order: Sequence[int], length: int) -> list
 class Stream:
     """An endless sequence of packed rows; its position (epoch, row) is all that a checkpoint needs to keep.
 
-    An epoch is every example once, in an order drawn from (seed, epoch). Rows flow over the end of an epoch, so that
-    every optimizer step has the same number of them.
+    An epoch is every example once, or as many by the sources' weights, in an order drawn from (seed, epoch). Rows flow
+    over the end of an epoch, so that every optimizer step has the same number of them. packing: several examples may
+    share a row.
     """
 
-    def __init__(self, examples: Examples, seed: int, position: tuple[int, int] = (0, 0)):
-        self.examples, self.seed = examples, seed
+    def __init__(self, examples: Examples, seed: int, position: tuple[int, int] = (0, 0), packing: bool = True):
+        self.examples, self.seed, self.packing = examples, seed, packing
         self.epoch, self.row = position
-        self._rows: list[list[int]] | None = None
+        self._rows: list[list[tuple[int, int]]] | None = None
 
     @property
     def position(self) -> tuple[int, int]:
@@ -342,28 +304,94 @@ class Stream:
         taken = []
         while len(taken) < count:
             if self._rows is None:
-                self._rows = epoch_rows(self.examples, self.seed, self.epoch)
+                self._rows = epoch_rows(self.examples, self.seed, self.epoch, self.packing)
             if self.row == len(self._rows):
                 self.epoch, self.row, self._rows = self.epoch + 1, 0, None
                 continue
-            taken.append([(self.epoch, index) for index in self._rows[self.row]])
+            taken.append(self._rows[self.row])
             self.row += 1
         return taken
 
 
-def epoch_rows(examples: Examples, seed: int, epoch: int) -> list[list[int]]:
-    """The packed rows of one epoch, shuffled by (seed, epoch)."""
-    order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(len(examples))
-    return pack_rows(examples.lengths, order, examples.length)
+def epoch_rows(examples: Examples, seed: int, epoch: int, packing: bool = True) -> list[list[tuple[int, int]]]:
+    """The rows of one epoch, each a list of (visit, index), shuffled by (seed, epoch).
+
+    The visit says how often the example was met before: with it, the example has new noise each time.
+    """
+    generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+    if examples.weights is None:
+        index = generator.permutation(len(examples))
+        visit = np.full(len(index), epoch)
+    else:
+        visit, index = _mixture(examples, seed, epoch)
+        shuffled = generator.permutation(len(index))
+        visit, index = visit[shuffled], index[shuffled]
+    rows = (
+        pack_rows(examples.lengths[index], range(len(index)), examples.length)
+        if packing
+        else [[i] for i in range(len(index))]
+    )
+    return [[(int(visit[i]), int(index[i])) for i in row] for row in rows]
+
+
+def _mixture(examples: Examples, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """(visit, index) of the examples of one epoch, each source giving its share of len(examples).
+
+    A source is an endless sequence of shuffled passes over its own examples, of which an epoch takes the next piece: a
+    small source with a great weight is repeated, and none of a source is met again before all of it was.
+    """
+    shares = np.array(examples.weights) / np.sum(examples.weights) * len(examples)
+    counts = np.floor(shares).astype(int)
+    for source in np.argsort(counts - shares, kind="stable")[: len(examples) - counts.sum()]:
+        counts[source] += 1  # largest remainder
+    visits, indices = [], []
+    for source, count in enumerate(counts):
+        own = np.flatnonzero(examples.files == source)
+        visit, place = np.divmod(np.arange(epoch * count, (epoch + 1) * count), len(own))
+        for turn in np.unique(visit):
+            key, counter = [seed, int(turn)], [0, 0, 0, source + 1]
+            order = np.random.Generator(np.random.Philox(key=key, counter=counter)).permutation(own)
+            indices.append(order[place[visit == turn]])
+            visits.append(np.full(len(indices[-1]), turn))
+    return np.concatenate(visits), np.concatenate(indices)
 
 
 def fetch(
-    examples: Examples, rows: Sequence[Sequence[tuple[int, int]]], pad_id: int, *,
-    random_length: float = 0.0, seed: int = 0,
+    examples: Examples, rows: Sequence[Sequence[tuple[int, int]]], pad_id: int, *, random_length: float = 0.0,
+    seed: int = 0, width: int | None = None, end_id: int | None = None,
 ) -> Batch:  # fmt: skip
-    """The Batch of rows of (epoch, index), as `Stream.take` gives them; random_length, seed: as `crop` takes them."""
+    """The Batch of rows of (epoch, index), as `Stream.take` gives them.
+
+    random_length, seed: as `crop` takes them. width: columns of the batch (None: the length that examples were cut to).
+    end_id: fill each example up to `width` with this token, which carries loss (`fill_with_end`).
+    """
     made = [[(epoch, crop(examples[i], epoch, random_length, seed)) for epoch, i in row] for row in rows]
-    return pack(made, examples.length, pad_id)
+    width = examples.length if width is None else width
+    if end_id is not None:
+        made = [[(epoch, fill_with_end(example, width, end_id)) for epoch, example in row] for row in made]
+    return pack(made, width, pad_id)
+
+
+def fill_with_end(example: Example, length: int, end_id: int) -> Example:
+    """`example` with end-of-text tokens up to `length`, part of the answer: LLaDA's rule (arXiv:2502.09992)."""
+    missing = length - len(example.tokens)
+    tokens = np.concatenate([example.tokens, np.full(missing, end_id)])
+    return Example(tokens, np.concatenate([example.target, np.ones(missing, bool)]), example.index)
+
+
+def drop_prompts(batch: Batch, probability: float, seed: int, mask_id: int) -> Batch:
+    """With this probability all of an example that carries no loss becomes masks, for guidance without a prompt.
+
+    The draw belongs to the example: it is a function of (seed, epoch, index) (classifier-free guidance,
+    arXiv:2207.12598).
+    """
+    if probability == 0:
+        return batch
+    keys = zip(batch.epoch.tolist(), batch.index.tolist(), strict=True)
+    dropped = [bool(example_generator(seed, *key, PROMPT).random() < probability) for key in keys]
+    given = ~batch.target & (batch.segments != PAD_SEGMENT)
+    given &= torch.tensor([*dropped, False])[batch.segments]  # -1, padding, is the last
+    return replace(batch, tokens=torch.where(given, mask_id, batch.tokens))
 
 
 def crop(example: Example, epoch: int, probability: float, seed: int) -> Example:

@@ -52,7 +52,7 @@ class Schedule:
     time: Callable[[float], float]
 
     def weight(self, t: float) -> float:
-        """-alpha'(t) / (1 - alpha(t)): what a masked token's cross entropy weighs (MDLM, arXiv:2406.07524, eq. 10)."""
+        """-alpha'(t) / (1 - alpha(t)): what a masked token's cross entropy weighs (MDLM, arXiv:2406.07524)."""
         return self.slope(t) / self.rate(t)
 
 
@@ -62,7 +62,7 @@ def linear() -> Schedule:
 
 
 def cosine() -> Schedule:
-    """alpha = 1 - cos(pi/2 (1 - t)); weight pi/2 tan(pi/2 (1 - t)) (MD4, arXiv:2406.04329, table 4)."""
+    """alpha = 1 - cos(pi/2 (1 - t)); weight pi/2 tan(pi/2 (1 - t)) (MD4, arXiv:2406.04329)."""
     half = math.pi / 2
     return Schedule(
         rate=lambda t: math.cos(half * (1 - t)),

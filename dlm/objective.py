@@ -53,7 +53,7 @@ def masked_diffusion(model, batch: Batch, noise: Noise, mask_id: int) -> Loss:
 def block_diffusion(model, batch: Batch, noise: Noise, mask_id: int) -> Loss:
     """The bound of block diffusion: each block's masked tokens given the rest of it and the clean blocks before.
 
-    All blocks in one forward of [x_t ; x_0] with repeated positions (BD3-LM, arXiv:2503.09573, eq. 8 and section 4.1).
+    All blocks in one forward of [x_t ; x_0] with repeated positions (BD3-LM, arXiv:2503.09573).
     The noise must have been drawn block by block: it says how long a block is.
     """
     assert noise.block_length is not None, "noise of whole examples: draw it with NoiseSettings(block_length=...)"

@@ -119,7 +119,7 @@ def set_learning_rates(optimizers, factor: float) -> None:
 
 
 class EMA:
-    """An exponential moving average of the parameters, in fp32.
+    """An exponential moving average of the trained parameters, in fp32.
 
     After update n (0-based) the decay is min(decay, (1 + n) / (10 + n)), so that early steps do not hold the
     starting weights for long.
@@ -128,20 +128,24 @@ class EMA:
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
         self.weights: dict[str, Tensor] = {
-            name: parameter.detach().float().clone() for name, parameter in model.named_parameters()
+            name: parameter.detach().float().clone()
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
         }
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Move towards the model's weights after optimizer step `step` (0-based)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        new = [parameter.detach().float() for parameter in model.parameters()]
+        new = [parameter.detach().float() for parameter in model.parameters() if parameter.requires_grad]
         torch._foreach_lerp_(list(self.weights.values()), new, 1.0 - decay)
 
     @torch.no_grad()
     def swap(self, model: nn.Module) -> None:
         """Exchange the average and the model's weights; a second call puts both back, bit for bit (fp32)."""
         for name, parameter in model.named_parameters():
+            if name not in self.weights:
+                continue
             average = self.weights[name]
             kept = parameter.detach().clone()
             parameter.copy_(average)

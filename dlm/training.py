@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from dlm import checkpoint
-from dlm.data import Examples, Stream, fetch
+from dlm.data import Examples, Stream, drop_prompts, fetch
 from dlm.diffusion import NoiseSettings, deal_strata, draw_noise
 from dlm.objective import OBJECTIVES
 from dlm.optim import EMA, build_optimizers, schedule_factor, set_learning_rates
@@ -33,7 +33,7 @@ from dlm.validation import Validation, validate
 # What decides the data, the noise and the loss of a step: a resumed run needs the same.
 EXACT = (
     "batch_size", "seed", "objective", "estimator", "noise_schedule", "noise_exponent", "diffusion_steps",
-    "lowest_rate", "highest_rate", "block_length", "random_length",
+    "lowest_rate", "highest_rate", "block_length", "random_length", "packing", "eos_padding", "dropout_prompt",
 )  # fmt: skip
 
 
@@ -139,6 +139,9 @@ class _Run:
         self.output.mkdir(parents=True, exist_ok=True)
         pad = getattr(getattr(model, "config", None), "pad_token_id", None)
         self.pad_id = mask_id if pad is None else pad  # no token sees padding: any id would do
+        self.end_id = getattr(tokenizer, "eos_token_id", None)
+        if self.end_id is None and config.eos_padding != "none":
+            raise ValueError("eos_padding needs an end-of-text token, and the tokenizer has none: use eos_padding none")
         if config.objective != "autoregressive" and hasattr(model, "config"):
             model.config.block_length = config.block_length  # what it sees from now on, and says in its checkpoint
         if config.activation_checkpointing:
@@ -160,7 +163,7 @@ class _Run:
         self.model, *self.optimizers = accelerator.prepare(model, *optimizers)
         self.plain = accelerator.unwrap_model(self.model)
         self.ema = EMA(self.plain, config.ema) if config.ema > 0 else None
-        self.stream = Stream(train, config.seed)
+        self.stream = Stream(train, config.seed, packing=config.packing)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.last_checkpoint: Path | None = None
         self.validation: Validation | None = None
@@ -201,7 +204,7 @@ class _Run:
             for name, tensor in self.ema.weights.items():
                 tensor.copy_(weights[name])
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
-        self.stream = Stream(self.train, self.config.seed, tuple(state["position"]))
+        self.stream = Stream(self.train, self.config.seed, tuple(state["position"]), self.config.packing)
         self.last_checkpoint = folder
         self._forget_metrics_after(step)
         self.report(f"resumed from {folder} at step {step}")
@@ -275,8 +278,12 @@ class _Run:
             strata = deal_strata((key for row in step_rows for key in row), config.seed, self.step)
         rows = step_rows[rank::world]
         size = len(rows) // config.accumulation
-        cut = {"random_length": config.random_length, "seed": config.seed}
-        batches = [fetch(self.train, rows[i : i + size], self.pad_id, **cut) for i in range(0, len(rows), size)]
+        options = {"random_length": config.random_length, "seed": config.seed}
+        if not config.packing:  # rows as long as the longest example of the step, whoever has it
+            options["width"] = max(int(self.train.lengths[index]) for row in step_rows for _, index in row)
+            options["end_id"] = self.end_id if config.eos_padding == "longest" else None
+        batches = [fetch(self.train, rows[i : i + size], self.pad_id, **options) for i in range(0, len(rows), size)]
+        batches = [drop_prompts(batch, config.dropout_prompt, config.seed, self.mask_id) for batch in batches]
         local = sum(int(objective.targets(batch).sum()) for batch in batches)
         count = int(self._sum([local])[0])
         factor = schedule_factor(

@@ -11,6 +11,7 @@ from dlm.tokenizer import nearest
 
 PRECISIONS = ("no", "bf16", "fp16")
 OPTIMIZERS = ("muon", "adamw")
+EOS_PADDING = ("none", "longest")
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,11 @@ class TrainingConfig:
 
     estimator, noise_schedule, noise_exponent, diffusion_steps, lowest_rate, highest_rate, block_length: what training
     noise is drawn with (`diffusion.NoiseSettings`); validation always takes the whole bound by `count`.
-    random_length: share of the examples cut to a random length. activation_checkpointing: keep only each layer's input
-    and compute the rest again in the backward pass: less memory, a third more arithmetic, the same gradient.
+    random_length: share of the examples cut to a random length. packing: several examples may share a row.
+    eos_padding: `longest` ends every example with end-of-text tokens, which carry loss, up to the longest of its
+    optimizer step (LLaDA's rule for fine-tuning). dropout_prompt: share of the examples whose prompt is all masks.
+    activation_checkpointing: keep only each layer's input and compute the rest again in the backward pass: less memory,
+    a third more arithmetic, the same gradient.
     """
 
     output: str
@@ -49,6 +53,9 @@ class TrainingConfig:
     highest_rate: float = 1.0
     block_length: int | None = None
     random_length: float = 0.0
+    packing: bool = True
+    eos_padding: str = "none"
+    dropout_prompt: float = 0.0
     precision: str = "bf16"
     activation_checkpointing: bool = False
     compile: bool = False
@@ -68,6 +75,7 @@ class TrainingConfig:
         choices = {
             "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "objective": OBJECTIVES,
             "estimator": ESTIMATORS, "noise_schedule": NOISE_SCHEDULES, "precision": PRECISIONS,
+            "eos_padding": EOS_PADDING,
         }  # fmt: skip
         for name, allowed in choices.items():
             value = getattr(self, name)
@@ -81,7 +89,16 @@ class TrainingConfig:
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0")
-        for name in ("ema", "decay_fraction", "final_factor", "momentum", "beta1", "beta2", "random_length"):
+        for name in (
+            "ema",
+            "decay_fraction",
+            "final_factor",
+            "momentum",
+            "beta1",
+            "beta2",
+            "random_length",
+            "dropout_prompt",
+        ):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must lie between 0 and 1")
         if self.decay_fraction == 0 and self.schedule == "wsd":
@@ -100,6 +117,13 @@ class TrainingConfig:
                 f"block_length is {self.block_length} under objective {self.objective}: give a block_length with "
                 f"objective block_diffusion, and with no other"
             )
+        if self.eos_padding != "none" and self.packing:
+            raise ValueError(
+                f"eos_padding is {self.eos_padding!r} and packing is on: examples that share a row have no room for "
+                f"it; use --no-packing, or eos_padding none"
+            )
+        if self.dropout_prompt and self.objective == "autoregressive":
+            raise ValueError("dropout_prompt puts masks in place of prompts, which an autoregressive model never meets")
         self.noise()
 
     def noise(self) -> NoiseSettings:

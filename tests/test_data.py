@@ -6,7 +6,8 @@ import lzma
 import numpy as np
 import pytest
 
-from dlm.data import Example, Examples, Stream, fetch, load_documents, normalise, pack, pack_rows, read_documents
+from dlm.data import Example, Examples, Stream, fetch, load_documents, pack, pack_rows
+from dlm.reading import normalise, read_documents
 from dlm.tokenizer import train_tokenizer
 
 TEXT = "A cat sat.\n<|endoftext|>\nThe dog\u00a0ran \n\n\n\nfar.\r\n<|endoftext|>\n\n<|endoftext|>\nEnd."

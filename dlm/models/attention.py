@@ -51,7 +51,7 @@ def document(segments: Tensor) -> Visible:
 
 
 def block_diffusion(segments: Tensor, positions: Tensor, block_length: int) -> Visible:
-    """Slots of [x_t ; x_0], 2T of them for rows of T (BD3-LM, arXiv:2503.09573, section 4.1).
+    """Slots of [x_t ; x_0], 2T of them for rows of T (BD3-LM, arXiv:2503.09573).
 
     segments, positions (B, T): each token's document and its place in it, from which blocks are counted. x_t sees its
     own block in x_t and earlier blocks in x_0; x_0 sees the blocks up to its own in x_0. What x_0 sees is what

@@ -1,0 +1,37 @@
+"""Low-rank adapters through PEFT: add them to a model, and merge them into it for the checkpoint that is exported."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out")
+
+
+def add_lora(model, rank: int, alpha: float, targets: tuple[str, ...], seed: int):
+    """A PeftModel around `model` in which only adapters of this rank are trained, scaled by alpha / rank.
+
+    targets: names of the linear layers of a block that get one; the output projection never does.
+    Errors: PEFT is not installed; a name that no layer has.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ValueError("--lora needs PEFT; install it with: pip install 'dlm[lora]'") from error
+    layers = {name.rpartition(".")[2] for name, _ in model.named_modules() if ".blocks." in name}
+    for target in targets:
+        if target not in layers:
+            raise ValueError(f"lora_targets has {target!r}, which no layer is called; choose from {', '.join(TARGETS)}")
+    torch.manual_seed(seed)
+    pattern = rf".*\.blocks\.\d+\.({'|'.join(targets)})"  # not the output projection, which is called ff_out too
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, lora_dropout=0.0))
+
+
+@torch.no_grad()
+def merge_lora(model, weights: dict[str, Tensor] | None):
+    """The plain model with the adapters added to its weights; `weights` (a moving average) replace adapters by name."""
+    if weights is not None:
+        parameters = dict(model.named_parameters())
+        for name, weight in weights.items():
+            parameters[name].copy_(weight)
+    return model.merge_and_unload()

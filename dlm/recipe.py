@@ -1,0 +1,305 @@
+"""What every training recipe shares: settings from a YAML and the command line, and a run from data to a model folder.
+
+A recipe is a frozen dataclass of settings (a subclass of `RecipeConfig`) and a function that prepares model and data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+
+from dlm import checkpoint
+from dlm.data import Documents, Examples
+from dlm.models.transformer import LLaDAModelLM
+from dlm.names import nearest
+from dlm.reading import parse_sources
+from dlm.tokenizer import load_tokenizer, mask_id
+from dlm.training import Result, fit, make_accelerator
+from dlm.training_config import TrainingConfig
+
+
+@dataclass(frozen=True)
+class RecipeConfig(TrainingConfig):
+    """The settings that all recipes share: the run (TrainingConfig), the data, the model to begin with, the export.
+
+    data, valid: comma separated sources (`dlm.reading`), those of data with weights or without; split: of data sets of
+    the hub. model: a folder or hub id to go on from; tokenizer: in place of the model's own.
+    """
+
+    output: str = "runs/recipe"
+    max_steps: int = 1000
+    data: str = ""
+    valid: str = ""
+    split: str = "train"
+    sequence_length: int = 256
+    model: str = ""
+    tokenizer: str = ""
+    name: str = ""
+    export: str = ""
+    export_dtype: str = "bfloat16"
+    resume: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(getattr(torch, self.export_dtype, None), torch.dtype):
+            raise ValueError(f"export_dtype is {self.export_dtype!r}: use bfloat16, float16 or float32")
+
+
+# ------------------------------------------------------------------------------------------------------- settings
+
+
+def parse(kind: type[RecipeConfig], argv: list[str], prog: str, text: str) -> RecipeConfig:
+    """The settings of a command line: defaults of `kind`, then the YAML of --config, then the options.
+
+    Errors: a key that no setting has (the nearest name is given), a value of another type.
+    """
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    types_ = typing.get_type_hints(kind)
+    parser = argparse.ArgumentParser(
+        prog=prog, description=text, allow_abbrev=False, exit_on_error=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--config", metavar="YAML", help="settings by name; the command line overrides them")
+    for name, field in fields.items():
+        option = "--" + name.replace("_", "-")
+        if types_[name] is bool:
+            parser.add_argument(option, action=argparse.BooleanOptionalAction, default=None)
+        else:
+            parser.add_argument(option, default=None, metavar="", help=f"default: {field.default}")
+    try:
+        given, unknown = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ValueError(f"the command line: {error}") from error
+    if unknown:
+        key = unknown[0].split("=")[0]
+        options = ["config", *fields]
+        guess = nearest(key.lstrip("-").replace("-", "_"), options).replace("_", "-")
+        raise ValueError(f"unknown option {key}: did you mean --{guess}?")
+    settings: dict = {}
+    if given.config:
+        settings.update(_read_yaml(Path(given.config), fields))
+    settings.update({k: v for k, v in vars(given).items() if k in fields and v is not None})
+    return kind(**{name: _convert(name, value, types_[name]) for name, value in settings.items()})
+
+
+def _read_yaml(path: Path, fields) -> dict:
+    try:
+        read = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise ValueError(f"--config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path}: not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(read, dict):
+        raise ValueError(f"--config {path}: a {type(read).__name__}, not a list of `name: value` lines")
+    for key in read:
+        if key not in fields:
+            raise ValueError(f"--config {path}: unknown key {key!r}: did you mean {nearest(str(key), fields)!r}?")
+    return read
+
+
+def _convert(name: str, value, wanted):
+    """A YAML or command-line value as the type of its setting. Errors: a value that does not fit, by name."""
+    options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+    if type(None) in options:
+        if value is None or value == "" or value == "none":
+            return None
+        wanted = next(option for option in options if option is not type(None))
+    if typing.get_origin(wanted) is tuple:
+        return tuple(value) if isinstance(value, list | tuple) else tuple(str(value).split("|"))
+    if value is None:
+        value = ""
+    try:
+        if wanted is bool:
+            if not isinstance(value, bool):
+                raise ValueError
+            return value
+        if wanted is int:
+            if isinstance(value, bool) or float(value) != int(float(value)):
+                raise ValueError
+            return int(float(value))
+        if wanted is str and isinstance(value, bool):
+            return "yes" if value else "no"  # YAML reads the bare words yes and no as truth values
+        return wanted(value)
+    except (ValueError, TypeError):
+        raise ValueError(
+            f"{name} is {value!r}: it must be a{'n int' if wanted is int else ' ' + wanted.__name__}"
+        ) from None
+
+
+# ------------------------------------------------------------------------------------------------- model and data
+
+
+def open_tokenizer(source: str | os.PathLike):
+    """The tokenizer of a folder or hub id. Errors: it has none."""
+    tokenizer = load_tokenizer(source)
+    if tokenizer is None:
+        raise ValueError(f"{source} holds no tokenizer: give one with --tokenizer")
+    return tokenizer
+
+
+def open_model(recipe: RecipeConfig, dtype: torch.dtype = torch.float32) -> LLaDAModelLM:
+    """The model that a recipe goes on from, with its weights in `dtype`."""
+    return LLaDAModelLM.from_pretrained(recipe.model, dtype=dtype)
+
+
+def check_fit(model, tokenizer) -> None:
+    """Errors: a tokenizer with more tokens than the model has embeddings."""
+    if len(tokenizer) > model.config.embedding_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model {model.config.embedding_size} embeddings: "
+            f"use the tokenizer that belongs to the model"
+        )
+
+
+def load_examples(value: str, length: int, load: Callable[[str], Documents]) -> Examples:
+    """The examples of at most `length` tokens of a list of sources, mixed by its weights."""
+    sources = parse_sources(value)
+    weights = [source.weight for source in sources]
+    return Examples([load(source.path) for source in sources], length, None if None in weights else weights)
+
+
+# ------------------------------------------------------------------------------------------------------------- run
+
+
+def summary(
+    recipe: RecipeConfig,
+    prog: str,
+    parameters: int,
+    train: Examples,
+    valid: Examples | None,
+    result: Result,
+    argv: list[str],
+) -> dict:
+    """What a model card needs to say about the run; sizes in tokens, times in seconds, bounds in nats per token."""
+    bound = result.validation
+    notes = {
+        "name": recipe.name,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "command": shlex.join(["python", "-m", f"train.{prog}", *argv]),
+        "commit": _commit(),
+        "hardware": _hardware(),
+        "torch": torch.__version__,
+        "parameters": parameters,
+        "steps": result.step,
+        "seconds": round(result.seconds, 1),
+        "tokens_seen": result.tokens,
+        "tokens_in_data": train.tokens,
+        "epochs": round(result.tokens / train.tokens, 3),
+        "recipe": dataclasses.asdict(recipe),
+    }
+    if bound is not None:
+        size = sum(part.bytes for part in valid.documents)
+        notes["validation"] = {
+            "nats_per_token": bound.bound,
+            "standard_error": bound.error,
+            "perplexity": float(torch.tensor(bound.bound).exp()),
+            "bits_per_byte": bound.bound * bound.tokens / size / float(torch.tensor(2.0).log()),
+            "tokens": bound.tokens,
+            "evaluations": bound.examples,
+            "cross_entropy_by_mask_rate": bound.buckets,
+        }
+    return notes
+
+
+def _commit() -> str:
+    root = Path(__file__).resolve().parents[1]
+    try:
+        git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _hardware() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"CPU {name}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a recipe trains, and on what. finish(model, weights) -> (model, weights): what is exported."""
+
+    model: torch.nn.Module
+    tokenizer: object
+    train: Examples
+    valid: Examples | None
+    finish: Callable = lambda model, weights: (model, weights)
+
+
+def run(recipe: RecipeConfig, argv: list[str], prog: str, prepare: Callable[..., Prepared]) -> int:
+    """Train, and export on request. Returns the exit code: 130 where it was interrupted."""
+    if not recipe.data:
+        raise ValueError("no data: give --data with one or more sources, comma separated")
+    accelerator = make_accelerator(recipe)
+    ready = prepare(recipe, accelerator)
+    model, train = ready.model, ready.train
+    report = print if accelerator.is_main_process else (lambda line: None)
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    share = "" if trained == sum(sizes) else f", {trained / 1e6:.2f}M of them trained"
+    report(
+        f"model: {sum(sizes) / 1e6:.2f}M parameters{share}; data: {train.tokens:,} tokens in {len(train):,} examples"
+    )
+    for counts in (part.counts for part in train.documents if part.counts):
+        report("data: " + ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in counts.items()))
+    masked = mask_id(ready.tokenizer, model.config)
+    result = fit(
+        model,
+        ready.tokenizer,
+        train,
+        ready.valid,
+        recipe,
+        mask_id=masked,
+        resume=recipe.resume,
+        accelerator=accelerator,
+    )
+    if result.interrupted:
+        again = " ".join([f"python -m train.{prog}", shlex.join(argv), "" if recipe.resume else "--resume"]).strip()
+        report(f"stopped after step {result.step}; a checkpoint is in {recipe.output}. Go on with:\n  {again}")
+        return 130
+    if accelerator.is_main_process:
+        notes = summary(recipe, prog, sum(sizes), train, ready.valid, result, argv)
+        plain, weights = ready.finish(accelerator.unwrap_model(model), result.ema)
+        targets = [(Path(recipe.output) / "model", None)]
+        if recipe.export:
+            targets.append((Path(recipe.export), getattr(torch, recipe.export_dtype)))
+        for folder, dtype in targets:
+            checkpoint.save_model(plain, folder, ready.tokenizer, weights=weights, dtype=dtype, notes=notes)
+            report(f"wrote {folder}")
+        report(json.dumps({key: notes[key] for key in ("steps", "seconds", "tokens_seen", "epochs")}))
+    accelerator.wait_for_everyone()
+    return 0
+
+
+def main(
+    kind: type[RecipeConfig], prepare: Callable[..., Prepared], argv: list[str] | None, *, prog: str, text: str
+) -> int:
+    """Run a recipe; a user's mistake is one line and exit code 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        return run(parse(kind, argv, prog, text), argv, prog, prepare)
+    except (ValueError, OSError) as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 2

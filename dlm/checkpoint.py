@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -120,6 +121,7 @@ def save_state(accelerator, output, state: dict, ema: dict[str, Tensor] | None, 
     """Write the run's state after `state['step']` steps: weights, optimizers, random numbers, EMA, position.
 
     Every process calls this. Afterwards only the newest `keep_last` checkpoints are left.
+    Errors: a disk that is full or cannot be written; the checkpoints before stay.
     """
     final = step_folder(output, state["step"])
     temporary = final.parent / f".{final.name}.partial"  # one name for all processes
@@ -128,9 +130,17 @@ def save_state(accelerator, output, state: dict, ema: dict[str, Tensor] | None, 
             shutil.rmtree(stale, ignore_errors=True)
         temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(temporary))
-    if accelerator.is_main_process and ema is not None:
-        save_file({name: tensor.contiguous() for name, tensor in ema.items()}, temporary / EMA_FILE)
+    try:
+        accelerator.save_state(str(temporary))
+        if accelerator.is_main_process and ema is not None:
+            save_file({name: tensor.contiguous() for name, tensor in ema.items()}, temporary / EMA_FILE)
+    except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own word for a full disk
+        shutil.rmtree(temporary, ignore_errors=True)
+        kept = checkpoints(output)
+        raise ValueError(
+            f"the checkpoint of step {state['step']} cannot be written ({str(error).strip().splitlines()[0]}); "
+            f"the last good one is {kept[-1][1] if kept else 'none yet'}. Make room, then go on with --resume"
+        ) from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (temporary / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")

@@ -232,10 +232,15 @@ def recipes() -> dict[str, Path]:
 
 
 def train(argv: Sequence[str]) -> int:
-    """`dlm train NAME ...`: run a recipe's `main(argv) -> int`."""
+    """`dlm train NAME ...`: run a recipe's `main(argv) -> int`. `dlm train --estimate`: what a run would take."""
+    if "--estimate" in argv:
+        from dlm.estimate import main as estimate
+
+        return estimate([word for word in argv if word != "--estimate"])
     found = recipes()
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: dlm train RECIPE [options]      (dlm train RECIPE --help lists them)\n\nrecipes:")
+        print("usage: dlm train RECIPE [options]      (dlm train RECIPE --help lists them)")
+        print("       dlm train --estimate [options]  (memory and time of a run)\n\nrecipes:")
         for name, file in found.items():
             text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
             print(f"  {name:<10} {text.splitlines()[0] if text else ''}")

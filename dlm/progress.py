@@ -16,21 +16,42 @@ def duration(seconds: float) -> str:
 class Display:
     """Collects steps and shows their mean loss, tokens per second and the time left."""
 
-    def __init__(self, report: Callable[[str], None], step: int, max_steps: int, *, log_every: int, log_seconds: float):
+    def __init__(
+        self,
+        report: Callable[[str], None],
+        step: int,
+        max_steps: int,
+        *,
+        log_every: int,
+        log_seconds: float,
+        peak: float | None = None,
+    ):
         self.report, self.max_steps, self.log_every, self.log_seconds = report, max_steps, log_every, log_seconds
         self.began, self.first, self.shown = time.perf_counter(), step, 0.0
         self.live = report is print and sys.stderr.isatty()
+        self.peak = peak  # operations a second of all devices; None: not known
         self._clear()
 
     def _clear(self) -> None:
-        self.loss, self.count, self.took, self.norm, self.steps = 0.0, 0, 0.0, 0.0, 0
+        self.loss, self.count, self.took, self.norm, self.steps, self.work = 0.0, 0, 0.0, 0.0, 0, 0.0
 
     def add(
-        self, step: int, loss: float, count: int, norm: float, took: float, rates: list[float], tokens: int
+        self,
+        step: int,
+        loss: float,
+        count: int,
+        norm: float,
+        took: float,
+        rates: list[float],
+        tokens: int,
+        work: float = 0.0,
     ) -> dict | None:
-        """Note a step; returns a record for the log every `log_every` steps. Loss in nats per target token."""
+        """Note a step; returns a record for the log every `log_every` steps. Loss in nats per target token.
+
+        work: the step's operations, of which the record's `mfu` is the share of the peak.
+        """
         self.loss, self.count, self.took = self.loss + loss * count, self.count + count, self.took + took
-        self.norm, self.steps = self.norm + norm, self.steps + 1
+        self.norm, self.steps, self.work = self.norm + norm, self.steps + 1, self.work + work
         if step % self.log_every and step != self.max_steps:
             return None
         elapsed = time.perf_counter() - self.began  # with validation and samples: the time left includes them
@@ -45,9 +66,13 @@ class Display:
             "tokens_per_s": self.count / self.took,
             "seconds": elapsed,
         }
+        usage = ""
+        if self.peak:
+            record["mfu"] = self.work / self.took / self.peak
+            usage = f" ({record['mfu']:.1%} MFU)"
         line = (
             f"step {step}/{self.max_steps}  loss {record['loss']:.4f}  grad {record['grad_norm']:.2f}  "
-            f"lr {record['learning_rate']:.2e}  {record['tokens_per_s']:,.0f} tokens/s  left {duration(left)}"
+            f"lr {record['learning_rate']:.2e}  {record['tokens_per_s']:,.0f} tokens/s{usage}  left {duration(left)}"
         )
         if self.live:
             sys.stderr.write(f"\r\x1b[2K{line}" + ("\n" if step == self.max_steps else ""))

@@ -28,8 +28,9 @@ from dlm.data import Documents, Examples
 from dlm.models.transformer import LLaDAModelLM
 from dlm.names import nearest
 from dlm.reading import parse_sources
+from dlm.runtime import make_accelerator
 from dlm.tokenizer import load_tokenizer, mask_id
-from dlm.training import Result, fit, make_accelerator
+from dlm.training import Result, fit
 from dlm.training_config import TrainingConfig
 
 
@@ -43,6 +44,7 @@ class RecipeConfig(TrainingConfig):
 
     output: str = "runs/recipe"
     max_steps: int = 1000
+    tracker: str = "auto"
     data: str = ""
     valid: str = ""
     split: str = "train"

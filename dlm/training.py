@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -23,9 +21,11 @@ from torch import nn
 from dlm import checkpoint
 from dlm.data import Examples, Stream, drop_prompts, fetch
 from dlm.diffusion import NoiseSettings, deal_strata, draw_noise
+from dlm.flops import peak_flops, training_flops
 from dlm.objective import OBJECTIVES
 from dlm.optim import EMA, build_optimizers, schedule_factor, set_learning_rates
 from dlm.progress import Display
+from dlm.runtime import StopSignal, checkpoint_activations, make_accelerator, start_tracker
 from dlm.tokenizer import decode, encode_prompt
 from dlm.training_config import TrainingConfig
 from dlm.validation import Validation, validate
@@ -85,48 +85,8 @@ def fit(
     run = _Run(model, tokenizer, train, valid, config, mask_id, accelerator, report)
     if resume:
         run.load_newest()
-    with _StopSignal() as stop:
+    with StopSignal() as stop:
         return run.loop(stop)
-
-
-def make_accelerator(config: TrainingConfig):
-    """The Accelerator for a config; a recipe makes it early to know which process it is."""
-    from accelerate import Accelerator
-    from accelerate.utils import ProjectConfiguration
-
-    return Accelerator(
-        mixed_precision=config.precision,
-        log_with="tensorboard" if config.tensorboard else None,
-        project_config=ProjectConfiguration(project_dir=config.output, logging_dir=config.output),
-    )
-
-
-def checkpoint_activations(model) -> None:
-    """Have every layer keep only its input, and compute the rest again in the backward pass."""
-    newer = getattr(model, "activation_checkpointing_enable", None)  # its name in later releases of transformers
-    (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
-
-
-class _StopSignal:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step; a second Ctrl-C stops at once."""
-
-    def __enter__(self) -> _StopSignal:
-        self.requested = False
-        self.name = ""
-        self._before = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number, frame) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested, self.name = True, signal.Signals(number).name
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 class _Run:
@@ -171,8 +131,9 @@ class _Run:
             from dlm.sampler import SamplingConfig, generate
 
             self.sampler = (SamplingConfig, generate)
-        if config.tensorboard:
-            accelerator.init_trackers("tensorboard")
+        start_tracker(accelerator, config)
+        on_gpu = accelerator.device.type == "cuda"
+        self.peak = peak_flops(torch.cuda.get_device_name(accelerator.device)) if on_gpu else None
 
     # ------------------------------------------------------------------------------------------------ state
 
@@ -238,19 +199,20 @@ class _Run:
 
     # ------------------------------------------------------------------------------------------------- steps
 
-    def loop(self, stop: _StopSignal) -> Result:
+    def loop(self, stop: StopSignal) -> Result:
         """All steps from here to the end, or to a request to stop."""
         config = self.config
         display = Display(
-            self.report, self.step, config.max_steps, log_every=config.log_every, log_seconds=config.log_seconds
-        )
+            self.report, self.step, config.max_steps, log_every=config.log_every, log_seconds=config.log_seconds,
+            peak=None if self.peak is None else self.peak * self.accelerator.num_processes,
+        )  # fmt: skip
         stopped = False
         while self.step < config.max_steps and not stopped:
             began = time.perf_counter()
             loss, count, norm, stopped = self.train_step(stop.requested)
             took = time.perf_counter() - began
             self.step, self.tokens, self.seconds = self.step + 1, self.tokens + count, self.seconds + took
-            record = display.add(self.step, loss, count, norm, took, self._rates(), self.tokens)
+            record = display.add(self.step, loss, count, norm, took, self._rates(), self.tokens, self.work)
             if record:
                 self.log({"kind": "train", **record})
             last = self.step == config.max_steps
@@ -262,8 +224,7 @@ class _Run:
                 self.save()
             if stopped:
                 self.report(f"asked to stop ({stop.name or 'by another process'}) in step {self.step}")
-        if config.tensorboard:
-            self.accelerator.end_training()
+        self.accelerator.end_training()  # of the tracker
         ema = None if self.ema is None else self.ema.weights
         return Result(self.step, self.tokens, self.seconds, stopped, ema, self.validation)
 
@@ -292,6 +253,7 @@ class _Run:
         )  # fmt: skip
         set_learning_rates(self.optimizers, factor)
         self.model.train()
+        self.work = self._work(batches[0].tokens.shape[1], count) if self.peak else 0.0
         total, bad = 0.0, []
         for number, batch in enumerate(batches):
             noise = draw_noise(batch, config.noise(), config.seed, strata=strata).to(accelerator.device)
@@ -314,6 +276,14 @@ class _Run:
         if self.ema is not None:
             self.ema.update(self.plain, self.step)
         return total / max(count, 1), count, norm, stops > 0
+
+    def _work(self, width: int, count: int) -> float:
+        """Operations of this step over all processes; half of the targets are predicted on average in diffusion."""
+        copies = 2 if self.config.objective == "block_diffusion" else 1
+        predicted = count if self.config.objective == "autoregressive" else count / 2
+        frozen = not all(parameter.requires_grad for parameter in self.plain.parameters())
+        tokens = self.config.batch_size * width * copies
+        return training_flops(self.plain.config, tokens, width * copies, predicted, frozen=frozen)
 
     def _sum(self, values: list[float]) -> list[float]:
         """Sum of each value over all processes."""
@@ -390,6 +360,5 @@ class _Run:
         if self.accelerator.is_main_process:
             with open(self.output / "metrics.jsonl", "a") as log:
                 log.write(json.dumps(record) + "\n")
-        if self.config.tensorboard:
-            numbers = {f"{record['kind']}/{k}": v for k, v in record.items() if isinstance(v, float)}
-            self.accelerator.log(numbers, step=self.step)
+        numbers = {f"{record['kind']}/{k}": v for k, v in record.items() if isinstance(v, float)}
+        self.accelerator.log(numbers, step=self.step)

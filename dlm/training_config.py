@@ -12,6 +12,7 @@ from dlm.tokenizer import nearest
 PRECISIONS = ("no", "bf16", "fp16")
 OPTIMIZERS = ("muon", "adamw")
 EOS_PADDING = ("none", "longest")
+TRACKERS = ("none", "auto", "tensorboard", "wandb")
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class TrainingConfig:
     eos_padding: `longest` ends every example with end-of-text tokens, which carry loss, up to the longest of its
     optimizer step (LLaDA's rule for fine-tuning). dropout_prompt: share of the examples whose prompt is all masks.
     activation_checkpointing: keep only each layer's input and compute the rest again in the backward pass: less memory,
-    a third more arithmetic, the same gradient.
+    a third more arithmetic, the same gradient. tracker: beside metrics.jsonl; `auto` is TensorBoard, if it
+    is installed.
     """
 
     output: str
@@ -69,13 +71,13 @@ class TrainingConfig:
     sample_length: int = 96
     log_every: int = 10
     log_seconds: float = 10.0
-    tensorboard: bool = False
+    tracker: str = "none"
 
     def __post_init__(self):
         choices = {
             "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "objective": OBJECTIVES,
             "estimator": ESTIMATORS, "noise_schedule": NOISE_SCHEDULES, "precision": PRECISIONS,
-            "eos_padding": EOS_PADDING,
+            "eos_padding": EOS_PADDING, "tracker": TRACKERS,
         }  # fmt: skip
         for name, allowed in choices.items():
             value = getattr(self, name)
@@ -121,6 +123,11 @@ class TrainingConfig:
             raise ValueError(
                 f"eos_padding is {self.eos_padding!r} and packing is on: examples that share a row have no room for "
                 f"it; use --no-packing, or eos_padding none"
+            )
+        if self.precision == "fp16" and self.optimizer == "muon":
+            raise ValueError(
+                "precision fp16 scales the loss, and Accelerate undoes that for one optimizer alone; muon is two with "
+                "the AdamW beside it: use optimizer adamw, or precision bf16"
             )
         if self.dropout_prompt and self.objective == "autoregressive":
             raise ValueError("dropout_prompt puts masks in place of prompts, which an autoregressive model never meets")

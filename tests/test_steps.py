@@ -18,7 +18,7 @@ from dlm import checkpoint
 from dlm.data import Example, crop, fetch
 from dlm.diffusion import NoiseSettings, draw_noise
 from dlm.objective import OBJECTIVES
-from dlm.training import checkpoint_activations
+from dlm.runtime import checkpoint_activations
 
 assert fresh_accelerate  # a fixture for every test here
 

@@ -1,0 +1,67 @@
+"""Arithmetic of training, counted: floating point operations of a step, and what accelerators can do in a second.
+
+Shapes: T row length, V vocabulary. A multiplication and an addition are two operations.
+"""
+
+from __future__ import annotations
+
+import re
+
+# Dense matrix products in bf16 (fp16 where a GPU has no bf16), operations a second, from the makers' data sheets.
+PEAKS = {
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "H800": 989e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "A40": 150e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+
+
+def peak_flops(name: str) -> float | None:
+    """Peak of a device by its name, e.g. "NVIDIA H100 80GB HBM3"; None where it is not known."""
+    for device, peak in PEAKS.items():
+        if re.search(rf"(?<![A-Za-z0-9]){device}(?![A-Za-z0-9])", name):
+            return peak
+    return None
+
+
+def block_parameters(config) -> int:
+    """Weights of the matrices of all layers, which every token passes through (norms and biases are not counted)."""
+    d, kv = config.d_model, config.n_kv_heads * config.head_dim
+    return config.n_layers * (2 * d * d + 2 * d * kv + 3 * d * config.mlp_hidden_size)
+
+
+def parameters(config) -> int:
+    """All weights of a model without biases."""
+    norms = config.d_model * (2 * config.n_layers + 1)
+    if config.attention_layer_norm:
+        norms += config.n_layers * (config.d_model + config.n_kv_heads * config.head_dim)
+    tables = 1 if config.weight_tying else 2
+    return block_parameters(config) + norms + tables * config.embedding_size * config.d_model
+
+
+def training_flops(config, tokens: float, width: int, predicted: float, *, frozen: bool = False) -> float:
+    """Operations of forward and backward over `tokens` tokens in rows of `width`, with logits at `predicted` of them.
+
+    Six a weight and token (two forward, four backward; two backward where the weights are frozen), twelve a layer,
+    width, token and column for attention, in which every token of a row meets every other (arXiv:2204.02311,
+    appendix B). What masks hide counts too, and activation checkpointing does not: this is what the model needs, not
+    what the hardware does.
+    """
+    each = 4 if frozen else 6
+    attention = 12 * config.n_layers * config.d_model * width
+    logits = each * config.d_model * config.embedding_size
+    return tokens * (each * block_parameters(config) + attention) + predicted * logits

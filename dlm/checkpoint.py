@@ -57,17 +57,19 @@ def save_model(
     folder: str | os.PathLike,
     tokenizer=None,
     *,
+    state: dict[str, Tensor] | None = None,
     weights: dict[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
     notes: dict | None = None,
 ) -> Path:
     """Write a model folder: config, safetensors, tokenizer, and `training.json` where `notes` are given.
 
-    weights: parameters by name to write in place of the model's own (its moving average). dtype: the type on disk.
+    state: the model's state, where the model holds a part of it alone (`whole_state`). weights: parameters by name to
+    write in place of the model's own (its moving average). dtype: the type on disk.
     The model itself is not touched.
     """
     fresh = type(model)(copy.deepcopy(model.config))
-    fresh.load_state_dict(model.state_dict())
+    fresh.load_state_dict(model.state_dict() if state is None else state)
     if weights is not None:
         copy_weights(weights, fresh)
     if dtype is not None:
@@ -80,6 +82,33 @@ def save_model(
         if notes is not None:
             (temporary / "training.json").write_text(json.dumps(notes, indent=2) + "\n")
     return Path(folder)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process holds a part of the tensor alone (a DTensor, as FSDP2 makes them)."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """The tensor with the parts of all processes, which all call this."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a model with the parts of all processes, which all call this."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+    return {name: whole_tensor(tensor) for name, tensor in model.state_dict().items()}
+
+
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """This process's part of a whole tensor, laid out as `like` is."""
+    if not is_sharded(like):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 
 @torch.no_grad()
@@ -135,6 +164,8 @@ def save_state(accelerator, output, state: dict, ema: dict[str, Tensor] | None, 
         if accelerator.is_main_process and ema is not None:
             save_file({name: tensor.contiguous() for name, tensor in ema.items()}, temporary / EMA_FILE)
     except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own word for a full disk
+        if isinstance(error, RuntimeError) and "Writer" not in str(error) and "iostream" not in str(error):
+            raise
         shutil.rmtree(temporary, ignore_errors=True)
         kept = checkpoints(output)
         raise ValueError(

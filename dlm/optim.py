@@ -143,6 +143,9 @@ class EMA:
     @torch.no_grad()
     def swap(self, model: nn.Module) -> None:
         """Exchange the average and the model's weights; a second call puts both back, bit for bit (fp32)."""
+        for module in model.modules():  # under FSDP2 a forward pass may leave whole weights behind
+            if hasattr(module, "reshard"):
+                module.reshard()
         for name, parameter in model.named_parameters():
             if name not in self.weights:
                 continue

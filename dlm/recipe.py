@@ -281,6 +281,7 @@ def run(recipe: RecipeConfig, argv: list[str], prog: str, prepare: Callable[...,
         again = " ".join([f"python -m train.{prog}", shlex.join(argv), "" if recipe.resume else "--resume"]).strip()
         report(f"stopped after step {result.step}; a checkpoint is in {recipe.output}. Go on with:\n  {again}")
         return 130
+    state = checkpoint.whole_state(accelerator.unwrap_model(model))
     if accelerator.is_main_process:
         notes = summary(recipe, prog, sum(sizes), train, ready.valid, result, argv)
         plain, weights = ready.finish(accelerator.unwrap_model(model), result.ema)
@@ -288,7 +289,8 @@ def run(recipe: RecipeConfig, argv: list[str], prog: str, prepare: Callable[...,
         if recipe.export:
             targets.append((Path(recipe.export), getattr(torch, recipe.export_dtype)))
         for folder, dtype in targets:
-            checkpoint.save_model(plain, folder, ready.tokenizer, weights=weights, dtype=dtype, notes=notes)
+            own = state if plain is accelerator.unwrap_model(model) else None  # not of merged adapters
+            checkpoint.save_model(plain, folder, ready.tokenizer, state=own, weights=weights, dtype=dtype, notes=notes)
             report(f"wrote {folder}")
         report(json.dumps({key: notes[key] for key in ("steps", "seconds", "tokens_seen", "epochs")}))
     accelerator.wait_for_everyone()

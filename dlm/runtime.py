@@ -28,6 +28,20 @@ def checkpoint_activations(model) -> None:
     (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
+def check_sharding(model, optimizers) -> None:
+    """Errors: what Accelerate cannot do under FSDP2."""
+    if len(optimizers) > 1:
+        raise ValueError(
+            "Accelerate keeps the state of one optimizer alone under FSDP, and muon is two with the AdamW beside it: "
+            "use optimizer adamw"
+        )
+    if getattr(model.config, "weight_tying", False):
+        raise ValueError(
+            "Accelerate cannot shard a table that is both input and output (weight_tying) under FSDP2: train this "
+            "model with DDP, which a model small enough for tied weights fits"
+        )
+
+
 def tracker_of(config: TrainingConfig) -> str | None:
     """The tracker that is used. Errors: one that was named and is not installed."""
     if config.tracker == "none":
@@ -45,6 +59,13 @@ def start_tracker(accelerator, config: TrainingConfig) -> None:
     if accelerator.log_with:
         plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in asdict(config).items()}
         accelerator.init_trackers("dlm", config=plain)
+
+
+def finish_tracker(accelerator) -> None:
+    """Close the tracker. (Accelerate's end_training would take down the process group too, which is still needed.)"""
+    if accelerator.is_main_process:
+        for tracker in accelerator.trackers:
+            tracker.finish()
 
 
 class StopSignal:

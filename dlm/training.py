@@ -25,7 +25,14 @@ from dlm.flops import peak_flops, training_flops
 from dlm.objective import OBJECTIVES
 from dlm.optim import EMA, build_optimizers, schedule_factor, set_learning_rates
 from dlm.progress import Display
-from dlm.runtime import StopSignal, checkpoint_activations, make_accelerator, start_tracker
+from dlm.runtime import (
+    StopSignal,
+    check_sharding,
+    checkpoint_activations,
+    finish_tracker,
+    make_accelerator,
+    start_tracker,
+)
 from dlm.tokenizer import decode, encode_prompt
 from dlm.training_config import TrainingConfig
 from dlm.validation import Validation, validate
@@ -120,8 +127,11 @@ class _Run:
             for module in model.modules():
                 if type(module).__name__ in (getattr(model, "_no_split_modules", None) or ()):
                     module.compile()  # layer by layer: one shape, one compilation
+        if getattr(accelerator, "is_fsdp2", False):
+            check_sharding(model, optimizers)
         self.model, *self.optimizers = accelerator.prepare(model, *optimizers)
         self.plain = accelerator.unwrap_model(self.model)
+        self.sharded = any(checkpoint.is_sharded(parameter) for parameter in self.plain.parameters())
         self.ema = EMA(self.plain, config.ema) if config.ema > 0 else None
         self.stream = Stream(train, config.seed, packing=config.packing)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
@@ -163,7 +173,7 @@ class _Run:
                 group["base_lr"] = self._base_rate(optimizer)
         if self.ema is not None and weights is not None:
             for name, tensor in self.ema.weights.items():
-                tensor.copy_(weights[name])
+                tensor.copy_(checkpoint.shard_like(weights[name], tensor))
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         self.stream = Stream(self.train, self.config.seed, tuple(state["position"]), self.config.packing)
         self.last_checkpoint = folder
@@ -194,7 +204,7 @@ class _Run:
             "processes": self.accelerator.num_processes,
             "config": asdict(self.config),
         }
-        ema = None if self.ema is None else self.ema.weights
+        ema = self._average()
         self.last_checkpoint = checkpoint.save_state(self.accelerator, self.output, state, ema, self.config.keep_last)
 
     # ------------------------------------------------------------------------------------------------- steps
@@ -224,9 +234,14 @@ class _Run:
                 self.save()
             if stopped:
                 self.report(f"asked to stop ({stop.name or 'by another process'}) in step {self.step}")
-        self.accelerator.end_training()  # of the tracker
-        ema = None if self.ema is None else self.ema.weights
-        return Result(self.step, self.tokens, self.seconds, stopped, ema, self.validation)
+        finish_tracker(self.accelerator)
+        return Result(self.step, self.tokens, self.seconds, stopped, self._average(), self.validation)
+
+    def _average(self) -> dict[str, torch.Tensor] | None:
+        """The moving average, whole; every process calls this."""
+        if self.ema is None:
+            return None
+        return {name: checkpoint.whole_tensor(tensor) for name, tensor in self.ema.weights.items()}
 
     def train_step(self, stop: bool) -> tuple[float, int, float, bool]:
         """One optimizer step. Returns loss per target token, target tokens, gradient norm, whether to stop."""
@@ -336,7 +351,7 @@ class _Run:
 
     def sample(self) -> None:
         """Print what the averaged weights write now."""
-        if not self.accelerator.is_main_process:
+        if not (self.accelerator.is_main_process or self.sharded):  # of a sharded model every process has a part
             return
         SamplingConfig, generate = self.sampler
         self.model.eval()

@@ -46,7 +46,9 @@ def validate(
     counts = torch.zeros(BUCKETS, 2, dtype=torch.float64)
     examples = 0
     chunks = [numbered[i : i + micro_batch] for i in range(0, len(numbered), micro_batch)]
-    for chunk in chunks[accelerator.process_index :: accelerator.num_processes]:
+    world = accelerator.num_processes
+    chunks += [[]] * (-len(chunks) % world)  # sharded models need every process in every forward
+    for chunk in chunks[accelerator.process_index :: world]:
         chunk = chunk + [[]] * (micro_batch - len(chunk))  # same shape every time: nothing is compiled again
         batch = fetch(data, chunk, pad_id)
         noise = draw_noise(batch, estimator, seed, stream=VALIDATION)

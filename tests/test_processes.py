@@ -1,0 +1,160 @@
+"""Several processes (gloo, on a CPU) and processes that are killed: the run is the same.
+
+Largest differences seen: one process against two, losses 1e-7 and weights 2e-6 (a sum in another order); against two
+that share one model under FSDP2, the same; killed and resumed, none at all.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+import dlm
+from dlm import checkpoint, training
+from train import pretrain, sft
+
+ROOT = Path(__file__).resolve().parents[1]
+STORIES = [f"The {animal} saw {n} red stars and went home." for animal in ("cat", "dog") for n in range(12)]
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch, tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("DLM_CACHE", str(tmp_path / "cache"))
+
+
+def options(folder, output, **changes):
+    """The command line of a tiny pretraining run."""
+    text = folder / "stories.txt"
+    text.write_text("\n<|endoftext|>\n".join(STORIES))
+    settings = {
+        "data": text, "valid": text, "output": folder / output, "vocab_size": 270, "sequence_length": 24, "d_model": 16,
+        "n_layers": 2, "n_heads": 2, "mlp_hidden_size": 32, "max_steps": 4, "batch_size": 4, "warmup_steps": 1,
+        "valid_every": 2, "valid_rows": 3, "sample_every": 0, "checkpoint_every": 2, "precision": "no", "log_every": 1,
+        "optimizer": "adamw", **changes,
+    }  # fmt: skip
+    argv = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items() if not isinstance(value, bool)]
+    return argv + [f"--{'' if v else 'no-'}{k.replace('_', '-')}" for k, v in settings.items() if isinstance(v, bool)]
+
+
+def two(command, port):
+    """Run `python command ...` as two processes of one job; both must end well."""
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(20000 + (os.getpid() + port) % 20000), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+        "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+    options = {"cwd": ROOT, "stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, *map(str, command)], env={**environment, "RANK": str(r), "LOCAL_RANK": str(r)}, **options
+        )
+        for r in range(2)
+    ]
+    try:
+        told = [rank.communicate(timeout=240)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(told)[-3000:]
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder):
+    model, _ = dlm.load(folder, device="cpu", dtype="float32")
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def assert_same_run(one, other):
+    first, second = records(one), records(other)
+    assert [(r["kind"], r["step"]) for r in first] == [(r["kind"], r["step"]) for r in second]
+    for a, b in zip(first, second, strict=True):
+        for name in ("loss", "grad_norm", "bound", "error", "raw_bound"):
+            if name in a:
+                assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-5), name
+    assert (weights(one / "model") - weights(other / "model")).abs().max() < 1e-5
+
+
+def test_fsdp2_trains_resumes_and_exports_the_same_model(tmp_path):
+    one, two_parts = tmp_path / "one", tmp_path / "two"
+    assert pretrain.main(options(tmp_path, "one", weight_tying=False)) == 0
+    script = Path(__file__).parent / "sharded.py"
+    two([script, *options(tmp_path, "two", weight_tying=False, tracker="auto")], 1)
+    assert_same_run(one, two_parts)
+    [_, (_, last)] = checkpoint.checkpoints(two_parts)
+    (last / checkpoint.STATE_FILE).unlink()  # as if killed after step 2
+    two([script, *options(tmp_path, "two", weight_tying=False, resume=True)], 2)
+    assert_same_run(one, two_parts)
+    model, tokenizer = dlm.load(two_parts / "model", device="cpu")
+    out = dlm.generate(model, ["The cat"], dlm.SamplingConfig(gen_length=8), tokenizer=tokenizer)
+    assert out.sequences.shape == (1, 8)
+
+
+def test_what_fsdp2_cannot_do_is_one_line(tmp_path):
+    class Sharding:
+        config = type("Config", (), {"weight_tying": True})
+
+    with pytest.raises(ValueError, match="use optimizer adamw"):
+        training.check_sharding(Sharding, [1, 2])
+    with pytest.raises(ValueError, match="train this model with DDP"):
+        training.check_sharding(Sharding, [1])
+
+
+def test_two_processes_fine_tune_as_one(tmp_path):
+    """Examples as long as the longest of the step, whichever process has it; prompts dropped; a tracker on."""
+    assert pretrain.main(options(tmp_path, "base")) == 0
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"{n}?", "response": "one " * (n % 4)}) + "\n" for n in range(1, 17)))
+
+    def command(output):
+        return [
+            "--model", tmp_path / "base" / "model", "--data", data, "--valid", data, "--output", tmp_path / output,
+            "--format", "plain", "--no-packing", "--eos-padding", "longest", "--dropout-prompt", "0.3", "--precision",
+            "no", "--max-steps", "3", "--batch-size", "4", "--valid-every", "3", "--log-every", "1",
+        ]  # fmt: skip
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert sft.main([str(word) for word in command("one")]) == 0
+    two(["-m", "train.sft", *command("two")], 3)
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+KILLS = int(os.environ.get("DLM_KILLS", "6"))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a child is forked, so that imports are paid once")
+def test_a_run_killed_at_random_moments_ends_with_the_same_bits(tmp_path):
+    """SIGKILL, also during the writing of a checkpoint; the last start is left to finish. DLM_KILLS=20 for more."""
+    changes = {"max_steps": 40, "valid_every": 0, "checkpoint_every": 1, "optimizer": "muon", "estimator": "stratified"}
+    began = time.perf_counter()
+    assert pretrain.main(options(tmp_path, "whole", **changes)) == 0
+    took = time.perf_counter() - began
+    command, moments, reached = options(tmp_path, "parts", **changes, resume=True), random.Random(0), []
+    for _ in range(KILLS):
+        child = os.fork()
+        if child == 0:
+            AcceleratorState._reset_state(reset_partial_state=True)
+            with open(os.devnull, "w") as sys.stdout:
+                os._exit(pretrain.main(command))
+        time.sleep(moments.uniform(0.05, 3 * took / KILLS))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        reached.append(max([step for step, _ in checkpoint.checkpoints(tmp_path / "parts")], default=0))
+    assert reached == sorted(reached)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert pretrain.main(command) == 0
+    assert torch.equal(weights(tmp_path / "whole" / "model"), weights(tmp_path / "parts" / "model"))
+    losses = [[(r["step"], r["loss"]) for r in records(tmp_path / name)] for name in ("whole", "parts")]
+    assert losses[0] == losses[1]
+    print(f"killed {KILLS} times; checkpoints reached: {reached}")

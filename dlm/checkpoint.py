@@ -89,17 +89,28 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def whole_tensor(tensor: Tensor) -> Tensor:
-    """The tensor with the parts of all processes, which all call this."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
+def whole(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """The tensors with the parts of all processes, which all call this; sharded ones go to the CPU of those that keep.
+
+    One tensor at a time is whole on a device, and where `keep` is false nothing of a sharded one stays.
+    """
+    made = {}
+    for name, tensor in tensors.items():
+        if is_sharded(tensor):
+            full = tensor.full_tensor()
+            if not keep:
+                continue
+            tensor = full.cpu()
+        made[name] = tensor
+    return made
 
 
-def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state of a model with the parts of all processes, which all call this."""
+def whole_state(model: nn.Module, keep: bool) -> dict[str, Tensor]:
+    """The state of a model, as `whole` gives it."""
     for module in model.modules():
         if hasattr(module, "reshard"):
             module.reshard()
-    return {name: whole_tensor(tensor) for name, tensor in model.state_dict().items()}
+    return whole(model.state_dict(), keep)
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:

@@ -25,8 +25,9 @@ import yaml
 
 from dlm import checkpoint
 from dlm.data import Documents, Examples
+from dlm.models.attention import KERNELS
 from dlm.models.transformer import LLaDAModelLM
-from dlm.names import nearest
+from dlm.names import check_name, nearest
 from dlm.reading import parse_sources
 from dlm.runtime import make_accelerator
 from dlm.tokenizer import load_tokenizer, mask_id
@@ -39,7 +40,8 @@ class RecipeConfig(TrainingConfig):
     """The settings that all recipes share: the run (TrainingConfig), the data, the model to begin with, the export.
 
     data, valid: comma separated sources (`dlm.reading`), those of data with weights or without; split: of data sets of
-    the hub. model: a folder or hub id to go on from; tokenizer: in place of the model's own.
+    the hub. model: a folder or hub id to go on from; tokenizer: in place of the model's own. attn_implementation: the
+    attention kernel; flex_attention on a GPU skips what packing and blocks hide.
     """
 
     output: str = "runs/recipe"
@@ -51,6 +53,7 @@ class RecipeConfig(TrainingConfig):
     sequence_length: int = 256
     model: str = ""
     tokenizer: str = ""
+    attn_implementation: str = "sdpa"
     name: str = ""
     export: str = ""
     export_dtype: str = "bfloat16"
@@ -58,6 +61,7 @@ class RecipeConfig(TrainingConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        check_name("attn_implementation", self.attn_implementation, KERNELS)
         if not isinstance(getattr(torch, self.export_dtype, None), torch.dtype):
             raise ValueError(f"export_dtype is {self.export_dtype!r}: use bfloat16, float16 or float32")
 
@@ -257,6 +261,10 @@ def run(recipe: RecipeConfig, argv: list[str], prog: str, prepare: Callable[...,
     accelerator = make_accelerator(recipe)
     ready = prepare(recipe, accelerator)
     model, train = ready.model, ready.train
+    try:
+        model.set_attn_implementation(recipe.attn_implementation)
+    except ImportError as error:
+        raise ValueError(f"attn_implementation {recipe.attn_implementation} cannot be used: {error}") from error
     report = print if accelerator.is_main_process else (lambda line: None)
     sizes = [parameter.numel() for parameter in model.parameters()]
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -281,7 +289,7 @@ def run(recipe: RecipeConfig, argv: list[str], prog: str, prepare: Callable[...,
         again = " ".join([f"python -m train.{prog}", shlex.join(argv), "" if recipe.resume else "--resume"]).strip()
         report(f"stopped after step {result.step}; a checkpoint is in {recipe.output}. Go on with:\n  {again}")
         return 130
-    state = checkpoint.whole_state(accelerator.unwrap_model(model))
+    state = checkpoint.whole_state(accelerator.unwrap_model(model), accelerator.is_main_process)
     if accelerator.is_main_process:
         notes = summary(recipe, prog, sum(sizes), train, ready.valid, result, argv)
         plain, weights = ready.finish(accelerator.unwrap_model(model), result.ema)

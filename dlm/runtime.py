@@ -28,14 +28,25 @@ def checkpoint_activations(model) -> None:
     (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
-def check_sharding(model, optimizers) -> None:
-    """Errors: what Accelerate cannot do under FSDP2."""
+def check_sharding(accelerator, model, optimizers) -> None:
+    """Errors: what this loop cannot do with DeepSpeed, with FSDP1, or with FSDP2 as Accelerate drives it."""
+    kind = str(accelerator.distributed_type.value)
+    if kind == "DEEPSPEED":
+        raise ValueError(
+            "DeepSpeed steps inside the backward pass, before the loss of the whole step is known, and hides the "
+            "weights that the moving average needs: use FSDP2, which shards the same "
+            "(train/configs/accelerate/fsdp2.yaml)"
+        )
+    if kind != "FSDP":
+        return
+    if not accelerator.is_fsdp2:
+        raise ValueError("FSDP1 flattens the weights that decay and moving average tell apart: set fsdp_version to 2")
     if len(optimizers) > 1:
         raise ValueError(
             "Accelerate keeps the state of one optimizer alone under FSDP, and muon is two with the AdamW beside it: "
             "use optimizer adamw"
         )
-    if getattr(model.config, "weight_tying", False):
+    if model.config.weight_tying:
         raise ValueError(
             "Accelerate cannot shard a table that is both input and output (weight_tying) under FSDP2: train this "
             "model with DDP, which a model small enough for tied weights fits"

@@ -127,8 +127,7 @@ class _Run:
             for module in model.modules():
                 if type(module).__name__ in (getattr(model, "_no_split_modules", None) or ()):
                     module.compile()  # layer by layer: one shape, one compilation
-        if getattr(accelerator, "is_fsdp2", False):
-            check_sharding(model, optimizers)
+        check_sharding(accelerator, model, optimizers)
         self.model, *self.optimizers = accelerator.prepare(model, *optimizers)
         self.plain = accelerator.unwrap_model(self.model)
         self.sharded = any(checkpoint.is_sharded(parameter) for parameter in self.plain.parameters())
@@ -238,10 +237,10 @@ class _Run:
         return Result(self.step, self.tokens, self.seconds, stopped, self._average(), self.validation)
 
     def _average(self) -> dict[str, torch.Tensor] | None:
-        """The moving average, whole; every process calls this."""
+        """The moving average, whole in the main process; every process calls this."""
         if self.ema is None:
             return None
-        return {name: checkpoint.whole_tensor(tensor) for name, tensor in self.ema.weights.items()}
+        return checkpoint.whole(self.ema.weights, self.accelerator.is_main_process)
 
     def train_step(self, stop: bool) -> tuple[float, int, float, bool]:
         """One optimizer step. Returns loss per target token, target tokens, gradient norm, whether to stop."""

@@ -43,6 +43,7 @@ def weights(folder):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (["--attn-implementation", "flax_attention"], "did you mean 'flex_attention'"),
         (["--learning-rat", "1e-3"], "unknown option --learning-rat: did you mean --learning-rate?"),
         (["--max-step=3"], "unknown option --max-step: did you mean --max-steps?"),
         (["--max-steps", "many"], "max_steps is 'many': it must be an int"),

@@ -10,18 +10,28 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from tqdm import tqdm
 
 import dlm
-from dlm import checkpoint, training
+from dlm import checkpoint
+from dlm.models.configuration import LLaDAConfig
+from dlm.models.transformer import LLaDAModelLM
+from dlm.runtime import check_sharding
 from train import pretrain, sft
 
 ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "train" / "configs" / "accelerate"
 STORIES = [f"The {animal} saw {n} red stars and went home." for animal in ("cat", "dog") for n in range(12)]
 
 
@@ -90,7 +100,7 @@ def test_fsdp2_trains_resumes_and_exports_the_same_model(tmp_path):
     one, two_parts = tmp_path / "one", tmp_path / "two"
     assert pretrain.main(options(tmp_path, "one", weight_tying=False)) == 0
     script = Path(__file__).parent / "sharded.py"
-    two([script, *options(tmp_path, "two", weight_tying=False, tracker="auto")], 1)
+    two([script, *options(tmp_path, "two", weight_tying=False, tracker="auto", accumulation=2)], 1)
     assert_same_run(one, two_parts)
     [_, (_, last)] = checkpoint.checkpoints(two_parts)
     (last / checkpoint.STATE_FILE).unlink()  # as if killed after step 2
@@ -101,14 +111,46 @@ def test_fsdp2_trains_resumes_and_exports_the_same_model(tmp_path):
     assert out.sequences.shape == (1, 8)
 
 
-def test_what_fsdp2_cannot_do_is_one_line(tmp_path):
-    class Sharding:
-        config = type("Config", (), {"weight_tying": True})
+@pytest.mark.parametrize(
+    ("kind", "version", "optimizers", "message"),
+    [
+        ("DEEPSPEED", 2, 1, "use FSDP2"),
+        ("FSDP", 1, 1, "set fsdp_version to 2"),
+        ("FSDP", 2, 2, "use optimizer adamw"),
+        ("FSDP", 2, 1, "train this model with DDP"),
+    ],
+)
+def test_what_sharding_cannot_do_is_refused(kind, version, optimizers, message):
+    accelerator = SimpleNamespace(distributed_type=DistributedType(kind), is_fsdp2=version == 2)
+    tied = SimpleNamespace(config=LLaDAConfig(weight_tying=True))
+    with pytest.raises(ValueError, match=message):
+        check_sharding(accelerator, tied, [None] * optimizers)
+    accelerator.distributed_type = DistributedType.MULTI_GPU
+    check_sharding(accelerator, tied, [None, None])
 
-    with pytest.raises(ValueError, match="use optimizer adamw"):
-        training.check_sharding(Sharding, [1, 2])
-    with pytest.raises(ValueError, match="train this model with DDP"):
-        training.check_sharding(Sharding, [1])
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_understands_its_configurations(path):
+    """Every key is one that Accelerate knows, and so are those of FSDP, which become options of the same name."""
+    found = load_config_from_file(str(path))
+    assert found.num_processes >= 1 and found.mixed_precision in ("no", "bf16")
+    known = {option for action in launch_command_parser()._actions for option in action.option_strings}
+    assert all(f"--{key}" in known for key in found.fsdp_config)
+    if found.distributed_type == DistributedType.FSDP:
+        assert found.fsdp_config["fsdp_version"] == 2 and found.fsdp_config["fsdp_transformer_layer_cls_to_wrap"] in (
+            LLaDAModelLM._no_split_modules
+        )
+
+
+def test_accelerate_launch_runs_a_recipe_from_another_folder(tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / "cpu.yaml"]
+    command = [*launch, ROOT / "train" / "pretrain.py"]
+    done = subprocess.run(
+        [*map(str, command), *options(tmp_path, "run")], cwd=tmp_path, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert pretrain.main(options(tmp_path, "here")) == 0
+    assert torch.equal(weights(tmp_path / "run" / "model"), weights(tmp_path / "here" / "model"))
 
 
 def test_two_processes_fine_tune_as_one(tmp_path):
@@ -136,6 +178,7 @@ KILLS = int(os.environ.get("DLM_KILLS", "6"))
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a child is forked, so that imports are paid once")
 def test_a_run_killed_at_random_moments_ends_with_the_same_bits(tmp_path):
     """SIGKILL, also during the writing of a checkpoint; the last start is left to finish. DLM_KILLS=20 for more."""
+    tqdm.set_lock(threading.RLock())  # its own is shared with forked children, and a killed one would never release it
     changes = {"max_steps": 40, "valid_every": 0, "checkpoint_every": 1, "optimizer": "muon", "estimator": "stratified"}
     began = time.perf_counter()
     assert pretrain.main(options(tmp_path, "whole", **changes)) == 0

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "Visible", "attention_mask", "block_causal", "block_diffusion", "both", "causal", "document", "full",
-    "usable_kernel",
+    "KERNELS", "Visible", "attention_mask", "block_causal", "block_diffusion", "both", "causal", "document",
+    "full", "usable_kernel",
 ]  # fmt: skip
 
+KERNELS = ("eager", "sdpa", "flash_attention_2", "flex_attention")  # names of transformers' attn_implementation
 Visible = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from dlm.data import Documents, cached, join, token_type
 from dlm.names import check_name
 from dlm.reading import columns_of, identity, read_rows
+from dlm.tokenizer import encode_prompt
 
 MESSAGES = ("messages", "conversations", "conversation")
 PROMPTS = ("prompt", "question", "instruction", "input", "query")
@@ -24,9 +25,9 @@ OVERLONG = ("truncate", "skip")
 class ChatFormat:
     """How rows become tokens.
 
-    chat: through the tokenizer's chat template; otherwise [bos] prompt separator response [eos]. messages, prompt,
-    response: columns, "" for those that are found. length: most tokens of an example; overlong: `truncate` a longer one
-    or `skip` it.
+    chat: through the tokenizer's chat template; otherwise prompt and separator, as `dlm generate` encodes a prompt,
+    then response and end-of-text. messages, prompt, response: columns, "" for those that are found. length: most
+    tokens of an example; overlong: `truncate` a longer one or `skip` it.
     """
 
     chat: bool
@@ -157,6 +158,6 @@ def _plain_parts(tokenizer, messages, form: ChatFormat, where: str):
             f"{where}: {len(messages)} messages, but the plain format takes one prompt and one response: use "
             f"--format chat"
         )
-    bos, eos = ([] if i is None else [i] for i in (tokenizer.bos_token_id, tokenizer.eos_token_id))
     prompt, response = (message["content"] for message in messages)
-    return [(bos, False), (prompt + form.separator, False), (response, True), (eos, True)]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return [(encode_prompt(tokenizer, prompt + form.separator), False), (response, True), (end, True)]

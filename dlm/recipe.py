@@ -25,7 +25,7 @@ import yaml
 
 from dlm import checkpoint
 from dlm.data import Documents, Examples
-from dlm.models.attention import KERNELS
+from dlm.models import ATTENTION
 from dlm.models.transformer import LLaDAModelLM
 from dlm.names import check_name, nearest
 from dlm.reading import parse_sources
@@ -61,7 +61,7 @@ class RecipeConfig(TrainingConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_name("attn_implementation", self.attn_implementation, KERNELS)
+        check_name("attn_implementation", self.attn_implementation, ATTENTION)
         if not isinstance(getattr(torch, self.export_dtype, None), torch.dtype):
             raise ValueError(f"export_dtype is {self.export_dtype!r}: use bfloat16, float16 or float32")
 

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "KERNELS", "Visible", "attention_mask", "block_causal", "block_diffusion", "both", "causal", "document",
+    "Visible", "attention_mask", "block_causal", "block_diffusion", "both", "causal", "document",
     "full", "usable_kernel",
 ]  # fmt: skip
 
-KERNELS = ("eager", "sdpa", "flash_attention_2", "flex_attention")  # names of transformers' attn_implementation
 Visible = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -154,10 +153,3 @@ def decode(tokenizer, ids: Iterable[int]) -> str:
             break
         kept.append(int(token))
     return tokenizer.decode(kept, skip_special_tokens=True)
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """The name of `names` that is most like `name`; for messages about unknown options."""
-    names = list(names)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
-    return close[0] if close else names[0]

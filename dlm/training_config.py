@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dlm.diffusion import ESTIMATORS, NOISE_SCHEDULES, NoiseSettings
+from dlm.names import check_name
 from dlm.objective import OBJECTIVES
 from dlm.optim import SCHEDULES
-from dlm.tokenizer import nearest
 
 PRECISIONS = ("no", "bf16", "fp16")
 OPTIMIZERS = ("muon", "adamw")
@@ -80,12 +80,7 @@ class TrainingConfig:
             "eos_padding": EOS_PADDING, "tracker": TRACKERS,
         }  # fmt: skip
         for name, allowed in choices.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ValueError(
-                    f"{name} is {value!r}: did you mean {nearest(str(value), allowed)!r}? It can be "
-                    f"{', '.join(sorted(allowed))}"
-                )
+            check_name(name, getattr(self, name), allowed)
         positive = ("max_steps", "batch_size", "accumulation", "learning_rate", "clip", "keep_last", "log_every",
                     "checkpoint_every", "valid_rows", "sample_length")  # fmt: skip
         for name in positive:

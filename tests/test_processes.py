@@ -1,8 +1,4 @@
-"""Several processes (gloo, on a CPU) and processes that are killed: the run is the same.
-
-Largest differences seen: one process against two, losses 1e-7 and weights 2e-6 (a sum in another order); against two
-that share one model under FSDP2, the same; killed and resumed, none at all.
-"""
+"""Several processes (gloo, on a CPU) and processes that are killed: the run is the same."""
 
 import json
 import os

@@ -1,7 +1,4 @@
-"""A step is the same however it is cut up and wherever it goes on: strata, cropping, blocks, activation checkpointing.
-
-Largest differences of the weights seen after six steps: accumulation 1e-6, the rest none at all.
-"""
+"""A step is the same however it is cut up and wherever it goes on: strata, cropping, blocks, activation checkpointing."""
 
 import json
 import os

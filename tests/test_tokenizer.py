@@ -12,7 +12,6 @@ from dlm.tokenizer import (
     encode_prompt,
     load_tokenizer,
     mask_id,
-    nearest,
     train_tokenizer,
 )
 
@@ -84,5 +83,4 @@ def test_errors(tmp_path, tokenizer):
         mask_id(tokenizer, wrong)
     with pytest.raises(ValueError, match="no mask token"):
         mask_id(None, Config())
-    assert nearest("batchsize", ["seed", "batch_size"]) == "batch_size"
     assert json.loads(tokenizer.backend_tokenizer.to_str())["model"]["type"] == "BPE"

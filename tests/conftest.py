@@ -1,6 +1,7 @@
 """Shared fixtures: one thread (results and times do not depend on the machine), tiny models, recorded checkpoints."""
 
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 def pytest_configure(config):
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits deafness to Ctrl-C
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # save_pretrained's would land in what the tests capture

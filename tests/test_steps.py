@@ -1,4 +1,4 @@
-"""A step is the same however it is cut up and wherever it goes on: strata, cropping, blocks, checkpointed activations."""
+"""A step is the same however it is cut up and wherever it goes on: strata, cropping, blocks, saved activations."""
 
 import json
 import os

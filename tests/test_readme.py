@@ -1,5 +1,6 @@
 """What README.md tells a reader to type works."""
 
+import dataclasses
 import re
 import shlex
 from pathlib import Path
@@ -46,7 +47,11 @@ def test_make_targets_exist():
 
 
 def test_options_exist():
-    known = {cli.flag(field) for field in cli.SAMPLING} | {"--model", "--prompts", "--json", "--help"}
+    from train.pretrain import Recipe as Pretrain
+    from train.sft import Recipe as Sft
+
+    settings = {field.name for recipe in (Pretrain, Sft) for field in dataclasses.fields(recipe)}
+    known = {cli.flag(field) for field in {*cli.SAMPLING, *settings}} | {"--prompts", "--json", "--help", "--config"}
     assert set(re.findall(r"--[a-z][a-z-]+", README)) <= known
 
 

@@ -64,12 +64,13 @@ def load(
     try:
         with quiet() if os.path.isdir(path) else nullcontext():  # a download shows its progress
             model = LLaDAModelLM.from_pretrained(path, **options).eval()
+            tokenizer = load_tokenizer(path, revision)
     except (SafetensorError, EOFError) as error:
         raise ValueError(f"the weights in {path} are damaged or cut short ({error}): copy the file again") from None
     small = model.device.type == "cpu" and model.dtype.itemsize < 4 and model.num_parameters() <= WIDENED
     if dtype == "auto" and small:
         model = model.float()
-    return model, load_tokenizer(path, revision)
+    return model, tokenizer
 
 
 def _usable(device: str | torch.device | None) -> torch.device:

@@ -86,7 +86,7 @@ def quote(text: str) -> str:
 
 def credits(path: Path) -> str:
     """`Title` by Author, one entry a text, from a JSONL file with title, author and licence."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     kinds: dict[str, list[str]] = {}
     for row in rows:
         kinds.setdefault(row["license"].strip("[]"), []).append(f"*{row['title']}* by {row['author']}")

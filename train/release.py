@@ -117,6 +117,7 @@ def main(argv: list[str]) -> int:
     fields = {
         **{key: value for key, value in notes.items() if not isinstance(value, dict)},
         **notes["recipe"],
+        **model.config.to_dict(),  # the shape that was trained, not what the recipe would make anew
         **bound,
         **{f"before_{key}": value for key, value in before.items()},
         "minutes": (notes["seconds"] + before.get("seconds", 0)) / 60,

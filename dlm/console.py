@@ -236,6 +236,8 @@ def expected(opened: Opened, canvas, config) -> tuple[int | None, int]:
 
 def row_text(opened: Opened, config, show_given: bool = True) -> terminal.RowText:
     """How the rows of a canvas are shown on standard output."""
+    from dlm.sampling import as_ids
+
     ends = {opened.tokenizer.eos_token_id, *config.eos_ids, *as_ids(opened.model.config.eos_token_id)}
     return terminal.RowText(
         opened.text,
@@ -244,11 +246,6 @@ def row_text(opened: Opened, config, show_given: bool = True) -> terminal.RowTex
         kind=config.ordering,
         show_given=show_given,
     )
-
-
-def as_ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
-    """One id, several or none, as a tuple."""
-    return () if value is None else (value,) if isinstance(value, int) else tuple(value)
 
 
 def text_pieces(opened: Opened, result: Result, config, head: str) -> list[terminal.Piece]:

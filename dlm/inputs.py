@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .canvas import Canvas
+from .sampling import as_ids
 from .tokenizer import encode_prompt, mask_id
 
 __all__ = ["prepare"]
@@ -12,10 +13,8 @@ __all__ = ["prepare"]
 def prepare(model, inputs, gen_length: int, tokenizer=None) -> tuple[Canvas, dict]:
     """The canvas for these inputs and what `denoise` should know of the checkpoint (vocab_size, eos_token_ids)."""
     settings = getattr(model, "config", None)
-    ends = getattr(settings, "eos_token_id", None)
-    ends = () if ends is None else tuple(ends) if isinstance(ends, list | tuple) else (ends,)
     vocab_size = getattr(settings, "vocab_size", None) if tokenizer is None else len(tokenizer)
-    known = {"vocab_size": vocab_size, "eos_token_ids": ends}
+    known = {"vocab_size": vocab_size, "eos_token_ids": as_ids(getattr(settings, "eos_token_id", None))}
     if isinstance(inputs, Canvas):
         return inputs, known
     if isinstance(inputs, Tensor):

@@ -261,7 +261,7 @@ class _Run:
         else:
             asked, counts = canvas.masked & span, [self.left[row] for row in rows]
         ragged = any(self.lengths[row] < canvas.tokens.shape[1] for row in rows)
-        positions = self._positions(planner, rows, current, canvas.valid)
+        positions = self._positions(planner, rows, index, current, canvas.valid)
         slots = _leading(asked, max(counts))
         request = Request(None if whole else index, positions, slots, counts, canvas.valid if ragged else None)
         token, confidence = denoise_step(
@@ -289,11 +289,13 @@ class _Run:
             self.nfe[row] += 1
         return (index[:, None].expand_as(slots)[chosen], slots[chosen]), token[chosen], confidence[chosen]
 
-    def _positions(self, planner: Planner, rows: list[int], current: Tensor, valid: Tensor) -> Tensor | None:
+    def _positions(
+        self, planner: Planner, rows: list[int], index: Tensor, current: Tensor, valid: Tensor
+    ) -> Tensor | None:
         """(R, Q) the slots that a pass computes, ascending, short rows padded with their last; None for all."""
         key = (planner, tuple(rows), tuple(self.block[row] for row in rows))
         if self._plan[0] != key:  # the same for every later pass of the block
-            layout = self.layout[torch.tensor(rows, device=self.device)]
+            layout = self.layout[index]
             before = (layout == current - 1) & (current > 0)
             plan = planner(layout == current, Signals(before, self.config.window))
             if plan is None:

@@ -8,7 +8,7 @@ from .cache import METHODS
 from .names import check_name
 from .unmasking import COMMITS, CONFIDENCES, SPLITS
 
-__all__ = ["SamplingConfig"]
+__all__ = ["SamplingConfig", "as_ids"]
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,7 @@ class SamplingConfig:
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """The end-of-text ids given here, () where the checkpoint's hold."""
-        ids = self.eos_token_id
-        return () if ids is None else ids if isinstance(ids, tuple) else (ids,)
+        return as_ids(self.eos_token_id)
 
     def row_seeds(self, rows: int) -> list[int]:
         """One seed a row; raises ValueError where a tuple of another length was given."""
@@ -128,6 +127,11 @@ class SamplingConfig:
         if len(self.seed) != rows:
             raise ValueError(f"seed has {len(self.seed)} values for {rows} rows: give one a row, or a single number")
         return list(self.seed)
+
+
+def as_ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
+    """One id, several or none, as configurations name their end-of-text, as a tuple."""
+    return () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
 def _whole(value: object) -> bool:

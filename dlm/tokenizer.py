@@ -50,10 +50,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
     core.train_from_iterator(texts, trainer)
     core.add_special_tokens(list(SPECIAL_TOKENS))
-    core.post_processor = (
-        processors.TemplateProcessing(  # a text begins as documents in training do
-            single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, core.token_to_id(BOS))]
-        )
+    core.post_processor = processors.TemplateProcessing(  # a text begins as documents in training do
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, core.token_to_id(BOS))]
     )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,

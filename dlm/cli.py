@@ -1,4 +1,4 @@
-"""The command line: `dlm generate | infill | chat | info | train`; it parses, calls the library and prints.
+"""The command line: `dlm generate | infill | chat | info | train | eval | bench`; it parses, calls the library and prints.
 
 Nothing heavy is imported before a command needs it: `dlm --help` answers without torch.
 Shapes: B batch, T canvas.
@@ -7,15 +7,12 @@ Shapes: B batch, T canvas.
 from __future__ import annotations
 
 import argparse
-import ast
 import contextlib
 import importlib
-import importlib.util
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from dlm.names import nearest
 
@@ -24,7 +21,9 @@ COMMANDS = {  # name: (where its function is, one line for the help)
     "infill": ("dlm.commands:infill", "fill the blanks ___ of a text"),
     "chat": ("dlm.commands:chat", "talk with an instruct checkpoint"),
     "info": ("dlm.info:info", "say what a checkpoint is, and which methods suit it"),
-    "train": ("dlm.cli:train", "run a training recipe"),
+    "train": ("dlm.scripts:train", "run a training recipe, or estimate what it takes"),
+    "eval": ("dlm.scripts:evaluate", "perplexity with its error, generated text judged, lm-eval tasks"),
+    "bench": ("dlm.scripts:bench", "the grid of block lengths and steps; speed"),
 }
 
 HELP = """usage: dlm COMMAND ...
@@ -217,39 +216,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2 if known else 1
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-# ---------------------------------------------------------------- recipes
-
-
-def recipes() -> dict[str, Path]:
-    """The training recipes: in a wheel beside this file, in a clone in the folder train/."""
-    here = Path(__file__).resolve().parent
-    for folder in (here / "recipes" / "train", here.parent / "train"):
-        if folder.is_dir():
-            return {file.stem: file for file in sorted(folder.glob("*.py")) if not file.stem.startswith("_")}
-    return {}
-
-
-def train(argv: Sequence[str]) -> int:
-    """`dlm train NAME ...`: run a recipe's `main(argv) -> int`. `dlm train --estimate`: what a run would take."""
-    if "--estimate" in argv:
-        from dlm.estimate import main as estimate
-
-        return estimate([word for word in argv if word != "--estimate"])
-    found = recipes()
-    if not argv or argv[0] in ("-h", "--help"):
-        print("usage: dlm train RECIPE [options]      (dlm train RECIPE --help lists them)")
-        print("       dlm train --estimate [options]  (memory and time of a run)\n\nrecipes:")
-        for name, file in found.items():
-            text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
-            print(f"  {name:<10} {text.splitlines()[0] if text else ''}")
-        return 0
-    name = argv[0]
-    if name not in found:
-        raise ValueError(f"no recipe {name!r}: the recipes are {', '.join(found) or '(none found)'}")
-    spec = importlib.util.spec_from_file_location(f"dlm_recipe_{name}", found[name])
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return int(module.main(list(argv[1:])) or 0)

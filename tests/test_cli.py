@@ -15,7 +15,7 @@ import pytest
 from commandline import ENVIRONMENT, make_checkpoint
 
 import dlm
-from dlm import cli, prompts
+from dlm import cli, prompts, scripts
 
 tokenizer, checkpoint, run = commandline.tokenizer, commandline.checkpoint, commandline.run  # fixtures
 
@@ -233,16 +233,16 @@ def test_info(run, checkpoint, tokenizer, tmp_path):
 def test_train_lists_and_runs_recipes(run, tmp_path, monkeypatch):
     (tmp_path / "toy.py").write_text('"""A toy."""\n\ndef main(argv):\n    print(argv)\n    return 3\n')
     (tmp_path / "__init__.py").write_text("")
-    monkeypatch.setattr(cli, "recipes", lambda: {"toy": tmp_path / "toy.py"})
+    monkeypatch.setattr(scripts, "scripts", lambda command: {"toy": tmp_path / "toy.py"})
     assert run("train", "toy", "--steps", "5") == (3, "['--steps', '5']\n", "")
     code, out, _ = run("train")
     assert code == 0 and re.search(r"toy +A toy\.", out)
     code, _, error = run("train", "tow")
-    assert code == 2 and "no recipe 'tow': the recipes are toy" in error
+    assert code == 2 and "no 'tow' in dlm train: the nearest is 'toy'" in error
 
 
 def test_recipes_are_found_in_a_clone():
-    assert "pretrain" in cli.recipes()
+    assert "pretrain" in scripts.scripts("train")
 
 
 # ---------------------------------------------------------------- under a terminal

@@ -1,4 +1,4 @@
-"""The command line: `dlm generate | infill | chat | info | train | eval | bench`; it parses, calls the library and prints.
+"""The command line: `dlm generate | infill | chat | info | train | eval | bench`: parse, call, print.
 
 Nothing heavy is imported before a command needs it: `dlm --help` answers without torch.
 Shapes: B batch, T canvas.

@@ -262,9 +262,8 @@ def test_confident_order_and_greedy_by_hand():
     model = Probabilities([[0.3, 0.3, 0.4], [0.05, 0.9, 0.05], [0.7, 0.2, 0.1]])
     right, wrong = answer([], [2, 1, 0]), answer([], [2, 1, 1])
     found = order_likelihood(model, [right, wrong], "confident", mask_id=2)
-    assert [one.nats for one in found] == pytest.approx(
-        [-math.log(0.4 * 0.9 * 0.7), -math.log(0.4 * 0.9 * 0.2)]
-    ) and [one.evaluations for one in found] == [3, 3]
+    assert [one.nats for one in found] == pytest.approx([-math.log(0.4 * 0.9 * 0.7), -math.log(0.4 * 0.9 * 0.2)])
+    assert [one.evaluations for one in found] == [3, 3]
     model.calls.clear()
     free = Probabilities([[0.3, 0.3, 0.4, 0.0], [0.05, 0.9, 0.05, 0.0], [0.7, 0.2, 0.1, 0.0]])
     assert greedy(free, [right, wrong], mask_id=3) == [True, False]

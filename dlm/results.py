@@ -219,7 +219,8 @@ class Grid:
 
     @property
     def methods(self) -> list[str]:
-        return list(dict.fromkeys(cell["method"] for cell in self.cells))
+        """In the file's order, but `none`, with which others are compared, first."""
+        return sorted(dict.fromkeys(cell["method"] for cell in self.cells), key=lambda method: method != "none")
 
     def settings(self) -> list[Setting]:
         """The cells of the same method, block length and steps taken together, in order."""

@@ -35,6 +35,8 @@ def is_autoregressive(path: str | os.PathLike, revision: str | None = None) -> b
     (`training.json`) name that objective."""
     from transformers import PretrainedConfig
 
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        return False  # no checkpoint, as `load` will say
     fields, _ = PretrainedConfig.get_config_dict(str(path), revision=revision or "main")
     if fields.get("model_type") != LLaDAConfig.model_type:
         return True

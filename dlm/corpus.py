@@ -13,7 +13,7 @@ import numpy as np
 from dlm.data import Example
 from dlm.detokenize import detokenize
 from dlm.names import check_name
-from dlm.reading import read_documents
+from dlm.reading import columns_of, normalise, read_documents, read_rows
 from dlm.tokenizer import encode_documents
 
 BOS, EOS = ("auto", "none", "document", "window"), ("document", "none")
@@ -27,8 +27,8 @@ class CorpusConfig:
     in windows of its own. overlap: tokens before a window that it is given and not scored on. bos: where a
     begin-of-text token stands, given and not scored: nowhere, before every `document` or every `window`; `auto` is
     `document` where the tokenizer itself begins texts with it, else `none`. eos: an end-of-text token after every
-    `document`, scored, or `none`. detokenizer: `dlm.detokenize`. max_bytes: the first documents
-    alone, the last of them cut.
+    `document`, scored, or `none`. detokenizer: `dlm.detokenize`. column: where rows hold the text; several
+    with commas between stand one under the other. max_bytes: the first documents alone, the last of them cut.
     """
 
     length: int
@@ -98,7 +98,7 @@ def load_corpus(path: str, tokenizer, config: CorpusConfig) -> Corpus:
 
 def _texts(path: str, config: CorpusConfig) -> Iterator[str]:
     left = config.max_bytes
-    for text in read_documents(path, config.column, config.split):
+    for text in _documents(path, config.column.split(","), config.split):
         text = detokenize(text, config.detokenizer)
         size = len(text.encode())
         if left is None or size <= left:
@@ -108,6 +108,18 @@ def _texts(path: str, config: CorpusConfig) -> Iterator[str]:
         left = None if left is None else left - size
         if left is not None and left <= 0:
             return
+
+
+def _documents(path: str, columns: list[str], split: str) -> Iterator[str]:
+    """The documents of a source; several columns are one under the other."""
+    if len(columns) == 1:
+        yield from read_documents(path, columns[0], split)
+        return
+    for where, row in read_rows(path, split):
+        for column in columns:
+            if not isinstance(row.get(column), str):
+                raise ValueError(f"{where}: no text in column {column!r}; the columns are {columns_of(row)}")
+        yield normalise("\n".join(row[column] for column in columns))
 
 
 def _beginning(tokenizer, config: CorpusConfig) -> tuple[int | None, str]:

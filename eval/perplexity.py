@@ -45,7 +45,7 @@ def parse(argv: list[str]):
     add("--bos", default="auto", metavar="NAME", help="auto, none, document or window: begin-of-text, not scored")
     add("--eos", default="document", metavar="NAME", help="document or none: end-of-text after each document, scored")
     add("--detokenizer", default="none", metavar="NAME", help="none, ptb, wikitext, lm1b or lambada")
-    add("--column", default="text", metavar="NAME", help="where rows hold the text (default: text)")
+    add("--column", default="text", metavar="NAME", help="where rows hold the text; several: a,b (default: text)")
     add("--split", default="test", metavar="NAME", help="of a data set of the hub (default: test)")
     add("--max-bytes", type=int, metavar="N", help="the first N bytes of a corpus alone")
     noise = parser.add_argument_group("bounds")

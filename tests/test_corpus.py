@@ -59,6 +59,13 @@ def test_the_first_bytes_alone(tmp_path, tokenizer):  # noqa: F811
     assert tokenizer.batch_decode([example.tokens for example in corpus.examples]) == ["abc", "d"]
 
 
+def test_columns_one_under_the_other(tmp_path, tokenizer):  # noqa: F811
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"q": "1 + 1?", "a": "2"}\n{"q": "b?", "a": "c"}\n', encoding="utf-8")
+    corpus = load_corpus(str(path), tokenizer, CorpusConfig(16, bos="none", eos="none", column="q,a"))
+    assert tokenizer.batch_decode([example.tokens for example in corpus.examples]) == ["1 + 1?\n2", "b?\nc"]
+
+
 def test_bad_settings(tmp_path, tokenizer):  # noqa: F811
     for fields, message in (
         ({"length": 1}, "at least 2"),

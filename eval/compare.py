@@ -177,7 +177,8 @@ def infilling(args, model: Writer, twin: Writer) -> dict:
 
 
 def reversal(args, model: Writer, twin: Writer) -> dict:
-    """Which of four lines stood before (or after) a given line, by their likelihood a token given that line.
+    """Which of four lines stood before (or after) a given line: the one that the line makes likeliest, compared with
+    how likely it is on its own.
 
     The model scores a candidate in its place, before the line or after it. The twin reads forward alone: asked for
     the line before, it is given the line and scores the candidate as what follows; `by Bayes` asks it the other way
@@ -226,10 +227,12 @@ def asked(args, writer: Writer, questions, way: str) -> dict:
                 given.append(example(first + line, candidate, [], number))
                 alone.append(example(first, candidate, [], number))
     values = twin_values if writer.causal else model_bounds
-    told = np.array([one.per_token for one in values(args, writer, given)]).reshape(-1, CHOICES)
-    untold = np.array([one.per_token for one in values(args, writer, alone[::CHOICES])])
-    right = Measure.of((told.argmin(axis=1) == 0).astype(float).tolist())
-    gain = Measure.of((untold - told[:, 0]).tolist())
+    told, untold = values(args, writer, given), values(args, writer, alone)
+    gains = np.array([before.nats - after.nats for after, before in zip(told, untold, strict=True)])
+    gains = gains.reshape(-1, CHOICES)
+    tokens = np.array([one.tokens for one in told]).reshape(-1, CHOICES)
+    right = Measure.of((gains.argmax(axis=1) == 0).astype(float).tolist())
+    gain = Measure.of((gains[:, 0] / tokens[:, 0]).tolist())
     return {"accuracy": vars(right), "gain": vars(gain)}
 
 

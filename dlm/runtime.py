@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import signal
 import threading
+from contextlib import contextmanager
 from dataclasses import asdict
 
 from dlm.training_config import TrainingConfig
@@ -28,7 +29,7 @@ def checkpoint_activations(model) -> None:
     (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
-def check_sharding(accelerator, model, optimizers) -> None:
+def check_sharding(accelerator, optimizers) -> None:
     """Errors: what this loop cannot do with DeepSpeed, with FSDP1, or with FSDP2 as Accelerate drives it."""
     kind = str(accelerator.distributed_type.value)
     if kind == "DEEPSPEED":
@@ -46,11 +47,24 @@ def check_sharding(accelerator, model, optimizers) -> None:
             "Accelerate keeps the state of one optimizer alone under FSDP, and muon is two with the AdamW beside it: "
             "use optimizer adamw"
         )
-    if model.config.weight_tying:
-        raise ValueError(
-            "Accelerate cannot shard a table that is both input and output (weight_tying) under FSDP2: train this "
-            "model with DDP, which a model small enough for tied weights fits"
-        )
+
+
+@contextmanager
+def tables_in_root(model):
+    """While Accelerate prepares `model` for FSDP2: a tied table belongs to the root's group, whole from first to last.
+
+    Accelerate looks for the modules of both tables and expects two; one that is input and output at once is used before
+    and after all layers, which is what the root's group is for.
+    """
+    tied = model.get_input_embeddings() is model.get_output_embeddings()
+    names = ("get_input_embeddings", "get_output_embeddings") if tied else ()
+    for name in names:
+        setattr(model, name, lambda: None)  # shadows the class's method
+    try:
+        yield
+    finally:
+        for name in names:
+            delattr(model, name)
 
 
 def tracker_of(config: TrainingConfig) -> str | None:

@@ -32,6 +32,7 @@ from dlm.runtime import (
     finish_tracker,
     make_accelerator,
     start_tracker,
+    tables_in_root,
 )
 from dlm.tokenizer import decode, encode_prompt
 from dlm.training_config import TrainingConfig
@@ -127,8 +128,9 @@ class _Run:
             for module in model.modules():
                 if type(module).__name__ in (getattr(model, "_no_split_modules", None) or ()):
                     module.compile()  # layer by layer: one shape, one compilation
-        check_sharding(accelerator, model, optimizers)
-        self.model, *self.optimizers = accelerator.prepare(model, *optimizers)
+        check_sharding(accelerator, optimizers)
+        with tables_in_root(model):
+            self.model, *self.optimizers = accelerator.prepare(model, *optimizers)
         self.plain = accelerator.unwrap_model(self.model)
         self.sharded = any(checkpoint.is_sharded(parameter) for parameter in self.plain.parameters())
         self.ema = EMA(self.plain, config.ema) if config.ema > 0 else None

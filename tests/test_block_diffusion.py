@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
-from test_training import settings, tiny_data
+from ranks import settings, tiny_data
 
 import dlm
 from dlm import checkpoint

@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from test_training import fresh_accelerate, settings, tiny_data, train, weights
+from ranks import settings, tiny_data
+from test_training import fresh_accelerate, train, weights
 from torch.utils.flop_counter import FlopCounterMode
 
 from dlm import checkpoint

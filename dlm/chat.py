@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dlm.data import Documents, cached, join, token_type
+from dlm.documents import Documents, cached, join, token_type
 from dlm.names import check_name
 from dlm.reading import columns_of, identity, read_rows
 from dlm.tokenizer import encode_prompt

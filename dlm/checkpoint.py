@@ -32,13 +32,23 @@ def whole_folder(folder: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary folder that becomes `folder` (replacing it) when the block ends without an error."""
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale(folder, "")
     temporary = folder.parent / f".{folder.name}-{uuid.uuid4().hex[:12]}"
     temporary.mkdir()
     try:
         yield temporary
         replace_folder(temporary, folder)
+        _remove_stale(folder, "old-")  # only now: one may have been all that a kill between two renames left
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_stale(folder: Path, kind: str) -> None:
+    """Remove what a killed process left while it wrote this folder."""
+    name = re.compile(rf"\.{re.escape(folder.name)}-{kind}[0-9a-f]{{12}}")
+    for child in folder.parent.iterdir():
+        if name.fullmatch(child.name):
+            shutil.rmtree(child, ignore_errors=True)
 
 
 def replace_folder(temporary: Path, folder: Path) -> None:

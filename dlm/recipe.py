@@ -24,7 +24,8 @@ import torch
 import yaml
 
 from dlm import checkpoint
-from dlm.data import Documents, Examples
+from dlm.data import Examples
+from dlm.documents import Documents
 from dlm.models import ATTENTION
 from dlm.models.transformer import LLaDAModelLM
 from dlm.names import check_name, nearest

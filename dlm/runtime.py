@@ -8,6 +8,8 @@ import threading
 from contextlib import contextmanager
 from dataclasses import asdict
 
+import torch
+
 from dlm.training_config import TrainingConfig
 
 
@@ -17,6 +19,7 @@ def make_accelerator(config: TrainingConfig):
     from accelerate.utils import ProjectConfiguration
 
     return Accelerator(
+        cpu=not torch.accelerator.is_available(),  # otherwise processes on CPUs would not join, and each train alone
         mixed_precision=config.precision,
         log_with=tracker_of(config),
         project_config=ProjectConfiguration(project_dir=config.output, logging_dir=config.output),

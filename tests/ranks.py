@@ -15,15 +15,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT)]
-
 from dlm import training
-from dlm.data import Documents, Examples
+from dlm.data import Examples
+from dlm.documents import Documents
 from dlm.models.configuration import LLaDAConfig
 from dlm.models.transformer import LLaDAModelLM
 from dlm.training import TrainingConfig
 
+ROOT = Path(__file__).resolve().parents[1]
 VOCAB, MASK = 24, 23
 KINDS = {
     "count": {},

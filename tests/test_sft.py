@@ -11,7 +11,8 @@ from accelerate.state import AcceleratorState
 
 import dlm
 from dlm.chat import ChatFormat, load_chats
-from dlm.data import Example, Examples, Stream, drop_prompts, fetch, fill_with_end, join, load_documents, pack
+from dlm.data import Example, Examples, Stream, drop_prompts, fetch, fill_with_end, pack
+from dlm.documents import join, load_documents
 from dlm.models.configuration import LLaDAConfig
 from dlm.models.transformer import LLaDAModelLM
 from dlm.reading import Source, parse_sources, read_documents

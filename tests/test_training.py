@@ -12,12 +12,14 @@ from accelerate.state import AcceleratorState
 from ranks import MASK, settings, tiny_data, tiny_model
 
 from dlm import checkpoint
-from dlm.data import Documents, Examples
+from dlm.data import Examples
+from dlm.documents import Documents
 from dlm.models.configuration import LLaDAConfig
 from dlm.models.transformer import LLaDAModelLM
 from dlm.optim import EMA, build_optimizers, parameter_groups, schedule_factor
 from dlm.training import NonFiniteLoss, fit
 from dlm.validation import ratio
+
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate():

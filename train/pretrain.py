@@ -17,7 +17,7 @@ if __package__ in (None, ""):  # `accelerate launch train/pretrain.py` from a cl
 import torch
 
 from dlm import checkpoint, recipe
-from dlm.data import load_documents
+from dlm.documents import load_documents
 from dlm.models.configuration import LLaDAConfig
 from dlm.models.transformer import LLaDAModelLM
 from dlm.reading import parse_sources, read_documents

@@ -133,6 +133,17 @@ class Examples:
     def tokens(self) -> int:
         return int(self.lengths.sum())
 
+    @property
+    def signature(self) -> str:
+        """What must be the same for an exact resume."""
+        return f"{len(self)} examples"
+
+    def describe(self) -> str:
+        return f"{self.tokens:,} tokens in {len(self):,} examples"
+
+    def stream(self, seed: int, packing: bool = True, position: tuple[int, int] | None = None) -> Stream:
+        return Stream(self, seed, position or (0, 0), packing)
+
 
 def pack_rows(lengths: Sequence[int], order: Sequence[int], length: int) -> list[list[int]]:
     """Put examples into rows of `length`, each into the fullest open row that still holds it (online best fit).

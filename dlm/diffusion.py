@@ -22,7 +22,7 @@ from torch import Tensor
 from dlm.names import check_name
 
 EPSILON = 1e-3  # smallest mask rate of the estimators that draw a time: LLaDA's
-TRAINING, VALIDATION, CROP, PROMPT, STRATA = range(5)  # streams of randomness that never meet
+TRAINING, VALIDATION, CROP, PROMPT, STRATA, WINDOW = range(6)  # streams of randomness that never meet
 
 Draw = tuple[np.ndarray, float, float]  # masked (L,) bool, weight, mask rate
 

@@ -80,13 +80,10 @@ def cached(
 
 
 def _tokenize(path, tokenizer, column: str, split: str) -> Documents:
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    before, after = ([] if bos is None else [bos]), ([] if eos is None else [eos])
     pieces, size, texts = [], 0, []
 
     def flush():
-        for ids in encode_documents(tokenizer, texts):
-            pieces.append(np.array(before + ids + after, dtype=token_type(tokenizer)))
+        pieces.extend(encode_texts(tokenizer, texts))
         texts.clear()
 
     for text in read_documents(path, column, split):
@@ -95,7 +92,15 @@ def _tokenize(path, tokenizer, column: str, split: str) -> Documents:
         if len(texts) == 1024:  # enough for `tokenizers` to use all cores, little enough to hold
             flush()
     flush()
-    return join(pieces, None, bos, size)
+    return join(pieces, None, tokenizer.bos_token_id, size)
+
+
+def encode_texts(tokenizer, texts: list[str]) -> list[np.ndarray]:
+    """[bos] tokens [eos] of each text, of the tokenizer's type."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    before, after = ([] if bos is None else [bos]), ([] if eos is None else [eos])
+    made = encode_documents(tokenizer, texts)
+    return [np.array(before + ids + after, dtype=token_type(tokenizer)) for ids in made]
 
 
 def token_type(tokenizer) -> type:

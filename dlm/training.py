@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from dlm import checkpoint
-from dlm.data import Examples, Stream, drop_prompts, fetch
+from dlm.data import Examples, drop_prompts, fetch
 from dlm.diffusion import NoiseSettings, deal_strata, draw_noise
 from dlm.flops import peak_flops, training_flops
 from dlm.objective import OBJECTIVES
@@ -34,6 +34,7 @@ from dlm.runtime import (
     start_tracker,
     tables_in_root,
 )
+from dlm.streaming import StreamedExamples
 from dlm.tokenizer import decode, encode_prompt
 from dlm.training_config import TrainingConfig
 from dlm.validation import Validation, validate
@@ -65,7 +66,7 @@ class NonFiniteLoss(ValueError):
 def fit(
     model: nn.Module,
     tokenizer,
-    train: Examples,
+    train: Examples | StreamedExamples,
     valid: Examples | None,
     config: TrainingConfig,
     *,
@@ -134,7 +135,7 @@ class _Run:
         self.plain = accelerator.unwrap_model(self.model)
         self.sharded = any(checkpoint.is_sharded(parameter) for parameter in self.plain.parameters())
         self.ema = EMA(self.plain, config.ema) if config.ema > 0 else None
-        self.stream = Stream(train, config.seed, packing=config.packing)
+        self.stream = train.stream(config.seed, config.packing)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.last_checkpoint: Path | None = None
         self.validation: Validation | None = None
@@ -163,9 +164,10 @@ class _Run:
                     f"{folder} was made with {name} {before}, now it is {getattr(self.config, name)}: "
                     f"an exact resume needs the same; start a new output folder to change it"
                 )
-        if state["examples"] != len(self.train):
+        made_on = state.get("data") or f"{state['examples']} examples"  # as it was called before data was streamed
+        if made_on != self.train.signature:
             raise ValueError(
-                f"{folder} was made on {state['examples']} examples, the data now gives {len(self.train)}: "
+                f"{folder} was made on {made_on}, the data now gives {self.train.signature}: "
                 f"an exact resume needs the same data and sequence length"
             )
         weights = checkpoint.load_state(self.accelerator, folder)
@@ -176,7 +178,7 @@ class _Run:
             for name, tensor in self.ema.weights.items():
                 tensor.copy_(checkpoint.shard_like(weights[name], tensor))
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
-        self.stream = Stream(self.train, self.config.seed, tuple(state["position"]), self.config.packing)
+        self.stream = self.train.stream(self.config.seed, self.config.packing, state["position"])
         self.last_checkpoint = folder
         self._forget_metrics_after(step)
         self.report(f"resumed from {folder} at step {step}")
@@ -201,7 +203,7 @@ class _Run:
             "tokens": self.tokens,
             "seconds": self.seconds,
             "position": list(self.stream.position),
-            "examples": len(self.train),
+            "data": self.train.signature,
             "processes": self.accelerator.num_processes,
             "config": asdict(self.config),
         }
@@ -257,7 +259,8 @@ class _Run:
         size = len(rows) // config.accumulation
         options = {"random_length": config.random_length, "seed": config.seed}
         if not config.packing:  # rows as long as the longest example of the step, whoever has it
-            options["width"] = max(int(self.train.lengths[index]) for row in step_rows for _, index in row)
+            lengths = self.train.lengths
+            options["width"] = max(int(lengths[index]) for row in step_rows for _, index in row)
             options["end_id"] = self.end_id if config.eos_padding == "longest" else None
         batches = [fetch(self.train, rows[i : i + size], self.pad_id, **options) for i in range(0, len(rows), size)]
         batches = [drop_prompts(batch, config.dropout_prompt, config.seed, self.mask_id) for batch in batches]

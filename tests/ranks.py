@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from dlm.data import Examples
 from dlm.documents import Documents
 from dlm.models.configuration import LLaDAConfig
 from dlm.models.transformer import LLaDAModelLM
+from dlm.streaming import StreamedExamples, StreamedSource
 from dlm.training import TrainingConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +33,7 @@ KINDS = {
     "block diffusion": {"objective": "block_diffusion", "block_length": 4, "estimator": "stratified"},
     "d3pm": {"estimator": "d3pm", "diffusion_steps": 8},
     "autoregressive": {"objective": "autoregressive"},
+    "streamed": {"streamed": True},
 }
 
 
@@ -61,6 +64,17 @@ def settings(output, **changes):
     return TrainingConfig(output=str(output), **{**base, **changes})
 
 
+def streamed_data(window=7):
+    """The same documents, streamed."""
+    [part] = tiny_data().documents
+    rows = [part.tokens[a:b] for a, b in pairwise(part.starts)]
+
+    def read(skip):
+        return ((number, rows[number], rows[number] != 21) for number in range(skip, len(rows)))
+
+    return StreamedExamples([StreamedSource("memory", read)], 16, window)
+
+
 class Watched(Accelerator):
     """Keeps the gradient of the last step, before it is clipped."""
 
@@ -70,7 +84,7 @@ class Watched(Accelerator):
         return super().clip_grad_norm_(parameters, *rest)
 
 
-def one_step(output, **changes) -> dict:
+def one_step(output, streamed=False, **changes) -> dict:
     """The gradient of a step of eight rows, its loss, and the noise in this process: what is masked, by example."""
     AcceleratorState._reset_state(reset_partial_state=True)
     seen, draw = {}, training.draw_noise
@@ -85,10 +99,9 @@ def one_step(output, **changes) -> dict:
     accelerator = Watched()
     config = settings(output, max_steps=1, batch_size=8, optimizer="adamw", **changes)
     training.draw_noise = watched
+    data, quiet = streamed_data() if streamed else tiny_data(), lambda line: None
     try:
-        training.fit(
-            tiny_model(), None, tiny_data(), None, config, mask_id=MASK, accelerator=accelerator, report=lambda _: None
-        )
+        training.fit(tiny_model(), None, data, None, config, mask_id=MASK, accelerator=accelerator, report=quiet)
     finally:
         training.draw_noise = draw
     [record] = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]

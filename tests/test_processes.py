@@ -24,6 +24,7 @@ import dlm
 from dlm import checkpoint, cli
 from dlm.models.transformer import LLaDAModelLM
 from dlm.runtime import check_sharding
+from dlm.tokenizer import train_tokenizer
 from train import pretrain, sft
 
 CONFIGS = ROOT / "train" / "configs" / "accelerate"
@@ -151,11 +152,16 @@ def test_two_processes_fine_tune_as_one(tmp_path, measured):
 KILLS = int(os.environ.get("DLM_KILLS", "6"))
 
 
+@pytest.mark.parametrize("streaming", [False, True], ids=["on disk", "streamed"])
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a child is forked, so that imports are paid once")
-def test_a_run_killed_at_random_moments_ends_with_the_same_bits(tmp_path):
+def test_a_run_killed_at_random_moments_ends_with_the_same_bits(tmp_path, streaming):
     """SIGKILL, also during the writing of a checkpoint; the last start is left to finish. DLM_KILLS=20 for more."""
     tqdm.set_lock(threading.RLock())  # its own is shared with forked children, and a killed one would never release it
     changes = {"max_steps": 40, "valid_every": 0, "checkpoint_every": 1, "optimizer": "muon", "estimator": "stratified"}
+    if streaming:
+        tokenizer = train_tokenizer(STORIES, 270)
+        tokenizer.save_pretrained(tmp_path / "tokenizer")
+        changes |= {"streaming": True, "shuffle_window": 7, "tokenizer": tmp_path / "tokenizer"}
     began = time.perf_counter()
     assert pretrain.main(options(tmp_path, "whole", **changes)) == 0
     took = time.perf_counter() - began

@@ -20,7 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dlm import zero
 from dlm.models import quiet
+from dlm.optim import reshard
 
 STEP_FOLDER = re.compile(r"step-(\d{8})")
 STATE_FILE = "trainer.json"  # written last: a folder that has it is complete
@@ -95,8 +97,8 @@ def save_model(
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process holds a part of the tensor alone (a DTensor, as FSDP2 makes them)."""
-    return hasattr(tensor, "full_tensor")
+    """Whether this process holds a part of the tensor alone (a DTensor, as FSDP2 makes them, or ZeRO-3's)."""
+    return hasattr(tensor, "full_tensor") or zero.is_divided(tensor)
 
 
 def whole(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
@@ -117,14 +119,28 @@ def whole(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
 
 def whole_state(model: nn.Module, keep: bool) -> dict[str, Tensor]:
     """The state of a model, as `whole` gives it."""
-    for module in model.modules():
-        if hasattr(module, "reshard"):
-            module.reshard()
+    if zero.divides(model):
+        return zero.gathered(model, keep)
+    reshard(model)
     return whole(model.state_dict(), keep)
+
+
+def whole_average(ema, model: nn.Module, keep: bool) -> dict[str, Tensor]:
+    """The moving average of a model, as `whole` gives it."""
+    if not zero.divides(model):
+        return whole(ema.weights, keep)
+    ema.swap(model)  # ZeRO-3 puts together what stands in the model's place
+    try:
+        made = zero.gathered(model, keep)
+    finally:
+        ema.swap(model)
+    return {name: tensor for name, tensor in made.items() if name in ema.weights}
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     """This process's part of a whole tensor, laid out as `like` is."""
+    if zero.is_divided(like):
+        return zero.share_of(tensor, like)
     if not is_sharded(like):
         return tensor
     from torch.distributed.tensor import distribute_tensor

@@ -33,22 +33,25 @@ def checkpoint_activations(model) -> None:
 
 
 def check_sharding(accelerator, optimizers) -> None:
-    """Errors: what this loop cannot do with DeepSpeed, with FSDP1, or with FSDP2 as Accelerate drives it."""
+    """Errors: what this loop cannot do with FSDP1, or with the one optimizer that sharding leaves room for."""
     kind = str(accelerator.distributed_type.value)
-    if kind == "DEEPSPEED":
-        raise ValueError(
-            "DeepSpeed steps inside the backward pass, before the loss of the whole step is known, and hides the "
-            "weights that the moving average needs: use FSDP2, which shards the same "
-            "(train/configs/accelerate/fsdp2.yaml)"
-        )
-    if kind != "FSDP":
+    if kind not in ("FSDP", "DEEPSPEED"):
         return
-    if not accelerator.is_fsdp2:
+    if kind == "FSDP" and not accelerator.is_fsdp2:
         raise ValueError("FSDP1 flattens the weights that decay and moving average tell apart: set fsdp_version to 2")
     if len(optimizers) > 1:
         raise ValueError(
-            "Accelerate keeps the state of one optimizer alone under FSDP, and muon is two with the AdamW beside it: "
-            "use optimizer adamw"
+            "under FSDP and DeepSpeed Accelerate keeps the state of one optimizer alone, and muon is two with the "
+            "AdamW beside it: use optimizer adamw"
+        )
+
+
+def check_processes(accelerator, before: int, folder) -> None:
+    """Errors: DeepSpeed, and a checkpoint of another number of processes."""
+    if accelerator.distributed_type.value == "DEEPSPEED" and before != accelerator.num_processes:
+        raise ValueError(
+            f"{folder} was made by {before} processes, now there are {accelerator.num_processes}: DeepSpeed's own "
+            f"files need the same number; those of FSDP2 and DDP do not"
         )
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dlm import checkpoint
+from dlm import checkpoint, zero
 from dlm.data import Examples, drop_prompts, fetch
 from dlm.diffusion import NoiseSettings, deal_strata, draw_noise
 from dlm.flops import peak_flops, training_flops
@@ -27,6 +27,7 @@ from dlm.optim import EMA, build_optimizers, schedule_factor, set_learning_rates
 from dlm.progress import Display
 from dlm.runtime import (
     StopSignal,
+    check_processes,
     check_sharding,
     checkpoint_activations,
     finish_tracker,
@@ -130,6 +131,7 @@ class _Run:
                 if type(module).__name__ in (getattr(model, "_no_split_modules", None) or ()):
                     module.compile()  # layer by layer: one shape, one compilation
         check_sharding(accelerator, optimizers)
+        zero.configure(accelerator, config)
         with tables_in_root(model):
             self.model, *self.optimizers = accelerator.prepare(model, *optimizers)
         self.plain = accelerator.unwrap_model(self.model)
@@ -170,13 +172,15 @@ class _Run:
                 f"{folder} was made on {made_on}, the data now gives {self.train.signature}: "
                 f"an exact resume needs the same data and sequence length"
             )
+        check_processes(self.accelerator, state["processes"], folder)
         weights = checkpoint.load_state(self.accelerator, folder)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:  # a rate given anew holds from here on; the state keeps the old one
                 group["base_lr"] = self._base_rate(optimizer)
         if self.ema is not None and weights is not None:
-            for name, tensor in self.ema.weights.items():
-                tensor.copy_(checkpoint.shard_like(weights[name], tensor))
+            for name, parameter in self.plain.named_parameters():
+                if name in self.ema.weights:
+                    self.ema.weights[name].copy_(checkpoint.shard_like(weights[name], parameter))
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         self.stream = self.train.stream(self.config.seed, self.config.packing, state["position"])
         self.last_checkpoint = folder
@@ -244,7 +248,7 @@ class _Run:
         """The moving average, whole in the main process; every process calls this."""
         if self.ema is None:
             return None
-        return checkpoint.whole(self.ema.weights, self.accelerator.is_main_process)
+        return checkpoint.whole_average(self.ema, self.plain, self.accelerator.is_main_process)
 
     def train_step(self, stop: bool) -> tuple[float, int, float, bool]:
         """One optimizer step. Returns loss per target token, target tokens, gradient norm, whether to stop."""
@@ -276,8 +280,8 @@ class _Run:
         total, bad = 0.0, []
         for number, batch in enumerate(batches):
             noise = draw_noise(batch, config.noise(), config.seed, strata=strata).to(accelerator.device)
-            synchronise = number == len(batches) - 1
-            with nullcontext() if synchronise else accelerator.no_sync(self.model):
+            accelerator.sync_gradients = last = number == len(batches) - 1  # DeepSpeed steps in this backward pass
+            with nullcontext() if last else accelerator.no_sync(self.model):
                 loss = objective.loss(self.model, batch.to(accelerator.device), noise, self.mask_id)
                 # DDP averages gradients over processes: times `world` makes the average a sum.
                 accelerator.backward(loss.total * (world / max(count, 1)))

@@ -90,7 +90,7 @@ def test_fsdp2_trains_resumes_and_exports_the_same_model(tmp_path, measured, tie
 @pytest.mark.parametrize(
     ("kind", "version", "optimizers", "message"),
     [
-        ("DEEPSPEED", 2, 1, "use FSDP2"),
+        ("DEEPSPEED", 2, 2, "use optimizer adamw"),
         ("FSDP", 1, 1, "set fsdp_version to 2"),
         ("FSDP", 2, 2, "use optimizer adamw"),
     ],
@@ -109,7 +109,7 @@ def test_accelerate_understands_its_configurations(path):
     found = load_config_from_file(str(path))
     assert found.num_processes >= 1 and found.mixed_precision in ("no", "bf16")
     known = {option for action in launch_command_parser()._actions for option in action.option_strings}
-    assert all(f"--{key}" in known for key in found.fsdp_config)
+    assert all(f"--{key}" in known for key in [*found.fsdp_config, *found.deepspeed_config])
     if found.distributed_type == DistributedType.FSDP:
         assert found.fsdp_config["fsdp_version"] == 2 and found.fsdp_config["fsdp_transformer_layer_cls_to_wrap"] in (
             LLaDAModelLM._no_split_modules

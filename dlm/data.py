@@ -136,7 +136,7 @@ class Examples:
     @property
     def signature(self) -> str:
         """What must be the same for an exact resume."""
-        return f"{len(self)} examples"
+        return f"{len(self)} examples of at most {self.length} tokens"
 
     def describe(self) -> str:
         return f"{self.tokens:,} tokens in {len(self):,} examples"

@@ -118,16 +118,19 @@ def join(pieces: list[np.ndarray], targets: list[np.ndarray] | None, bos: int | 
 def _write_cache(folder: Path, made: Documents) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.parent / f".{folder.name}-{uuid.uuid4().hex}"
-    temporary.mkdir()
-    np.save(temporary / "tokens.npy", made.tokens)
-    np.save(temporary / "starts.npy", made.starts)
-    if made.target is not None:
-        np.save(temporary / "target.npy", made.target)
-    meta = {"documents": len(made), "bytes": made.bytes, "bos_id": made.bos_id, "counts": made.counts}
-    (temporary / "meta.json").write_text(json.dumps(meta))
     try:
+        temporary.mkdir()
+        np.save(temporary / "tokens.npy", made.tokens)
+        np.save(temporary / "starts.npy", made.starts)
+        if made.target is not None:
+            np.save(temporary / "target.npy", made.target)
+        meta = {"documents": len(made), "bytes": made.bytes, "bos_id": made.bos_id, "counts": made.counts}
+        (temporary / "meta.json").write_text(json.dumps(meta))
         os.rename(temporary, folder)
-    except OSError:  # another process was first: its folder is the same
-        shutil.rmtree(temporary)
-        if not (folder / "meta.json").is_file():
-            raise
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if not (folder / "meta.json").is_file():  # if it is there, another process was first, with the same
+            raise ValueError(
+                f"tokenized data cannot be written to {folder.parent} ({error.strerror or error}): make room, or name "
+                f"another place in DLM_CACHE"
+            ) from error

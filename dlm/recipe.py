@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import json
 import os
 import platform
@@ -331,5 +332,6 @@ def main(
     try:
         return run(parse(kind, argv, prog, text), argv, prog, prepare)
     except (ValueError, OSError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        print(f"{prog}: {error}{': make room, then go on with --resume' if full else ''}", file=sys.stderr)
         return 2

@@ -166,7 +166,7 @@ class _Run:
                     f"{folder} was made with {name} {before}, now it is {getattr(self.config, name)}: "
                     f"an exact resume needs the same; start a new output folder to change it"
                 )
-        made_on = state.get("data") or f"{state['examples']} examples"  # as it was called before data was streamed
+        made_on = state.get("data", "data that an earlier version did not name")
         if made_on != self.train.signature:
             raise ValueError(
                 f"{folder} was made on {made_on}, the data now gives {self.train.signature}: "
@@ -177,7 +177,11 @@ class _Run:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:  # a rate given anew holds from here on; the state keeps the old one
                 group["base_lr"] = self._base_rate(optimizer)
-        if self.ema is not None and weights is not None:
+        if self.ema is not None:
+            if weights is None:
+                raise ValueError(
+                    f"{folder} has no moving average, and ema is {self.config.ema}: go on with --ema 0, as it was made"
+                )
             for name, parameter in self.plain.named_parameters():
                 if name in self.ema.weights:
                     self.ema.weights[name].copy_(checkpoint.shard_like(weights[name], parameter))

@@ -152,6 +152,26 @@ def test_two_processes_fine_tune_as_one(tmp_path, measured):
 KILLS = int(os.environ.get("DLM_KILLS", "6"))
 
 
+def test_a_conversion_to_block_diffusion_goes_on_with_two_processes(tmp_path, measured):
+    """A full-attention checkpoint trained block by block under clipped rates; the second half on two processes."""
+    assert pretrain.main(options(tmp_path, "full")) == 0
+    full = tmp_path / "full" / "model"
+    changes = {
+        "model": full, "objective": "block_diffusion", "block_length": 4, "estimator": "uniform", "lowest_rate": 0.3,
+        "highest_rate": 0.8,
+    }  # fmt: skip
+    for name in ("one", "two"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        assert pretrain.main(options(tmp_path, name, **changes)) == 0
+    assert not torch.equal(weights(full), weights(tmp_path / "one" / "model"))
+    [_, (_, last)] = checkpoint.checkpoints(tmp_path / "two")
+    (last / checkpoint.STATE_FILE).unlink()  # as if killed after step 2
+    two(["-m", "train.pretrain", *options(tmp_path, "two", **changes, resume=True)])
+    assert_same_run(tmp_path / "one", tmp_path / "two", measured, "block diffusion, from step 3 on 2 processes")
+    for name in ("one", "two"):
+        assert dlm.load(tmp_path / name / "model", device="cpu")[0].config.block_length == 4
+
+
 @pytest.mark.parametrize("streaming", [False, True], ids=["on disk", "streamed"])
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a child is forked, so that imports are paid once")
 def test_a_run_killed_at_random_moments_ends_with_the_same_bits(tmp_path, streaming):

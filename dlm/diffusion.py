@@ -113,7 +113,7 @@ def draw_count(length: int, generator: np.random.Generator, *, low: float = 0.0,
 
     E[weight * sum of masked CE] = sum over l of (1/l) E[sum of CE | l masked], which is the bound itself: l/L
     masked tokens with t integrated out (LLaDA, arXiv:2502.09992, eq. 6). On the toy of tests/test_estimators.py it has
-    the least variance of all here, of an example (6.4, exactly; uniform 61) and of a step of 16 (stratified 5 times it).
+    the least variance, of an example (6.4, exactly; uniform 61) and of a step of 16 (stratified 5 times as much).
     low, high: only counts with low <= l/L <= high, at least one.
     """
     least = max(1, math.ceil(low * length))

@@ -55,6 +55,15 @@ def check_processes(accelerator, before: int, folder) -> None:
         )
 
 
+def keep_sums_exact(accelerator, precision: str) -> None:
+    """Under FSDP2 in bf16: weights travel in bf16, gradients are summed in fp32 (Accelerate's own default is bf16)."""
+    if accelerator.distributed_type.value == "FSDP" and precision == "bf16":
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+
+
 @contextmanager
 def tables_in_root(model):
     """While Accelerate prepares `model` for FSDP2: a tied table belongs to the root's group, whole from first to last.

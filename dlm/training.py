@@ -31,6 +31,7 @@ from dlm.runtime import (
     check_sharding,
     checkpoint_activations,
     finish_tracker,
+    keep_sums_exact,
     make_accelerator,
     start_tracker,
     tables_in_root,
@@ -131,6 +132,7 @@ class _Run:
                 if type(module).__name__ in (getattr(model, "_no_split_modules", None) or ()):
                     module.compile()  # layer by layer: one shape, one compilation
         check_sharding(accelerator, optimizers)
+        keep_sums_exact(accelerator, config.precision)
         zero.configure(accelerator, config)
         with tables_in_root(model):
             self.model, *self.optimizers = accelerator.prepare(model, *optimizers)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 import dlm
 from dlm import checkpoint, cli
 from dlm.models.transformer import LLaDAModelLM
-from dlm.runtime import check_sharding
+from dlm.runtime import check_sharding, keep_sums_exact
 from dlm.tokenizer import train_tokenizer
 from train import pretrain, sft
 
@@ -101,6 +101,14 @@ def test_what_sharding_cannot_do_is_refused(kind, version, optimizers, message):
         check_sharding(accelerator, [None] * optimizers)
     accelerator.distributed_type = DistributedType.MULTI_GPU
     check_sharding(accelerator, [None, None])
+
+
+@pytest.mark.parametrize(("precision", "reduced"), [("bf16", torch.float32), ("no", None)])
+def test_gradients_are_summed_in_fp32_under_fsdp2(precision, reduced):
+    plugin = SimpleNamespace(mixed_precision_policy=None)
+    state = SimpleNamespace(fsdp_plugin=plugin)
+    keep_sums_exact(SimpleNamespace(distributed_type=DistributedType.FSDP, state=state), precision)
+    assert getattr(plugin.mixed_precision_policy, "reduce_dtype", None) == reduced
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

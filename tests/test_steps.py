@@ -9,7 +9,7 @@ import torch
 from ranks import KINDS, MASK, one_step, settings, tiny_data, tiny_model, two
 from test_training import fresh_accelerate, train, weights
 
-from dlm import checkpoint
+from dlm import checkpoint, training
 from dlm.data import Example, crop, fetch
 from dlm.diffusion import NoiseSettings, draw_noise
 from dlm.objective import OBJECTIVES
@@ -61,6 +61,19 @@ def test_ranks_never_share_noise(single, double, measured, kind):
     assert {**first, **second} == single[kind]["noise"]
     drawn = [tuple(weight) for _, weight in {**first, **second}.values() if len(weight) > 6]
     measured(f"pairs of examples with the same noise: {kind}", len(drawn) - len(set(drawn)), 0)
+
+
+def test_strata_are_dealt_anew_in_every_step(tmp_path, monkeypatch):
+    deal, dealt = training.deal_strata, []
+
+    def watched(keys, seed, step):
+        dealt.append((list(keys), step))
+        return deal(dealt[-1][0], seed, step)
+
+    monkeypatch.setattr(training, "deal_strata", watched)
+    train(tmp_path, estimator="stratified", optimizer="adamw", max_steps=3)
+    assert [step for _, step in dealt] == [0, 1, 2]
+    assert all(len(keys) >= 4 for keys, _ in dealt)  # of the whole step
 
 
 def objective_gradient(objective, rows, length, checkpointing=False):

@@ -69,6 +69,14 @@ def test_it_goes_on_from_any_position():
         assert met(data, again, 5) == [pair for _, row in rows[number : number + 5] for pair in row]
 
 
+def test_every_window_has_an_order_of_its_own():
+    """A source of just one window: each pass is a window, with the same examples in another order."""
+    data = StreamedExamples([memory("a", 12)], 8, 12)
+    passes = [[index for _, index, _ in met(data, stream, 12)] for stream in [data.stream(0, False)] for _ in range(3)]
+    assert [sorted(one) for one in passes] == [list(range(12))] * 3
+    assert passes[0] != passes[1] != passes[2] != passes[0]
+
+
 def test_a_mixture_has_its_shares_at_every_moment():
     data = StreamedExamples([memory("a", 30, 3.0), memory("b", 4, 1.0, 100)], 8, 10)
     found = met(data, data.stream(0, packing=False), 200)

@@ -58,7 +58,7 @@ def test_the_installed_package_is_the_one_that_runs(installed):
     assert (installed.site / "bin" / "dlm").exists()
 
 
-def testrecipes_run_from_the_wheel(installed):
+def test_recipes_run_from_the_wheel(installed):
     assert "pretrain" in installed(installed.site / "bin" / "dlm", "train")
     assert "usage" in installed(installed.site / "bin" / "dlm", "train", "pretrain", "--help").lower()
 

@@ -10,9 +10,7 @@ import dataclasses
 import errno
 import json
 import os
-import platform
 import shlex
-import subprocess
 import sys
 import time
 import types
@@ -27,6 +25,7 @@ import yaml
 from dlm import checkpoint
 from dlm.data import Examples
 from dlm.documents import Documents
+from dlm.machine import commit, hardware
 from dlm.models import ATTENTION
 from dlm.models.transformer import LLaDAModelLM
 from dlm.names import check_name, nearest
@@ -211,8 +210,8 @@ def summary(
         "name": recipe.name,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "command": shlex.join(["python", "-m", f"train.{prog}", *argv]),
-        "commit": _commit(),
-        "hardware": _hardware(),
+        "commit": commit(),
+        "hardware": hardware(),
         "torch": torch.__version__,
         "parameters": parameters,
         "steps": result.step,
@@ -234,27 +233,6 @@ def summary(
             "cross_entropy_by_mask_rate": bound.buckets,
         }
     return notes
-
-
-def _commit() -> str:
-    root = Path(__file__).resolve().parents[1]
-    try:
-        git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def _hardware() -> str:
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return f"CPU {name}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
 
 
 @dataclass(frozen=True)

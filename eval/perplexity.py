@@ -1,0 +1,169 @@
+"""Perplexity and bits per byte of texts, each with its error: bounds of diffusion models, exact of autoregressive ones.
+
+dlm eval perplexity --data wikitext2.txt                              (the model that ships)
+python -m eval.perplexity --data a.txt b.jsonl --model mine gpt2 --wrap --detokenizer wikitext --out ppl.json
+accelerate launch eval/perplexity.py …                                (any number of processes: the same numbers)
+
+With --out what is done is kept beside it, and the same command goes on after a kill.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+if __package__ in (None, ""):  # `accelerate launch eval/perplexity.py` from a clone: find dlm/ beside eval/
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dlm.cli import Parser, one_line
+
+LENGTH = 1024  # tokens of a window, where the models read as many
+
+
+def parse(argv: list[str]):
+    """The options of a command line."""
+    parser = Parser("eval perplexity", "--data PATH ... [options]", __doc__)
+    add = parser.add_argument
+    add("--data", nargs="+", required=True, metavar="PATH", help=".txt, .jsonl (.xz), .parquet, or hf:NAME")
+    add("--model", nargs="+", default=[None], metavar="PATH", help="folders or hub ids (default: the one that ships)")
+    add("--out", metavar="FILE", help="write the results there as JSON, and go on from what is done")
+    windows = parser.add_argument_group("windows")
+    add = windows.add_argument
+    add(
+        "--length",
+        type=int,
+        metavar="N",
+        help=f"tokens of a window (default: what every model reads, {LENGTH} at most)",
+    )
+    add("--wrap", action="store_true", help="documents end to end, not one by one")
+    add("--overlap", type=int, default=0, metavar="N", help="tokens before a window that are given, not scored")
+    add("--bos", default="auto", metavar="NAME", help="auto, none, document or window: begin-of-text, not scored")
+    add("--eos", default="document", metavar="NAME", help="document or none: end-of-text after each document, scored")
+    add("--detokenizer", default="none", metavar="NAME", help="none, ptb, wikitext, lm1b or lambada")
+    add("--column", default="text", metavar="NAME", help="where rows hold the text; several: a,b (default: text)")
+    add("--split", default="test", metavar="NAME", help="of a data set of the hub (default: test)")
+    add("--max-bytes", type=int, metavar="N", help="the first N bytes of a corpus alone")
+    noise = parser.add_argument_group("bounds")
+    add = noise.add_argument
+    add("--estimator", metavar="NAME", help="count (default), uniform, stratified, chain or block")
+    add("--draws", type=int, default=2, metavar="N", help="for each window (default: 2)")
+    add("--target-error", type=float, metavar="X", help="draw again until a corpus's nats per token are this sure")
+    add("--block-length", type=int, metavar="N", help="of estimator block")
+    add("--seed", type=int, default=0, metavar="N", help="of the noise")
+    group = parser.add_argument_group("running")
+    add = group.add_argument
+    add("--batch-size", type=int, default=16, metavar="N", help="windows of a forward pass (default: 16)")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: a GPU where there is one)")
+    add("--dtype", default="auto", help="float32, bfloat16, float16 (default: the checkpoint's)")
+    return parser.parse(argv)
+
+
+def run(args, argv: list[str]) -> int:
+    """Score every corpus under every model, print a table, and write the JSON."""
+    from accelerate import PartialState
+
+    from dlm.corpus import CorpusConfig, load_corpus
+    from dlm.likelihood import LikelihoodConfig
+    from dlm.scoring import Store, open_scorer, score_corpus, store_folder, summarise, unscored_bytes
+
+    if args.target_error is not None and not args.target_error > 0:
+        raise ValueError(f"target_error is {args.target_error}: it is a standard error in nats per token, above 0")
+    config = LikelihoodConfig(args.estimator, args.draws, args.block_length, seed=args.seed, batch_size=args.batch_size)
+    if args.out:
+        check_writable(args.out)
+    state = PartialState(cpu=args.device == "cpu")
+    device = args.device or str(state.device)
+    report = None if not state.is_main_process else lambda line: print(line, file=sys.stderr, flush=True)
+    scorers = [open_scorer(path, device=device, dtype=args.dtype) for path in args.model]
+    length = args.length or min([LENGTH, *(scorer.limit for scorer in scorers if scorer.limit)])
+    rows, folders = [], []
+    for path in args.data:
+        for scorer in scorers:
+            form = CorpusConfig(
+                length, args.wrap, args.overlap, args.bos, args.eos, args.detokenizer, args.column, args.split,
+                args.max_bytes,
+            )  # fmt: skip
+            corpus = load_corpus(path, scorer.tokenizer, form)
+            store = Store.open(store_folder(args.out, scorer, corpus, config))
+            began = time.perf_counter()
+            bounds = score_corpus(
+                scorer, corpus, config, state=state, store=store, target_error=args.target_error, report=report
+            )
+            size = corpus.bytes - unscored_bytes(scorer, corpus)
+            score = summarise(bounds, corpus, size, time.perf_counter() - began)
+            own = {"corpus": str(path), "model": scorer.name, "exact": scorer.exact, "weights": scorer.digest}
+            shape = {"documents": corpus.documents, "windows": len(corpus.examples), "bos": corpus.bos}
+            rows.append(own | score.record() | shape)
+            folders.append(store.folder)
+            if state.is_main_process:
+                print(line(rows[-1], header=len(rows) == 1), flush=True)
+    if args.out and state.is_main_process:
+        write(args.out, argv, {"length": length} | {"likelihood": asdict(config)} | vars(args), rows)
+        shutil.rmtree(f"{args.out}.parts", ignore_errors=True)
+    state.wait_for_everyone()
+    return 0
+
+
+def check_writable(out: str) -> None:
+    """Errors, before hours of work: a place where the results cannot be written."""
+    folder = Path(out).resolve().parent
+    if not folder.is_dir():
+        raise ValueError(f"--out {out}: there is no folder {folder}; make it, or name another file")
+    with Path(out).open("a", encoding="utf-8"):
+        pass
+
+
+def line(row: dict, header: bool) -> str:
+    """A row of the table: bounds are marked <=, and every number has the error of its noise."""
+    sign = " " if row["exact"] else "≤"
+    cells = []
+    for name, digits in (("nats_per_token", 4), ("perplexity", 2), ("bits_per_byte", 4)):
+        number = row[name]
+        cells.append(f"{sign}{number['value']:.{digits}f} ± {number['error']:.{digits}f}")
+    text = (
+        f"{Path(row['corpus']).name:<28} {row['model']:<32} {cells[0]:>18} {cells[1]:>18} {cells[2]:>18} "
+        f"{row['nats_per_token']['sampling_error']:>8.4f} {row['tokens']:>10,} {row['evaluations']:>9,} "
+        f"{row['seconds']:>8.1f}"
+    )
+    head = (
+        f"{'corpus':<28} {'model':<32} {'nats/token':>18} {'perplexity':>18} {'bits/byte':>18} {'sampling':>8} "
+        f"{'tokens':>10} {'passes':>9} {'seconds':>8}\n"
+    )
+    return head + text if header else text
+
+
+def write(out: str, argv: list[str], settings: dict, rows: list[dict]) -> None:
+    """The results, with all that is needed to get them again; the file appears whole or not at all."""
+    from dlm.machine import commit, hardware, versions
+
+    made = {
+        "command": shlex.join(["python", "-m", "eval.perplexity", *argv]),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "commit": commit(),
+        "hardware": hardware(),
+        "versions": versions(),
+        "settings": settings,
+        "results": rows,
+    }
+    temporary = Path(f"{out}.new")
+    temporary.write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(out)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script; a user's mistake is one line and exit code 2."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        return run(parse(argv), argv)
+    except (ValueError, OSError, ImportError, ArithmeticError) as error:
+        print(f"dlm eval perplexity: error: {one_line(error)}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

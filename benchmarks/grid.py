@@ -47,7 +47,7 @@ def parser(argv: Sequence[str]) -> Parser:
     group.add_argument("--gen-length", type=int, metavar="N", help=f"tokens to generate (default: {GEN_LENGTH})")
     group.add_argument("--methods", metavar="LIST", help="default: all that suit the model")
     group.add_argument("--block-lengths", metavar="LIST", help="default: powers of two up to --gen-length")
-    group.add_argument("--steps", metavar="LIST", help="default: powers of two up to --gen-length")
+    group.add_argument("--steps", dest="passes", metavar="LIST", help="default: powers of two up to --gen-length")
     group.add_argument("--commits", default="quota", metavar="LIST", help="quota, threshold:0.9, factor:1.0, ...")
     group.add_argument("--prompts", metavar="FILE", help="one a line, or JSONL (default: three that come with dlm)")
     group.add_argument("--task", metavar="NAME", help="in place of prompts: gsm8k, gsm8k:FILE, or FILE.jsonl")
@@ -90,7 +90,7 @@ def configure(args, opened: Opened, sampling: SamplingConfig, places: int) -> Gr
             methods=tuple((args.methods or ",".join(methods_for(opened.model.config))).split(",")),
             commits=tuple(args.commits.split(",")),
             block_lengths=numbers(args.block_lengths, "--block-lengths", powers if trained is None else (trained,)),
-            steps=numbers(args.steps, "--steps", powers),
+            steps=numbers(args.passes, "--steps", powers),
             sampling=sampling,
             repeats=args.repeats,
         )
@@ -153,7 +153,7 @@ def main(argv: Sequence[str]) -> int:
     args = parser(argv).parse(argv)
     out = check_output(args.out)
     questions = questions_of(args)
-    sharing = Sharing()
+    sharing = Sharing(cpu=args.device == "cpu")
     args.device = args.device or sharing.device
     opened = open_checkpoint(args)
     model, tokenizer, sampling = opened.model, opened.tokenizer, sampling_of(args, opened)

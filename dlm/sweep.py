@@ -11,6 +11,8 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from dlm.appraisal import FIELDS, Appraiser, assemble, aup_by_curve, finished
 from dlm.grid import Cell, Runner, reference_cell
 from dlm.machine import commit, hardware, versions
@@ -25,14 +27,17 @@ SAID_SECONDS = 10.0  # between lines of progress where there is no terminal
 
 
 class Sharing:
-    """Which of several processes this is, and what they tell each other (`accelerate launch`); alone it is nothing."""
+    """Which of several processes this is, and what they tell each other (`accelerate launch`); alone it is nothing.
 
-    def __init__(self) -> None:
+    cpu: whether they are to run on a CPU although there are GPUs. device: where this process's model belongs.
+    """
+
+    def __init__(self, cpu: bool = False) -> None:
         self.rank, self.size, self.device = 0, 1, None
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import PartialState
 
-            state = PartialState()
+            state = PartialState(cpu=cpu or not torch.cuda.is_available())
             self.rank, self.size, self.device = state.process_index, state.num_processes, str(state.device)
 
     def gather(self, items: list) -> list:

@@ -50,7 +50,7 @@ def parser(argv: Sequence[str]) -> Parser:
     group.add_argument("--steps", dest="passes", metavar="LIST", help="default: powers of two up to --gen-length")
     group.add_argument("--commits", default="quota", metavar="LIST", help="quota, threshold:0.9, factor:1.0, ...")
     group.add_argument("--prompts", metavar="FILE", help="one a line, or JSONL (default: three that come with dlm)")
-    group.add_argument("--task", metavar="NAME", help="in place of prompts: gsm8k, gsm8k:FILE, or FILE.jsonl")
+    group.add_argument("--task", metavar="NAME", help="in place of prompts: sudoku, gsm8k, gsm8k:FILE, or FILE.jsonl")
     group.add_argument("--checker", metavar="COMMAND", help="for FILE.jsonl: reads JSON, prints true or false")
     group.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
     group.add_argument("--chat", action="store_true", help="put questions into the checkpoint's chat template")
@@ -109,7 +109,7 @@ def questions_of(args) -> list[Question]:
     if args.prompts is not None:
         raise ValueError("--prompts and --task both say what is asked: give one of them")
     command = shlex.split(args.checker) if args.checker else None
-    return open_task(args.task, limit=args.limit, seed=args.seed or 0, command=command)
+    return open_task(args.task, limit=args.limit, command=command)
 
 
 def judge_of(args, opened: Opened) -> Judge | None:

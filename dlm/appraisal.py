@@ -34,6 +34,8 @@ FIELDS = {  # what the results file holds for each cell: name -> meaning
     "nfe": "forward passes",
     "tokens_per_forward": "tokens committed over forward passes, end-of-text and what follows it included",
     "positions_computed": "positions that all forward passes computed together",
+    "places_asked": "masked places for which all forward passes together computed logits; null where the commit rule "
+    "or an early end decided how many passes there were",
     "generated_tokens": "tokens of the answer, before its end-of-text",
     "tokens_per_s": "generated_tokens over latency",
     "peak_memory": "bytes: most that was allocated on the GPU, or the process's largest resident set on a CPU, "

@@ -10,15 +10,19 @@ import pytest
 import torch
 from commandline import make_checkpoint
 from grids import METHODS, PROMPTS, cells, read
+from toys import Recorder
 
 import dlm
 from dlm.appraisal import FIELDS, assemble, aup_by_curve
 from dlm.canvas import Canvas
-from dlm.grid import Cell, GridConfig, plan, powers_of_two, reference_cell
+from dlm.grid import Cell, GridConfig, places_asked, plan, powers_of_two, reference_cell
 from dlm.judge import open_judge
 from dlm.likelihood import LikelihoodConfig, answer, bound
+from dlm.metrics import proportion
 from dlm.results import Setting
 from dlm.tasks import Question
+from dlm.tokenizer import decode
+from dlm.unmasking import schedule
 
 tokenizer, checkpoint, run = grids.tokenizer, grids.checkpoint, grids.run  # fixtures
 twin, bench = grids.twin, grids.bench
@@ -64,13 +68,13 @@ def test_cells_are_those_with_a_pass_for_every_block(tiny):
     assert all("blocks, and each needs a pass" in one["reason"] for one in left_out)
 
 
-def test_cells_that_would_be_others_again_are_left_out_with_their_reasons(tiny):
-    found, left_out = plan(tiny, [canvas(8), canvas(4)], sweep_config(block_lengths=(8,), steps=(8,)))
-    assert [cell.question for cell in found] == [0]
-    [one] = left_out
-    assert one["questions"] == [1] and "the same as 4" in one["reason"]
-    _, [one] = plan(tiny, [canvas(8), canvas(4)], sweep_config(block_lengths=(4,), steps=(8,)))
-    assert one["questions"] == [1] and "every pass fills one or more" in one["reason"]
+def test_a_setting_is_measured_on_all_questions_or_on_none(tiny):
+    """Eight places and four: blocks of 8 are one block for both, 8 passes are too many for the second."""
+    found, [one] = plan(tiny, [canvas(8), canvas(4)], sweep_config(block_lengths=(8,), steps=(4, 8)))
+    assert [(cell.question, cell.steps) for cell in found] == [(0, 4), (1, 4)]
+    assert one["questions"] == [1] and "8 but there are 4 places to fill, and every pass fills one" in one["reason"]
+    found, [one] = plan(tiny, [canvas(8), canvas(4)], sweep_config(block_lengths=(8, 16), steps=(4,)))
+    assert {cell.block_length for cell in found} == {8} and "the same as 8" in one["reason"]
 
 
 def test_methods_that_do_not_suit_the_model_are_left_out(tiny):
@@ -106,6 +110,16 @@ def test_wrong_axes_are_refused(changes, message):
 def test_the_reference_is_one_of_the_cells():
     some = [Cell(method, "quota", 0, block, steps) for method in METHODS for block in (8, 64) for steps in (4, 16, 64)]
     assert reference_cell(some) == Cell("none", "quota", 0, 64, 4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("steps", [4, 6, 16])
+def test_places_asked_are_those_that_the_model_is_asked_about(tiny, method, steps):
+    config = dlm.SamplingConfig(gen_length=16, steps=steps, block_length=4, method=method)
+    seen = Recorder(tiny)
+    list(dlm.denoise(seen, canvas(16), config))
+    asked = sum(options["logits_to_keep"].shape[1] for _, _, options in seen.calls)
+    assert places_asked([4] * 4, schedule(steps, [4] * 4), method == "c2f") == asked
 
 
 # ---------------------------------------------------------------- what is measured
@@ -235,6 +249,27 @@ def test_repeats_take_the_median(bench, tmp_path, monkeypatch):
     assert bench(methods="none", steps="4", repeats=3)[0] == 0
     for cell in cells(read(tmp_path)[0]).values():
         assert (cell["latency_min"], cell["latency"], cell["latency_max"]) == (1.0, statistics.median([1, 5, 2]), 5.0)
+
+
+def test_a_task_adds_accuracy_and_its_error(bench, checkpoint, tokenizer, tmp_path):
+    """One question whose accepted answer is what the model writes, two that it does not get right."""
+    config = dlm.SamplingConfig(gen_length=16, steps=4, block_length=16, seed=0)
+    ids = dlm.generate(dlm.load(checkpoint, device="cpu")[0], ["The cat"], config, tokenizer=tokenizer).sequences[0]
+    written = decode(tokenizer, ids.tolist())
+    records = [("The cat", written), ("Once upon", "never"), ("She ___{4} the sea", "never")]
+    task = tmp_path / "task.jsonl"
+    task.write_text("\n".join(json.dumps({"prompt": prompt, "answer": text}) for prompt, text in records))
+    assert bench(task=task, prompts=None, methods="none", steps="4", block_lengths="4,16")[0] == 0
+    results, meta = read(tmp_path)
+    found = cells(results)
+    assert [found["none", prompt, 16, 4]["correct"] for prompt, _ in records[:2]] == [True, False]
+    for block in (4, 16):
+        right = [found["none", text, block, 4]["correct"] for text, _ in records]
+        cell = found["none", "The cat", block, 4]
+        assert (cell["accuracy"], cell["accuracy_error"]) == (pytest.approx(sum(right) / 3), proportion(right)[1])
+    blank = found["none", "She ___{4} the sea", 16, 4]  # four places are one block
+    assert blank["answer"].startswith("She") and blank["answer"].endswith("the sea") and blank["judge_tokens"] > 4
+    assert meta["aup"] and {one["method"] for one in meta["aup"]} == {"none"}
 
 
 def test_a_block_causal_model(bench, tokenizer, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from dlm.metrics import (
     aup,
     distinct,
-    fit_line,
+    fit,
     geometric_mean,
     is_degenerate,
     pareto,
@@ -83,13 +83,16 @@ def test_aup_by_hand():
             aup(points)
 
 
-def test_line_by_hand():
-    line = fit_line([1, 2, 3], [2, 4, 9])
-    assert (line.slope, line.intercept) == (pytest.approx(3.5), pytest.approx(-2))
-    assert line.r2 == pytest.approx(1 - 1.5 / 26)
-    assert fit_line([0, 4], [1, 3]).r2 == 1
-    with pytest.raises(ValueError, match="two different x"):
-        fit_line([2, 2], [1, 3])
+def test_fits_by_hand():
+    line = fit([2, 4, 9], [1, 2, 3])
+    assert (line.slopes[0], line.intercept) == (pytest.approx(3.5), pytest.approx(-2))
+    assert line.r2 == pytest.approx(1 - 1.5 / 26) and fit([1, 3], [0, 4]).r2 == pytest.approx(1)
+    plane = fit([3, 5, 4, 9], [0, 1, 0, 2], [0, 0, 1, 2])  # 3 + 2a + b
+    assert (
+        plane.intercept == pytest.approx(3) and plane.slopes == pytest.approx((2, 1)) and plane.r2 == pytest.approx(1)
+    )
+    with pytest.raises(ValueError, match="do not tell 2 unknowns apart"):
+        fit([1, 3], [2, 2])
 
 
 def test_pareto():

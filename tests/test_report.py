@@ -10,7 +10,7 @@ import pytest
 
 from dlm import charts
 from dlm.charts import Axis, Point, Series, Shade, Tile, about_one, heat_map, scatter, significant, ticks
-from dlm.report import front, pass_line, quality, sentences, speedups
+from dlm.report import front, pass_fit, quality, sentences, speedups
 from dlm.results import read_grid
 
 tokenizer, checkpoint, run = commandline.tokenizer, commandline.checkpoint, commandline.run  # fixtures
@@ -71,8 +71,11 @@ def test_sentences(grid):
 
 
 def test_the_line_of_a_pass(grid):
-    line = pass_line(read_grid(grid))
-    assert line.slope > 0 and line.intercept + 20 * line.slope > 0
+    """none: 20 positions a pass in 100 ms and in 200; dual: 5 in 50, 20 in 100. The means are at 5 and 20 positions."""
+    line = pass_fit(read_grid(grid), "positions_computed")
+    assert line.intercept + 5 * line.slopes[0] == pytest.approx(50)
+    assert line.intercept + 20 * line.slopes[0] == pytest.approx((100 + 200 + 100) / 3)
+    assert pass_fit(read_grid(grid), "places_asked") is None
 
 
 def test_reference_csv(tmp_path):
@@ -81,7 +84,7 @@ def test_reference_csv(tmp_path):
     grid = read_grid(path)
     best = grid.settings()[1]
     assert (best.method, best.accuracy, best.degenerate) == ("none", 0.5, None)
-    assert grid.settings()[3].accuracy is None and pass_line(grid) is None
+    assert grid.settings()[3].accuracy is None and pass_fit(grid, "positions_computed") is None
     assert "The best accuracy is 50.0%" in sentences(grid)[0]
 
 

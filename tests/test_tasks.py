@@ -83,6 +83,27 @@ def test_an_answer_ends_at_its_end_of_text(tokenizer):
     assert question.answer(tokenizer, canvas, {end}) == tokenizer.decode([word])
 
 
+def test_sudoku(tmp_path):
+    rules = pytest.importorskip("dlm.sudoku")
+    first, second = open_task("sudoku", limit=2)
+    assert [question.text for question in open_task("sudoku", limit=1)] == [first.text] != [second.text]
+    tokenizer = rules.make_tokenizer()
+    canvas = first.canvas(tokenizer, 1, tokenizer.mask_token_id)
+    puzzle = rules.from_text(first.text)
+    [solution] = rules.solutions(puzzle)
+    assert int(canvas.masked.sum()) == int((puzzle == 0).sum()) and not first.prose
+    digits = canvas.tokens.new_tensor([digit for digit, given in zip(solution, puzzle, strict=True) if not given])
+    filled = type(canvas)(
+        canvas.tokens.masked_scatter(canvas.masked, digits), canvas.editable, canvas.valid, canvas.mask_id
+    )
+    answer = first.answer(tokenizer, filled, set())
+    assert first.check(answer) and not second.check(answer) and not first.check(first.text) and not first.check("1")
+    (tmp_path / "puzzles.txt").write_text(first.text + "\n" + "." * 81 + "\n")
+    assert [question.text for question in open_task(f"sudoku:{tmp_path / 'puzzles.txt'}", limit=1)] == [first.text]
+    with pytest.raises(ValueError, match="puzzle 2 has several solutions"):
+        open_task(f"sudoku:{tmp_path / 'puzzles.txt'}")
+
+
 def test_a_checker_program(tmp_path):
     program = tmp_path / "check.py"
     program.write_text(

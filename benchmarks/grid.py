@@ -6,7 +6,8 @@
     accelerate launch benchmarks/grid.py ...                              (cells are shared out over all processes)
 
 Every cell is on the disk before the next one begins: Ctrl-C or a kill loses one cell at most, and the same command
-goes on. Then: dlm bench plot runs/grid.json
+goes on. With another --judge the answers that are there are judged anew, and nothing is measured again.
+Then: dlm bench plot runs/grid.json
 """
 
 from __future__ import annotations
@@ -128,8 +129,8 @@ def judge_of(args, opened: Opened) -> Judge | None:
         )  # fmt: skip
 
 
-def fixed_settings(args, opened, config, questions, judge) -> dict:
-    """What a results file is made with: a run that goes on must have the same."""
+def fixed_settings(args, opened: Opened, config: GridConfig, questions: list[Question]) -> dict:
+    """What was measured: a run that goes on must have the same."""
     model = opened.model
     return {
         "dlm": dlm.__version__,
@@ -141,11 +142,8 @@ def fixed_settings(args, opened, config, questions, judge) -> dict:
         **{name: value for name, value in dataclasses.asdict(config).items() if name != "sampling"},
         "sampling": {k: v for k, v in dataclasses.asdict(config.sampling).items() if k not in SWEPT},
         "task": args.task,
-        "checker": args.checker,
         "chat": args.chat,
         "questions": [question.text for question in questions],
-        "judge": judge.facts if judge else None,
-        "bound_draws": args.bound_draws,
     }
 
 
@@ -164,7 +162,8 @@ def main(argv: Sequence[str]) -> int:
     config = configure(args, opened, sampling, max(int(canvas.masked.sum()) for canvas in canvases))
     cells, left_out = plan(model, canvases, config)
     judge = judge_of(args, opened)
-    fixed = fixed_settings(args, opened, config, questions, judge)
+    fixed = fixed_settings(args, opened, config, questions)
+    judging = {"judge": judge.facts if judge else None, "bound_draws": args.bound_draws, "checker": args.checker}
     if args.fresh:
         remove_results(out)
         sharing.gather([])  # nobody begins before everybody has removed what there was
@@ -174,14 +173,14 @@ def main(argv: Sequence[str]) -> int:
     try:
         runner = Runner(model, tokenizer, questions, canvases, config)
         appraiser = Appraiser(model, questions, canvases, judge, args.bound_draws, args.chat)
-        records += sharing.gather(sweep(cells, records, runner, appraiser, journal, sharing, again))
+        records += sharing.gather(sweep(cells, records, runner, appraiser, journal, sharing, judging, again))
         code = 0
     except KeyboardInterrupt:
         records, code = read_journals(out, fixed), 130
     finally:
         journal.close()
     if sharing.rank == 0:
-        done = write_results(out, records, cells, left_out, questions, fixed)
+        done = write_results(out, records, cells, left_out, questions, fixed, judging)
         if code:
             print(f"stopped; {done} of {len(cells)} cells are in {out}. Go on with:\n  {again}", file=sys.stderr)
         else:

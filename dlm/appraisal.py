@@ -115,24 +115,27 @@ def _example(canvas: Canvas, record: dict) -> Example:
 # ---------------------------------------------------------------- the results file
 
 
-def finished(records: Sequence[dict]) -> dict[str, dict]:
-    """Each measured cell by its key, with its judgement where there is one; of two of a key the earlier counts."""
+def finished(records: Sequence[dict], judging: dict) -> dict[str, dict]:
+    """Each measured cell by its key, with its judgement where there is one of this kind; of two cells the earlier.
+
+    judging: who judged and how, as judgements say it; those of another judge do not count.
+    """
     cells: dict[str, dict] = {}
     judgements: dict[str, dict] = {}
     for record in records:
         if record["kind"] == "cell":
             cells.setdefault(record["key"], record)
-        elif record["kind"] == "judgement":
+        elif record["kind"] == "judgement" and record["judging"] == judging:
             judgements.setdefault(record["key"], record["fields"])
     return {key: record | {"judged": key in judgements} | judgements.get(key, {}) for key, record in cells.items()}
 
 
-def assemble(records: Sequence[dict], cells: Sequence[Cell], questions: Sequence[Question]) -> dict:
+def assemble(records: Sequence[dict], cells: Sequence[Cell], questions: Sequence[Question], judging: dict) -> dict:
     """{method: [{"question", "result": {block: {steps: cell}}}]} of the cells that were measured and judged.
 
     Where a commit rule decides how many passes there are, `steps` is how many there were.
     """
-    done = finished(records)
+    done = finished(records, judging)
     relative = _relative(records)
     groups: dict[tuple, list[tuple[Cell, dict]]] = {}
     for cell in cells:

@@ -104,14 +104,15 @@ def sweep(
     appraiser: Appraiser,
     journal: Journal,
     sharing: Sharing,
+    judging: dict,
     command: str,
 ) -> list[dict]:
     """Measure this process's share of the cells that `records` lack, in random order, and judge them.
 
     Returns the new records. Each is in the journal before the next measurement begins; answers that an earlier run
-    left unjudged are judged too. command: what was typed, for the record.
+    left unjudged, or judged in another way, are judged too. judging: who judges and how; command: what was typed.
     """
-    launch, known, new = uuid.uuid4().hex[:12], finished(records), []
+    launch, known, new = uuid.uuid4().hex[:12], finished(records, judging), []
     waiting = sharing.share([known[c.key] for c in cells if c.key in known and not known[c.key]["judged"]])
     todo = [cell for cell in cells if cell.key not in known]
     random.Random(runner.config.sampling.seed).shuffle(todo)
@@ -127,7 +128,7 @@ def sweep(
 
     def judge() -> None:
         for record, fields in zip(waiting, appraiser.appraise(waiting), strict=True):
-            note("judgement", key=record["key"], fields=fields)
+            note("judgement", key=record["key"], judging=judging, fields=fields)
         waiting.clear()
 
     def refer() -> float:
@@ -160,16 +161,17 @@ def write_results(
     left_out: Sequence[dict],
     questions: Sequence[Question],
     settings: dict,
+    judging: dict,
 ) -> int:
     """Write the results file and what stands beside it; returns how many cells it holds."""
-    results = assemble(records, cells, questions)
-    done = sum(record["judged"] for record in finished(records).values())
+    results = assemble(records, cells, questions, judging)
+    done = sum(record["judged"] for record in finished(records, judging).values())
     prose = all(question.prose for question in questions)
     meta = {
         "format": FORMAT,
         "cells": len(cells),
         "measured": done,
-        "settings": settings,
+        "settings": settings | judging,
         "launches": [record for record in records if record["kind"] == "launch"],
         "reference_cell": reference_cell(cells).key,
         "reference": [record for record in records if record["kind"] == "reference"],

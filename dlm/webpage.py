@@ -23,7 +23,8 @@ tbody tr:hover { background: #f1f6fb; }
   border-radius: 6px; box-shadow: 0 4px 16px #0003; padding: .6rem .8rem; font-size: 13px; pointer-events: none;
   z-index: 9; }
 #tip q { display: block; max-height: 13em; overflow: hidden; margin: .1rem 0 .5rem; quotes: none;
-  border-left: 3px solid #dadce0; padding-left: .5rem; white-space: pre-wrap; } #tip i { color: #5f6368; font-style: normal; } #tip b.bad { color: #b00020; }
+  border-left: 3px solid #dadce0; padding-left: .5rem; white-space: pre-wrap; }
+#tip i { color: #5f6368; font-style: normal; } #tip b.bad { color: #b00020; }
 """
 
 SCRIPT = """

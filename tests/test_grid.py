@@ -210,8 +210,10 @@ def test_latency_follows_the_reference():
     for time, cell in zip((0.0, 5.0, 10.0), every, strict=True):
         values = {"latency": cell.steps * (1 + time / 10), "question": 0, "nfe": cell.steps, "token_ids": [1, 2, 3]}
         records.append({"kind": "cell", "key": cell.key, "launch": "a", "time": time, **values})
-        records.append({"kind": "judgement", "key": cell.key, "time": time, "fields": {"perplexity": 2.0}})
-    row = assemble(records, every, [Question("Q", "Q")])["none"][0]["result"]["4"]
+        records.append(
+            {"kind": "judgement", "key": cell.key, "time": time, "judging": {}, "fields": {"perplexity": 2.0}}
+        )
+    row = assemble(records, every, [Question("Q", "Q")], {})["none"][0]["result"]["4"]
     assert {steps: cell["latency_relative"] for steps, cell in row.items()} == {"4": 4.0, "8": 8.0, "16": 16.0}
 
 
@@ -223,9 +225,9 @@ def test_one_word_three_hundred_times_is_degenerate():
         records = [
             {"kind": "reference", "launch": "a", "time": 0.0, "latency": 1.0},
             record | {"token_ids": ids},
-            {"kind": "judgement", "key": cell.key, "time": 2.0, "fields": {"perplexity": 1.18}},
+            {"kind": "judgement", "key": cell.key, "time": 2.0, "judging": {}, "fields": {"perplexity": 1.18}},
         ]
-        found = assemble(records, [cell], [Question("Q", "Q")])["none"][0]["result"]["4"]["4"]
+        found = assemble(records, [cell], [Question("Q", "Q")], {})["none"][0]["result"]["4"]["4"]
         assert found["degenerate"] is degenerate and found["perplexity"] == 1.18
         assert (found["unigram_entropy"] == 0.0) is degenerate
 

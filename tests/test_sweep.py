@@ -10,7 +10,7 @@ import time
 
 import grids
 import pytest
-from commandline import ROOT
+from commandline import ROOT, make_checkpoint
 from grids import PROMPTS, arguments, cells, read
 
 from dlm import cli, results, sweep
@@ -126,6 +126,21 @@ def test_ctrl_c_keeps_everything_and_says_how_to_go_on(bench, tmp_path, monkeypa
     monkeypatch.setattr(Runner, "measure", measure)
     code, out, _ = bench()
     assert code == 0 and "30 cells" in out and len(set(keys(tmp_path))) == len(keys(tmp_path)) == 30
+
+
+def test_another_judge_reads_the_answers_that_are_there(bench, tokenizer, tmp_path, monkeypatch):
+    assert bench(steps="4")[0] == 0
+    first = read(tmp_path)[0]
+    monkeypatch.setattr(Runner, "measure", lambda self, cell: pytest.fail("a cell was measured again"))
+    other = make_checkpoint(tmp_path / "other", tokenizer, d_model=16)
+    assert bench(steps="4", judge=other)[0] == 0
+    second, meta = read(tmp_path)
+    assert meta["settings"]["judge"]["id"] == str(other)
+    for key, cell in cells(second).items():
+        before = cells(first)[key]
+        assert cell["latency"] == before["latency"] and cell["perplexity"] != before["perplexity"]
+    assert bench(steps="4")[0] == 0
+    assert read(tmp_path)[0] == first
 
 
 def test_progress_says_cells_time_and_numbers(bench, monkeypatch):

@@ -182,7 +182,12 @@ def main(argv: Sequence[str]) -> int:
     if sharing.rank == 0:
         done = write_results(out, records, cells, left_out, questions, fixed, judging)
         if code:
-            print(f"stopped; {done} of {len(cells)} cells are in {out}. Go on with:\n  {again}", file=sys.stderr)
+            measured = sum(record["kind"] == "cell" for record in records)
+            print(
+                f"stopped: {measured} of {len(cells)} cells are measured and kept, {done} of them judged and in {out}. "
+                f"Go on with:\n  {again}",
+                file=sys.stderr,
+            )
         else:
             print(f"wrote {out}: {done} cells, {len(left_out)} settings left out. Now: dlm bench plot {out}")
     if code == 0:

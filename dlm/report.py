@@ -144,7 +144,8 @@ def sentences(grid: Grid) -> list[str]:
             f"{place:.1f} µs a place for logits and their sampling (R² {plane.r2:.3f})."
         )
     if aup := grid.meta.get("aup"):
-        said.append("Largest accuracy under parallelism: {aup:.1f} ({method}, block {block_length}).".format(**aup[0]))
+        told = "Largest accuracy under parallelism (AUP, arXiv:2601.07568): {aup:.1f} ({method}, block {block_length})."
+        said.append(told.format(**aup[0]))
     return said
 
 
@@ -310,7 +311,11 @@ def columns_of(grid: Grid) -> list[Column]:
         ("repetition", mean("repetition"), lambda v: f"{v:.2f}"),
         ("accuracy (%)", lambda s: None if s.accuracy is None else 100 * s.accuracy, lambda v: f"{v:.1f}"),
         ("± s.e.", lambda s: None if s.accuracy_error is None else 100 * s.accuracy_error, lambda v: f"{v:.1f}"),
-        ("degenerate", lambda s: None if s.degenerate is None else sum(a["degenerate"] for a in s.answers), str),
+        (
+            "degenerate",
+            lambda s: None if s.degenerate is None else sum(bool(a.get("degenerate")) for a in s.answers),
+            str,
+        ),
     ]
     settings = grid.settings()
     return [column for column in every if any(column[1](setting) is not None for setting in settings)]

@@ -188,3 +188,15 @@ def test_scatter_places_points_on_their_axes():
         len(dots) == 2 and float(dots[0].get("cx")) < 200 and float(dots[0].get("cy")) > 300
     )  # low at the left; legend
     assert "degenerate" in "".join(root.itertext())
+
+
+def test_accuracy_under_parallelism_is_told(run, grid, tmp_path):
+    meta = {
+        "aup": [{"method": "dual", "block_length": 8, "aup": 71.25}, {"method": "none", "block_length": 8, "aup": 60.0}]
+    }
+    (tmp_path / "grid.meta.json").write_text(json.dumps(meta))
+    assert (
+        "Largest accuracy under parallelism (AUP, arXiv:2601.07568): 71.2 (dual, block 8)."
+        in run("bench", "plot", grid)[1]
+    )
+    assert "<li>60.0: none, block 8</li>" in (tmp_path / "grid.html").read_text()

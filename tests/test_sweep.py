@@ -121,7 +121,11 @@ def test_ctrl_c_keeps_everything_and_says_how_to_go_on(bench, tmp_path, monkeypa
 
     monkeypatch.setattr(Runner, "measure", interrupted)
     code, _, error = bench()
-    assert code == 130 and "stopped; 16 of 30 cells" in error and "dlm bench grid --out" in error
+    assert (
+        code == 130
+        and "stopped: 19 of 30 cells are measured and kept, 16 of them judged" in error
+        and "dlm bench grid --out" in error
+    )
     assert len(keys(tmp_path)) == 19 and len(cells(read(tmp_path)[0])) == 16  # three wait for the judge
     monkeypatch.setattr(Runner, "measure", measure)
     code, out, _ = bench()

@@ -66,7 +66,7 @@ def left_out(grid: Grid) -> str:
 def aup_list(curves: Sequence[dict]) -> str:
     """The areas under the curves of each method and block length."""
     remark = (
-        "The area under accuracy (%) against tokens a pass, over the steps of a method and block length; accuracy below "
+        "The area under accuracy (%) against tokens a pass, over the steps of a method and block length; what is below "
         "the best of all weighs less, points that lose more than 5 points count nothing (d3LLM, arXiv:2601.07568)."
     )
     return quiet(remark) + listed([f"{one['aup']:.1f}: {one['method']}, block {one['block_length']}" for one in curves])

@@ -5,13 +5,16 @@ An answer is tokenized apart from what stands before it, so that at generation t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 
 import numpy as np
 
-from dlm.data import Documents, cached, join, token_type
+from dlm.documents import Documents, cached, join, token_type
 from dlm.names import check_name
 from dlm.reading import columns_of, identity, read_rows
+from dlm.streaming import StreamedSource
 from dlm.tokenizer import encode_prompt
 
 MESSAGES = ("messages", "conversations", "conversation")
@@ -19,6 +22,7 @@ PROMPTS = ("prompt", "question", "instruction", "input", "query")
 RESPONSES = ("response", "answer", "completion", "output")
 ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "model": "assistant"}  # ShareGPT's words
 OVERLONG = ("truncate", "skip")
+COUNTS = ("rows", "truncated", "skipped", "without_answer")
 
 
 @dataclass(frozen=True)
@@ -59,19 +63,13 @@ def load_chats(path, tokenizer, form: ChatFormat, *, split: str = "train", cache
 
 def _tokenize(path, tokenizer, form: ChatFormat, split: str) -> Documents:
     pieces, targets, size = [], [], 0
-    counts = {"rows": 0, "truncated": 0, "skipped": 0, "without_answer": 0}
+    counts = dict.fromkeys(COUNTS, 0)
     for where, row in read_rows(path, split):
-        counts["rows"] += 1
         messages = conversation(row, form, where)
-        ids, target = encode_conversation(tokenizer, messages, form, where)
-        if len(ids) > form.length:
-            counts["skipped" if form.overlong == "skip" else "truncated"] += 1
-            if form.overlong == "skip":
-                continue
-            ids, target = ids[: form.length], target[: form.length]
-        if not target.any():
-            counts["without_answer"] += 1
+        made = _example(tokenizer, messages, form, where, counts)
+        if made is None:
             continue
+        ids, target = made
         size += sum(len(message["content"].encode()) for message in messages if message["role"] == "assistant")
         pieces.append(ids.astype(token_type(tokenizer)))
         targets.append(target)
@@ -81,6 +79,37 @@ def _tokenize(path, tokenizer, form: ChatFormat, split: str) -> Documents:
             f"{form.length} tokens, {counts['without_answer']} without an answer): give other data or a greater length"
         )
     return join(pieces, targets, tokenizer.bos_token_id, size, counts)
+
+
+def chat_source(
+    paths: Sequence[str], tokenizer, form: ChatFormat, split: str, weight: float = 1.0
+) -> StreamedSource:
+    """The conversations of files one after another, read while they are trained on; errors: `load_chats`'s."""
+    counts = dict.fromkeys(COUNTS, 0)
+
+    def read(skip: int):
+        rows = chain.from_iterable(read_rows(path, split, streaming=True) for path in paths)
+        for number, (where, row) in islice(enumerate(rows), skip, None):
+            made = _example(tokenizer, conversation(row, form, where), form, where, counts)
+            if made is not None:
+                yield number, *made
+
+    return StreamedSource(", ".join(map(str, paths)), read, weight, counts)
+
+
+def _example(tokenizer, messages, form: ChatFormat, where: str, counts: dict[str, int]):
+    """Tokens and target of a conversation, None where it is left out; `counts` say what happened to it."""
+    counts["rows"] += 1
+    ids, target = encode_conversation(tokenizer, messages, form, where)
+    if len(ids) > form.length:
+        counts["skipped" if form.overlong == "skip" else "truncated"] += 1
+        if form.overlong == "skip":
+            return None
+        ids, target = ids[: form.length], target[: form.length]
+    if not target.any():
+        counts["without_answer"] += 1
+        return None
+    return ids, target
 
 
 def conversation(row: dict, form: ChatFormat, where: str) -> list[dict[str, str]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import pickle
 import re
 import shutil
 import uuid
@@ -20,7 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dlm import zero
 from dlm.models import quiet
+from dlm.optim import reshard
 
 STEP_FOLDER = re.compile(r"step-(\d{8})")
 STATE_FILE = "trainer.json"  # written last: a folder that has it is complete
@@ -29,16 +32,41 @@ EMA_FILE = "ema.safetensors"
 
 @contextmanager
 def whole_folder(folder: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `folder` (replacing it) when the block ends without an error."""
+    """Yield a temporary folder that becomes `folder` (replacing it) when the block ends without an error.
+
+    Errors: a disk that is full or cannot be written.
+    """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale(folder, "")
     temporary = folder.parent / f".{folder.name}-{uuid.uuid4().hex[:12]}"
     temporary.mkdir()
     try:
         yield temporary
         replace_folder(temporary, folder)
+        _remove_stale(folder, "old-")  # only now: one may have been all that a kill between two renames left
+    except Exception as error:
+        if not _is_of_the_disk(error):
+            raise
+        raise ValueError(
+            f"{folder} cannot be written, the disk may be full ({_first(error)}): make room, then go on with --resume"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_of_the_disk(error: Exception) -> bool:
+    """Whether a file could not be written: each library has its own word for it, tokenizers no class but Exception."""
+    words = ("os error", "Writer", "iostream", "inline_container")  # Rust's; torch's
+    return isinstance(error, OSError | SafetensorError) or any(word in str(error) for word in words)
+
+
+def _remove_stale(folder: Path, kind: str) -> None:
+    """Remove what a killed process left while it wrote this folder."""
+    name = re.compile(rf"\.{re.escape(folder.name)}-{kind}[0-9a-f]{{12}}")
+    for child in folder.parent.iterdir():
+        if name.fullmatch(child.name):
+            shutil.rmtree(child, ignore_errors=True)
 
 
 def replace_folder(temporary: Path, folder: Path) -> None:
@@ -66,7 +94,7 @@ def save_model(
 
     state: the model's state, where the model holds a part of it alone (`whole_state`). weights: parameters by name to
     write in place of the model's own (its moving average). dtype: the type on disk.
-    The model itself is not touched.
+    The model itself is not touched. Errors: those of `whole_folder`.
     """
     fresh = type(model)(copy.deepcopy(model.config))
     fresh.load_state_dict(model.state_dict() if state is None else state)
@@ -85,8 +113,8 @@ def save_model(
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process holds a part of the tensor alone (a DTensor, as FSDP2 makes them)."""
-    return hasattr(tensor, "full_tensor")
+    """Whether this process holds a part of the tensor alone (a DTensor, as FSDP2 makes them, or ZeRO-3's)."""
+    return hasattr(tensor, "full_tensor") or zero.is_divided(tensor)
 
 
 def whole(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
@@ -107,14 +135,28 @@ def whole(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
 
 def whole_state(model: nn.Module, keep: bool) -> dict[str, Tensor]:
     """The state of a model, as `whole` gives it."""
-    for module in model.modules():
-        if hasattr(module, "reshard"):
-            module.reshard()
+    if zero.divides(model):
+        return zero.gathered(model, keep)
+    reshard(model)
     return whole(model.state_dict(), keep)
+
+
+def whole_average(ema, model: nn.Module, keep: bool) -> dict[str, Tensor]:
+    """The moving average of a model, as `whole` gives it."""
+    if not zero.divides(model):
+        return whole(ema.weights, keep)
+    ema.swap(model)  # ZeRO-3 puts together what stands in the model's place
+    try:
+        made = zero.gathered(model, keep)
+    finally:
+        ema.swap(model)
+    return {name: tensor for name, tensor in made.items() if name in ema.weights}
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     """This process's part of a whole tensor, laid out as `like` is."""
+    if zero.is_divided(like):
+        return zero.share_of(tensor, like)
     if not is_sharded(like):
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -174,13 +216,13 @@ def save_state(accelerator, output, state: dict, ema: dict[str, Tensor] | None, 
         accelerator.save_state(str(temporary))
         if accelerator.is_main_process and ema is not None:
             save_file({name: tensor.contiguous() for name, tensor in ema.items()}, temporary / EMA_FILE)
-    except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own word for a full disk
-        if isinstance(error, RuntimeError) and "Writer" not in str(error) and "iostream" not in str(error):
+    except Exception as error:
+        if not _is_of_the_disk(error):
             raise
         shutil.rmtree(temporary, ignore_errors=True)
         kept = checkpoints(output)
         raise ValueError(
-            f"the checkpoint of step {state['step']} cannot be written ({str(error).strip().splitlines()[0]}); "
+            f"the checkpoint of step {state['step']} cannot be written, the disk may be full ({_first(error)}); "
             f"the last good one is {kept[-1][1] if kept else 'none yet'}. Make room, then go on with --resume"
         ) from error
     accelerator.wait_for_everyone()
@@ -194,22 +236,43 @@ def save_state(accelerator, output, state: dict, ema: dict[str, Tensor] | None, 
 
 
 def read_state(folder: str | os.PathLike) -> dict:
-    """The small part of a checkpoint: step, data position, counters, and the settings it was made with."""
-    return json.loads((Path(folder) / STATE_FILE).read_text())
+    """The small part of a checkpoint: step, data position, counters, and the settings it was made with.
+
+    Errors: a damaged file.
+    """
+    try:
+        return json.loads((Path(folder) / STATE_FILE).read_text())
+    except ValueError as error:
+        raise _damaged(folder, error) from error
 
 
 def load_state(accelerator, folder: str | os.PathLike) -> dict[str, Tensor] | None:
     """Load weights, optimizers and random numbers into what the accelerator prepared; returns the EMA weights.
 
-    Errors: a checkpoint of a model or an optimizer of another shape.
+    Errors: a checkpoint of a model or an optimizer of another shape, a file of it that is damaged or missing.
     """
     folder = Path(folder)
     try:
         accelerator.load_state(str(folder))
+        return load_file(folder / EMA_FILE) if (folder / EMA_FILE).is_file() else None
+    except (SafetensorError, OSError, EOFError, pickle.UnpicklingError) as error:
+        raise _damaged(folder, error) from error
     except (RuntimeError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()
+        if "PytorchStreamReader" in str(error):
+            raise _damaged(folder, error) from error
         raise ValueError(
-            f"the checkpoint {folder} does not fit this model and optimizer ({first[0] if first else error}); "
+            f"the checkpoint {folder} does not fit this model and optimizer ({_first(error, 2)}); "
             f"resume with the settings of the first run"
         ) from error
-    return load_file(folder / EMA_FILE) if (folder / EMA_FILE).is_file() else None
+
+
+def _damaged(folder, error: Exception) -> ValueError:
+    return ValueError(
+        f"the checkpoint {folder} is damaged ({_first(error)}): remove that folder, and --resume goes on from the one "
+        f"before"
+    )
+
+
+def _first(error: Exception, lines: int = 1) -> str:
+    """The first lines of a library's message, as one."""
+    return " ".join(" ".join(str(error).strip().splitlines()[:lines]).split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""Documents -> tokens (cached on disk) -> Examples -> packed Batches.
+"""Documents -> Examples -> packed Batches.
 
 Shapes: B rows in a batch, T row length, E examples in a batch.
 
@@ -8,25 +8,17 @@ that which examples share a row does not change the loss. Order is a function of
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import shutil
-import uuid
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dlm.diffusion import CROP, PROMPT, example_generator
-from dlm.reading import identity, read_documents
-from dlm.tokenizer import encode_documents
+from dlm.documents import Documents
 
 PAD_SEGMENT = -1
-CACHE_FORMAT = 2  # part of the cache key: raise it when what is written changes
 
 
 @dataclass(frozen=True)
@@ -97,118 +89,6 @@ def pack(rows: Sequence[Sequence[tuple[int, Example]]], length: int, pad_id: int
     return Batch(*(torch.from_numpy(array) for array in arrays))
 
 
-# ------------------------------------------------------------------------------------------------------ token cache
-
-
-@dataclass(frozen=True)
-class Documents:
-    """Tokenized documents: tokens (N,) uint16 or uint32, end to end; document d is tokens[starts[d]:starts[d + 1]].
-
-    target (N,) bool, or None: every token but the begin-of-text token carries loss. bytes: UTF-8 size of the text that
-    carries loss. counts: what happened on the way from rows to documents, by name.
-    """
-
-    tokens: np.ndarray
-    starts: np.ndarray
-    target: np.ndarray | None
-    bos_id: int | None
-    bytes: int
-    counts: dict[str, int] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-
-def default_cache() -> Path:
-    """Where tokenized data is kept: $DLM_CACHE, else the user's cache folder."""
-    base = os.environ.get("DLM_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dlm"
-    return Path(base) / "tokens"
-
-
-def load_documents(
-    path, tokenizer, *, column: str = "text", split: str = "train", cache: str | os.PathLike | None = None
-) -> Documents:
-    """Tokenize a source once, as [bos] tokens [eos] for each document, and memory-map the result from then on.
-
-    path, column, split: as in `read_documents`, whose errors these are.
-    """
-    named = ("text", identity(path, split), column)
-    return cached(path, named, tokenizer, lambda: _tokenize(path, tokenizer, column, split), cache)
-
-
-def cached(
-    path, named: tuple, tokenizer, build: Callable[[], Documents], cache: str | os.PathLike | None = None
-) -> Documents:
-    """The Documents that `build` makes, kept on disk under a name that holds a hash of `named` and the tokenizer.
-
-    Several processes may arrive together: each writes its own folder and the first rename wins.
-    """
-    digest = hashlib.sha256(repr((CACHE_FORMAT, *named)).encode())
-    digest.update(tokenizer.backend_tokenizer.to_str().encode())
-    folder = Path(cache or default_cache()) / f"{Path(str(path)).name}-{digest.hexdigest()[:24]}"
-    if not (folder / "meta.json").is_file():
-        _write_cache(folder, build())
-    meta = json.loads((folder / "meta.json").read_text())
-    target = folder / "target.npy"
-    return Documents(
-        np.load(folder / "tokens.npy", mmap_mode="r"),
-        np.load(folder / "starts.npy"),
-        np.load(target, mmap_mode="r") if target.is_file() else None,
-        meta["bos_id"],
-        meta["bytes"],
-        meta["counts"],
-    )
-
-
-def _tokenize(path, tokenizer, column: str, split: str) -> Documents:
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    before, after = ([] if bos is None else [bos]), ([] if eos is None else [eos])
-    pieces, size, texts = [], 0, []
-
-    def flush():
-        for ids in encode_documents(tokenizer, texts):
-            pieces.append(np.array(before + ids + after, dtype=token_type(tokenizer)))
-        texts.clear()
-
-    for text in read_documents(path, column, split):
-        texts.append(text)
-        size += len(text.encode())
-        if len(texts) == 1024:  # enough for `tokenizers` to use all cores, little enough to hold
-            flush()
-    flush()
-    return join(pieces, None, bos, size)
-
-
-def token_type(tokenizer) -> type:
-    """The smallest type that holds every token id."""
-    return np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
-
-
-def join(pieces: list[np.ndarray], targets: list[np.ndarray] | None, bos: int | None, size: int, counts=None):
-    """Documents of one array of tokens (and one of targets) each."""
-    starts = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).astype(np.int64)
-    target = None if targets is None else np.concatenate(targets)
-    return Documents(np.concatenate(pieces), starts, target, bos, size, counts or {})
-
-
-def _write_cache(folder: Path, made: Documents) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.parent / f".{folder.name}-{uuid.uuid4().hex}"
-    temporary.mkdir()
-    np.save(temporary / "tokens.npy", made.tokens)
-    np.save(temporary / "starts.npy", made.starts)
-    if made.target is not None:
-        np.save(temporary / "target.npy", made.target)
-    meta = {"documents": len(made), "bytes": made.bytes, "bos_id": made.bos_id, "counts": made.counts}
-    (temporary / "meta.json").write_text(json.dumps(meta))
-    try:
-        os.rename(temporary, folder)
-    except OSError:  # another process was first: its folder is the same
-        shutil.rmtree(temporary)
-        if not (folder / "meta.json").is_file():
-            raise
-
-
 # ------------------------------------------------------------------------------------------- examples, rows, batches
 
 
@@ -252,6 +132,17 @@ class Examples:
     @property
     def tokens(self) -> int:
         return int(self.lengths.sum())
+
+    @property
+    def signature(self) -> str:
+        """What must be the same for an exact resume."""
+        return f"{len(self)} examples of at most {self.length} tokens"
+
+    def describe(self) -> str:
+        return f"{self.tokens:,} tokens in {len(self):,} examples"
+
+    def stream(self, seed: int, packing: bool = True, position: tuple[int, int] | None = None) -> Stream:
+        return Stream(self, seed, position or (0, 0), packing)
 
 
 def pack_rows(lengths: Sequence[int], order: Sequence[int], length: int) -> list[list[int]]:

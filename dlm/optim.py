@@ -8,6 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from dlm import zero
+from dlm.zero import held
+
 # ------------------------------------------------------------------------------------------------------- schedule
 
 
@@ -118,8 +121,17 @@ def set_learning_rates(optimizers, factor: float) -> None:
 # -------------------------------------------------------------------------------------------------------------- EMA
 
 
+def reshard(model: nn.Module) -> None:
+    """Under FSDP2 and ZeRO-3: drop the whole weights that a forward pass left behind."""
+    if zero.divides(model):
+        zero.release(model)
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+
+
 class EMA:
-    """An exponential moving average of the trained parameters, in fp32.
+    """An exponential moving average of what this process holds of the trained parameters, in fp32.
 
     After update n (0-based) the decay is min(decay, (1 + n) / (10 + n)), so that early steps do not hold the
     starting weights for long.
@@ -128,7 +140,7 @@ class EMA:
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
         self.weights: dict[str, Tensor] = {
-            name: parameter.detach().float().clone()
+            name: held(parameter).float().clone()
             for name, parameter in model.named_parameters()
             if parameter.requires_grad
         }
@@ -137,19 +149,17 @@ class EMA:
     def update(self, model: nn.Module, step: int) -> None:
         """Move towards the model's weights after optimizer step `step` (0-based)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        new = [parameter.detach().float() for parameter in model.parameters() if parameter.requires_grad]
+        new = [held(parameter).float() for parameter in model.parameters() if parameter.requires_grad]
         torch._foreach_lerp_(list(self.weights.values()), new, 1.0 - decay)
 
     @torch.no_grad()
     def swap(self, model: nn.Module) -> None:
         """Exchange the average and the model's weights; a second call puts both back, bit for bit (fp32)."""
-        for module in model.modules():  # under FSDP2 a forward pass may leave whole weights behind
-            if hasattr(module, "reshard"):
-                module.reshard()
+        reshard(model)
         for name, parameter in model.named_parameters():
             if name not in self.weights:
                 continue
-            average = self.weights[name]
-            kept = parameter.detach().clone()
-            parameter.copy_(average)
+            average, own = self.weights[name], held(parameter)
+            kept = own.clone()
+            own.copy_(average)
             average.copy_(kept)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 def duration(seconds: float) -> str:
@@ -82,3 +85,21 @@ class Display:
             self.shown = elapsed
         self._clear()
         return record
+
+
+def counted(items: Iterable[T], total: int, name: str, show: bool = True, every: float = 10.0) -> Iterator[T]:
+    """The items, while standard error says how many of `total` there were and how long the rest will take.
+
+    every: seconds between lines where it is no terminal; there the line moves.
+    """
+    live, began = sys.stderr.isatty(), time.perf_counter()
+    shown = began
+    for number, item in enumerate(items, 1):
+        yield item
+        now = time.perf_counter()
+        if show and (number == total or now - shown >= (0.2 if live else every)):
+            left = duration((now - began) / number * (total - number))
+            start, end = ("\r\x1b[2K", "\n" if number == total else "") if live else ("", "\n")
+            sys.stderr.write(f"{start}{name}: {number}/{total}  left {left}{end}")
+            sys.stderr.flush()
+            shown = now

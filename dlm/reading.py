@@ -65,15 +65,17 @@ def identity(path: str | os.PathLike, split: str) -> tuple:
     return str(path.resolve()), stat.st_size, stat.st_mtime_ns
 
 
-def read_documents(path: str | os.PathLike, column: str = "text", split: str = "train") -> Iterator[str]:
+def read_documents(
+    path: str | os.PathLike, column: str = "text", split: str = "train", streaming: bool = False
+) -> Iterator[str]:
     """The documents of a source, odd whitespace normalised, empty ones left out.
 
-    column: where rows hold the text. Errors: those of `read_rows`; text that is not UTF-8, a row without text in
-    `column`, a source without a document; each names the file (and line).
+    column: where rows hold the text; split, streaming: as in `read_rows`. Errors: those of `read_rows`; text that is
+    not UTF-8, a row without text in `column`, a source without a document; each names the file (and line).
     """
     found = False
     rows = str(path).startswith(HUB) or not str(path).endswith(TEXT_SUFFIXES)
-    for text in _texts(path, column, split) if rows else _split_file(_known(path)):
+    for text in _texts(path, column, split, streaming) if rows else _split_file(_known(path)):
         text = normalise(text)
         if text:
             found = True
@@ -82,14 +84,14 @@ def read_documents(path: str | os.PathLike, column: str = "text", split: str = "
         raise ValueError(f"{path}: the file holds no text; give a file with at least one document")
 
 
-def read_rows(path: str | os.PathLike, split: str = "train") -> Iterator[tuple[str, dict]]:
+def read_rows(path: str | os.PathLike, split: str = "train", streaming: bool = False) -> Iterator[tuple[str, dict]]:
     """The rows of a source, each with the words that say where it stands, for messages.
 
-    split: of a data set of the hub. Errors: a missing file, another suffix, a JSONL line that does not parse or is no
-    object, a damaged file, a library that is needed and missing.
+    split: of a data set of the hub; streaming: read that while it is fetched. Errors: a missing file, another suffix, a
+    JSONL line that does not parse or is no object, a damaged file, a library that is needed and missing.
     """
     if str(path).startswith(HUB):
-        for number, row in enumerate(_hub(str(path), split)):
+        for number, row in enumerate(_hub(str(path), split, streaming)):
             yield f"{path}, row {number}", row
         return
     path = _known(path)
@@ -141,8 +143,8 @@ def _split_file(path: Path) -> Iterator[str]:
     yield "".join(parts)
 
 
-def _texts(path, column: str, split: str) -> Iterator[str]:
-    for where, row in read_rows(path, split):
+def _texts(path, column: str, split: str, streaming: bool) -> Iterator[str]:
+    for where, row in read_rows(path, split, streaming):
         if not isinstance(row.get(column), str):
             raise ValueError(f"{where}: no text in column {column!r}; the columns are {columns_of(row)}")
         yield row[column]
@@ -183,7 +185,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict]]:
         raise ValueError(f"{path}: not a Parquet file ({str(error).splitlines()[0]}); fetch it again") from error
 
 
-def _hub(name: str, split: str):
+def _hub(name: str, split: str, streaming: bool = False):
     try:
         import datasets
     except ImportError as error:
@@ -192,7 +194,7 @@ def _hub(name: str, split: str):
     if not Path(place).is_dir() and place.count("/") == 2:
         place, _, configuration = place.rpartition("/")
     try:
-        return datasets.load_dataset(place, configuration, split=split)
+        return datasets.load_dataset(place, configuration, split=split, streaming=streaming)
     except (
         OSError,
         ValueError,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import json
 import os
 import shlex
@@ -22,13 +23,15 @@ import torch
 import yaml
 
 from dlm import checkpoint
-from dlm.data import Documents, Examples
+from dlm.data import Examples
+from dlm.documents import Documents
 from dlm.machine import commit, hardware
 from dlm.models import ATTENTION
 from dlm.models.transformer import LLaDAModelLM
 from dlm.names import check_name, nearest
 from dlm.reading import parse_sources
 from dlm.runtime import make_accelerator
+from dlm.streaming import StreamedExamples, StreamedSource
 from dlm.tokenizer import load_tokenizer, mask_id
 from dlm.training import Result, fit
 from dlm.training_config import TrainingConfig
@@ -39,8 +42,9 @@ class RecipeConfig(TrainingConfig):
     """The settings that all recipes share: the run (TrainingConfig), the data, the model to begin with, the export.
 
     data, valid: comma separated sources (`dlm.reading`), those of data with weights or without; split: of data sets of
-    the hub. model: a folder or hub id to go on from; tokenizer: in place of the model's own. attn_implementation: the
-    attention kernel; flex_attention on a GPU skips what packing and blocks hide.
+    the hub. streaming: read `data` while training, shuffled in windows of shuffle_window examples (`dlm.streaming`).
+    model: a folder or hub id to go on from; tokenizer: in place of the model's own. attn_implementation: the attention
+    kernel; flex_attention on a GPU skips what packing and blocks hide.
     """
 
     output: str = "runs/recipe"
@@ -50,6 +54,8 @@ class RecipeConfig(TrainingConfig):
     valid: str = ""
     split: str = "train"
     sequence_length: int = 256
+    streaming: bool = False
+    shuffle_window: int = 1000
     model: str = ""
     tokenizer: str = ""
     attn_implementation: str = "sdpa"
@@ -178,6 +184,14 @@ def load_examples(value: str, length: int, load: Callable[[str], Documents]) -> 
     return Examples([load(source.path) for source in sources], length, None if None in weights else weights)
 
 
+def stream_examples(value: str, length: int, window: int, source: Callable[..., StreamedSource]) -> StreamedExamples:
+    """The same, streamed: source(paths, weight=...) reads files one after another; those with weights are mixed."""
+    sources = parse_sources(value)
+    if sources and sources[0].weight is None:
+        return StreamedExamples([source([one.path for one in sources])], length, window)
+    return StreamedExamples([source([one.path], weight=one.weight) for one in sources], length, window)
+
+
 # ------------------------------------------------------------------------------------------------------------- run
 
 
@@ -185,7 +199,7 @@ def summary(
     recipe: RecipeConfig,
     prog: str,
     parameters: int,
-    train: Examples,
+    train: Examples | StreamedExamples,
     valid: Examples | None,
     result: Result,
     argv: list[str],
@@ -204,7 +218,7 @@ def summary(
         "seconds": round(result.seconds, 1),
         "tokens_seen": result.tokens,
         "tokens_in_data": train.tokens,
-        "epochs": round(result.tokens / train.tokens, 3),
+        "epochs": round(result.tokens / train.tokens, 3) if train.tokens else None,  # not known of streamed data
         "recipe": dataclasses.asdict(recipe),
     }
     if bound is not None:
@@ -227,7 +241,7 @@ class Prepared:
 
     model: torch.nn.Module
     tokenizer: object
-    train: Examples
+    train: Examples | StreamedExamples
     valid: Examples | None
     finish: Callable = lambda model, weights: (model, weights)
 
@@ -247,11 +261,9 @@ def run(recipe: RecipeConfig, argv: list[str], prog: str, prepare: Callable[...,
     sizes = [parameter.numel() for parameter in model.parameters()]
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     share = "" if trained == sum(sizes) else f", {trained / 1e6:.2f}M of them trained"
-    report(
-        f"model: {sum(sizes) / 1e6:.2f}M parameters{share}; data: {train.tokens:,} tokens in {len(train):,} examples"
-    )
-    for counts in (part.counts for part in train.documents if part.counts):
-        report("data: " + ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in counts.items()))
+    report(f"model: {sum(sizes) / 1e6:.2f}M parameters{share}; data: {train.describe()}")
+    if not recipe.streaming:
+        _report_counts(report, train.documents)
     masked = mask_id(ready.tokenizer, model.config)
     result = fit(
         model,
@@ -267,6 +279,8 @@ def run(recipe: RecipeConfig, argv: list[str], prog: str, prepare: Callable[...,
         again = " ".join([f"python -m train.{prog}", shlex.join(argv), "" if recipe.resume else "--resume"]).strip()
         report(f"stopped after step {result.step}; a checkpoint is in {recipe.output}. Go on with:\n  {again}")
         return 130
+    if recipe.streaming:
+        _report_counts(report, train.sources)
     state = checkpoint.whole_state(accelerator.unwrap_model(model), accelerator.is_main_process)
     if accelerator.is_main_process:
         notes = summary(recipe, prog, sum(sizes), train, ready.valid, result, argv)
@@ -283,6 +297,11 @@ def run(recipe: RecipeConfig, argv: list[str], prog: str, prepare: Callable[...,
     return 0
 
 
+def _report_counts(report: Callable[[str], None], sources) -> None:
+    for counts in (source.counts for source in sources if source.counts):
+        report("data: " + ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in counts.items()))
+
+
 def main(
     kind: type[RecipeConfig], prepare: Callable[..., Prepared], argv: list[str] | None, *, prog: str, text: str
 ) -> int:
@@ -291,5 +310,6 @@ def main(
     try:
         return run(parse(kind, argv, prog, text), argv, prog, prepare)
     except (ValueError, OSError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        print(f"{prog}: {error}{': make room, then go on with --resume' if full else ''}", file=sys.stderr)
         return 2

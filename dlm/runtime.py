@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.util
 import signal
 import threading
+from contextlib import contextmanager
 from dataclasses import asdict
+
+import torch
 
 from dlm.training_config import TrainingConfig
 
@@ -16,6 +19,7 @@ def make_accelerator(config: TrainingConfig):
     from accelerate.utils import ProjectConfiguration
 
     return Accelerator(
+        cpu=not torch.accelerator.is_available(),  # otherwise processes on CPUs would not join, and each train alone
         mixed_precision=config.precision,
         log_with=tracker_of(config),
         project_config=ProjectConfiguration(project_dir=config.output, logging_dir=config.output),
@@ -28,29 +32,54 @@ def checkpoint_activations(model) -> None:
     (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
-def check_sharding(accelerator, model, optimizers) -> None:
-    """Errors: what this loop cannot do with DeepSpeed, with FSDP1, or with FSDP2 as Accelerate drives it."""
+def check_sharding(accelerator, optimizers) -> None:
+    """Errors: what this loop cannot do with FSDP1, or with the one optimizer that sharding leaves room for."""
     kind = str(accelerator.distributed_type.value)
-    if kind == "DEEPSPEED":
-        raise ValueError(
-            "DeepSpeed steps inside the backward pass, before the loss of the whole step is known, and hides the "
-            "weights that the moving average needs: use FSDP2, which shards the same "
-            "(train/configs/accelerate/fsdp2.yaml)"
-        )
-    if kind != "FSDP":
+    if kind not in ("FSDP", "DEEPSPEED"):
         return
-    if not accelerator.is_fsdp2:
+    if kind == "FSDP" and not accelerator.is_fsdp2:
         raise ValueError("FSDP1 flattens the weights that decay and moving average tell apart: set fsdp_version to 2")
     if len(optimizers) > 1:
         raise ValueError(
-            "Accelerate keeps the state of one optimizer alone under FSDP, and muon is two with the AdamW beside it: "
-            "use optimizer adamw"
+            "under FSDP and DeepSpeed Accelerate keeps the state of one optimizer alone, and muon is two with the "
+            "AdamW beside it: use optimizer adamw"
         )
-    if model.config.weight_tying:
+
+
+def check_processes(accelerator, before: int, folder) -> None:
+    """Errors: DeepSpeed, and a checkpoint of another number of processes."""
+    if accelerator.distributed_type.value == "DEEPSPEED" and before != accelerator.num_processes:
         raise ValueError(
-            "Accelerate cannot shard a table that is both input and output (weight_tying) under FSDP2: train this "
-            "model with DDP, which a model small enough for tied weights fits"
+            f"{folder} was made by {before} processes, now there are {accelerator.num_processes}: DeepSpeed's own "
+            f"files need the same number; those of FSDP2 and DDP do not"
         )
+
+
+def keep_sums_exact(accelerator, precision: str) -> None:
+    """Under FSDP2 in bf16: weights travel in bf16, gradients are summed in fp32 (Accelerate's own default is bf16)."""
+    if accelerator.distributed_type.value == "FSDP" and precision == "bf16":
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+
+
+@contextmanager
+def tables_in_root(model):
+    """While Accelerate prepares `model` for FSDP2: a tied table belongs to the root's group, whole from first to last.
+
+    Accelerate looks for the modules of both tables and expects two; one that is input and output at once is used before
+    and after all layers, which is what the root's group is for.
+    """
+    tied = model.get_input_embeddings() is model.get_output_embeddings()
+    names = ("get_input_embeddings", "get_output_embeddings") if tied else ()
+    for name in names:
+        setattr(model, name, lambda: None)  # shadows the class's method
+    try:
+        yield
+    finally:
+        for name in names:
+            delattr(model, name)
 
 
 def tracker_of(config: TrainingConfig) -> str | None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import ast
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from dlm.cli import one_line
 from dlm.names import nearest
 
 FOLDERS = {"train": "train", "eval": "eval", "bench": "benchmarks"}  # command: folder
@@ -63,3 +64,15 @@ def evaluate(argv: Sequence[str]) -> int:
 def bench(argv: Sequence[str]) -> int:
     """`dlm bench NAME ...`."""
     return run("bench", argv)
+
+
+def guarded(prog: str, run: Callable[[list[str]], int], argv: Sequence[str] | None) -> int:
+    """Run a script's `run(argv)`; a user's mistake is one line and exit code 2, Ctrl-C 130."""
+    try:
+        return run(list(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError) as error:
+        print(f"{prog}: {one_line(error)}", file=sys.stderr)
+        return 2

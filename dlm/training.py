@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dlm import checkpoint
-from dlm.data import Examples, Stream, drop_prompts, fetch
+from dlm import checkpoint, zero
+from dlm.data import Examples, drop_prompts, fetch
 from dlm.diffusion import NoiseSettings, deal_strata, draw_noise
 from dlm.flops import peak_flops, training_flops
 from dlm.objective import OBJECTIVES
@@ -27,12 +27,16 @@ from dlm.optim import EMA, build_optimizers, schedule_factor, set_learning_rates
 from dlm.progress import Display
 from dlm.runtime import (
     StopSignal,
+    check_processes,
     check_sharding,
     checkpoint_activations,
     finish_tracker,
+    keep_sums_exact,
     make_accelerator,
     start_tracker,
+    tables_in_root,
 )
+from dlm.streaming import StreamedExamples
 from dlm.tokenizer import decode, encode_prompt
 from dlm.training_config import TrainingConfig
 from dlm.validation import Validation, validate
@@ -64,7 +68,7 @@ class NonFiniteLoss(ValueError):
 def fit(
     model: nn.Module,
     tokenizer,
-    train: Examples,
+    train: Examples | StreamedExamples,
     valid: Examples | None,
     config: TrainingConfig,
     *,
@@ -127,12 +131,15 @@ class _Run:
             for module in model.modules():
                 if type(module).__name__ in (getattr(model, "_no_split_modules", None) or ()):
                     module.compile()  # layer by layer: one shape, one compilation
-        check_sharding(accelerator, model, optimizers)
-        self.model, *self.optimizers = accelerator.prepare(model, *optimizers)
+        check_sharding(accelerator, optimizers)
+        keep_sums_exact(accelerator, config.precision)
+        zero.configure(accelerator, config)
+        with tables_in_root(model):
+            self.model, *self.optimizers = accelerator.prepare(model, *optimizers)
         self.plain = accelerator.unwrap_model(self.model)
         self.sharded = any(checkpoint.is_sharded(parameter) for parameter in self.plain.parameters())
         self.ema = EMA(self.plain, config.ema) if config.ema > 0 else None
-        self.stream = Stream(train, config.seed, packing=config.packing)
+        self.stream = train.stream(config.seed, config.packing)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.last_checkpoint: Path | None = None
         self.validation: Validation | None = None
@@ -161,20 +168,27 @@ class _Run:
                     f"{folder} was made with {name} {before}, now it is {getattr(self.config, name)}: "
                     f"an exact resume needs the same; start a new output folder to change it"
                 )
-        if state["examples"] != len(self.train):
+        made_on = state.get("data", "data that an earlier version did not name")
+        if made_on != self.train.signature:
             raise ValueError(
-                f"{folder} was made on {state['examples']} examples, the data now gives {len(self.train)}: "
+                f"{folder} was made on {made_on}, the data now gives {self.train.signature}: "
                 f"an exact resume needs the same data and sequence length"
             )
+        check_processes(self.accelerator, state["processes"], folder)
         weights = checkpoint.load_state(self.accelerator, folder)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:  # a rate given anew holds from here on; the state keeps the old one
                 group["base_lr"] = self._base_rate(optimizer)
-        if self.ema is not None and weights is not None:
-            for name, tensor in self.ema.weights.items():
-                tensor.copy_(checkpoint.shard_like(weights[name], tensor))
+        if self.ema is not None:
+            if weights is None:
+                raise ValueError(
+                    f"{folder} has no moving average, and ema is {self.config.ema}: go on with --ema 0, as it was made"
+                )
+            for name, parameter in self.plain.named_parameters():
+                if name in self.ema.weights:
+                    self.ema.weights[name].copy_(checkpoint.shard_like(weights[name], parameter))
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
-        self.stream = Stream(self.train, self.config.seed, tuple(state["position"]), self.config.packing)
+        self.stream = self.train.stream(self.config.seed, self.config.packing, state["position"])
         self.last_checkpoint = folder
         self._forget_metrics_after(step)
         self.report(f"resumed from {folder} at step {step}")
@@ -199,7 +213,7 @@ class _Run:
             "tokens": self.tokens,
             "seconds": self.seconds,
             "position": list(self.stream.position),
-            "examples": len(self.train),
+            "data": self.train.signature,
             "processes": self.accelerator.num_processes,
             "config": asdict(self.config),
         }
@@ -240,7 +254,7 @@ class _Run:
         """The moving average, whole in the main process; every process calls this."""
         if self.ema is None:
             return None
-        return checkpoint.whole(self.ema.weights, self.accelerator.is_main_process)
+        return checkpoint.whole_average(self.ema, self.plain, self.accelerator.is_main_process)
 
     def train_step(self, stop: bool) -> tuple[float, int, float, bool]:
         """One optimizer step. Returns loss per target token, target tokens, gradient norm, whether to stop."""
@@ -255,7 +269,8 @@ class _Run:
         size = len(rows) // config.accumulation
         options = {"random_length": config.random_length, "seed": config.seed}
         if not config.packing:  # rows as long as the longest example of the step, whoever has it
-            options["width"] = max(int(self.train.lengths[index]) for row in step_rows for _, index in row)
+            lengths = self.train.lengths
+            options["width"] = max(int(lengths[index]) for row in step_rows for _, index in row)
             options["end_id"] = self.end_id if config.eos_padding == "longest" else None
         batches = [fetch(self.train, rows[i : i + size], self.pad_id, **options) for i in range(0, len(rows), size)]
         batches = [drop_prompts(batch, config.dropout_prompt, config.seed, self.mask_id) for batch in batches]
@@ -271,8 +286,8 @@ class _Run:
         total, bad = 0.0, []
         for number, batch in enumerate(batches):
             noise = draw_noise(batch, config.noise(), config.seed, strata=strata).to(accelerator.device)
-            synchronise = number == len(batches) - 1
-            with nullcontext() if synchronise else accelerator.no_sync(self.model):
+            accelerator.sync_gradients = last = number == len(batches) - 1  # DeepSpeed steps in this backward pass
+            with nullcontext() if last else accelerator.no_sync(self.model):
                 loss = objective.loss(self.model, batch.to(accelerator.device), noise, self.mask_id)
                 # DDP averages gradients over processes: times `world` makes the average a sum.
                 accelerator.backward(loss.total * (world / max(count, 1)))

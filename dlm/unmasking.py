@@ -199,7 +199,7 @@ def by_factor(confidence: Tensor, eligible: Tensor, step: Step) -> Tensor:
 
 
 def by_entropy_bound(confidence: Tensor, eligible: Tensor, step: Step) -> Tensor:
-    """The largest prefix in order of entropy with sum H - max H <= gamma (EB-Sampler, arXiv:2505.24857, eq. 9).
+    """The largest prefix in order of entropy with sum H - max H <= gamma (EB-Sampler, arXiv:2505.24857).
 
     `confidence` is minus the entropy, so the prefix's largest H is its last one.
     """

@@ -70,7 +70,7 @@ def validate(
 
 
 def ratio(values: torch.Tensor, sizes: torch.Tensor) -> tuple[float, float]:
-    """sum(values) / sum(sizes) over clusters and its standard error (linearised; Cochran 1977, eq. 6.12)."""
+    """sum(values) / sum(sizes) over clusters and its standard error, linearised (Cochran, Sampling Techniques)."""
     values, sizes = values[sizes > 0], sizes[sizes > 0]
     mean = float(values.sum() / sizes.sum())
     clusters = len(values)

@@ -43,3 +43,29 @@ def tiny():
     from toys import tiny_model
 
     return tiny_model(0)
+
+
+MEASURED = pytest.StashKey[list]()
+
+
+@pytest.fixture
+def measured(request, record_property):
+    """measured(what, value, at_most): a measured number that must not be greater; all are listed when the tests end."""
+    table = request.config.stash.setdefault(MEASURED, [])
+
+    def note(what, value, at_most=None):
+        table.append((what, float(value), at_most))
+        record_property(what, float(value))
+        assert at_most is None or value <= at_most, f"{what}: {float(value):.3g} is above {at_most:g}"
+
+    return note
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    table = config.stash.get(MEASURED, [])
+    if table:
+        terminalreporter.section("measured")
+        width = max(len(what) for what, _, _ in table)
+        for what, value, at_most in table:
+            limit = "" if at_most is None else f"  (at most {at_most:.3g})"
+            terminalreporter.write_line(f"{what:<{width}}  {value:9.3g}{limit}")

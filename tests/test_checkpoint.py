@@ -32,6 +32,16 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert [child.name for child in (tmp_path / "a").iterdir()] == ["y"] and len(list(tmp_path.iterdir())) == 1
 
 
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    left = [".a-0123456789ab", ".a-old-0123456789ab"]
+    others = [".a", ".ab-0123456789ab", ".a-notes", "a-0123456789ab"]
+    for name in left + others:
+        (tmp_path / name).mkdir()
+    with whole_folder(tmp_path / "a"):
+        assert (tmp_path / left[1]).exists()  # the one before stays until the new one is there
+    assert {child.name for child in tmp_path.iterdir()} == {"a", *others}
+
+
 def test_incomplete_checkpoints_do_not_count(tmp_path):
     for step in (2, 10, 4):
         step_folder(tmp_path, step).mkdir(parents=True)

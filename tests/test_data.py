@@ -6,7 +6,8 @@ import lzma
 import numpy as np
 import pytest
 
-from dlm.data import Example, Examples, Stream, fetch, load_documents, pack, pack_rows
+from dlm.data import Example, Examples, Stream, fetch, pack, pack_rows
+from dlm.documents import load_documents
 from dlm.reading import normalise, read_documents
 from dlm.tokenizer import train_tokenizer
 

@@ -10,8 +10,9 @@ import torch
 from accelerate.state import AcceleratorState
 
 import dlm
-from dlm.chat import ChatFormat, load_chats
-from dlm.data import Example, Examples, Stream, drop_prompts, fetch, fill_with_end, join, load_documents, pack
+from dlm.chat import ChatFormat, chat_source, load_chats
+from dlm.data import Example, Examples, Stream, drop_prompts, fetch, fill_with_end, pack
+from dlm.documents import join, load_documents
 from dlm.models.configuration import LLaDAConfig
 from dlm.models.transformer import LLaDAModelLM
 from dlm.reading import Source, parse_sources, read_documents
@@ -176,6 +177,8 @@ def test_a_data_set_of_the_hub_or_a_folder_comes_through_datasets(tmp_path, toke
     jsonl(tmp_path / "set" / "train.jsonl", ROWS)
     part = load_chats(f"hf:{tmp_path / 'set'}", tokenizer, ChatFormat(chat=True, length=64))
     assert (part.tokens == documents(jsonl(tmp_path / "a.jsonl", ROWS), tokenizer).tokens).all()
+    streamed = chat_source([f"hf:{tmp_path / 'set'}"], tokenizer, ChatFormat(chat=True, length=64), "train").read(20)
+    assert np.array_equal(np.concatenate([ids for _, ids, _ in streamed]), part.tokens[part.starts[20] :])
     with pytest.raises(ValueError, match="the data set cannot be loaded"):
         load_chats(f"hf:{tmp_path / 'set'}", tokenizer, ChatFormat(chat=True, length=64), split="nosplit")
     monkeypatch.setitem(sys.modules, "datasets", None)

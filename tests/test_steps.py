@@ -1,17 +1,15 @@
 """A step is the same however it is cut up and wherever it goes on: strata, cropping, blocks, saved activations."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ranks
 import torch
-from test_training import MASK, ROOT, fresh_accelerate, settings, tiny_data, tiny_model, train, weights
+from ranks import KINDS, MASK, one_step, settings, tiny_data, tiny_model, two
+from test_training import fresh_accelerate, train, weights
 
-from dlm import checkpoint
+from dlm import checkpoint, training
 from dlm.data import Example, crop, fetch
 from dlm.diffusion import NoiseSettings, draw_noise
 from dlm.objective import OBJECTIVES
@@ -19,61 +17,74 @@ from dlm.runtime import checkpoint_activations
 
 assert fresh_accelerate  # a fixture for every test here
 
-KINDS = [
-    {"estimator": "stratified", "noise_schedule": "cosine"},
-    {"estimator": "uniform", "random_length": 0.5},
-    {"objective": "block_diffusion", "block_length": 4, "estimator": "stratified"},
-    {"estimator": "d3pm", "diffusion_steps": 8},
-]
+
+def difference(one, other) -> float:
+    """Greatest difference of two gradients, in parts of the greatest entry."""
+    assert one.shape == other.shape and one.abs().max() > 0
+    return float((one - other).abs().max() / one.abs().max())
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    """A step of each kind on one process."""
+    return {name: one_step(tmp_path_factory.mktemp("single"), **kind) for name, kind in KINDS.items()}
+
+
+@pytest.fixture(scope="module")
+def double(tmp_path_factory):
+    """The same steps on two processes: what each of them saw."""
+    folder = tmp_path_factory.mktemp("double")
+    two([Path(ranks.__file__), folder])
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_accumulation_and_resume_change_nothing(tmp_path, kind):
-    whole, _ = train(tmp_path / "whole", **kind, optimizer="adamw")
-    four, _ = train(tmp_path / "four", **kind, optimizer="adamw", accumulation=4)
-    assert (weights(whole) - weights(four)).abs().max() < 1e-5
-    assert (weights(whole) - weights(tiny_model())).abs().max() > 1e-3
-    train(tmp_path / "parts", **kind, optimizer="adamw")
-    for step, folder in checkpoint.checkpoints(tmp_path / "parts"):
-        if step > 4:  # as if killed after step 4
-            (folder / checkpoint.STATE_FILE).unlink()
-    again, _ = train(tmp_path / "parts", **kind, optimizer="adamw", resume=True)
-    assert torch.equal(weights(whole), weights(again))
+def test_accumulation_has_the_same_gradient(tmp_path, single, measured, kind):
+    four = one_step(tmp_path, accumulation=4, **KINDS[kind])
+    measured(f"gradient, accumulation 1 and 4: {kind}", difference(single[kind]["gradient"], four["gradient"]), 1e-5)
+    assert four["noise"] == single[kind]["noise"]
 
 
-def test_two_processes_share_the_strata_of_a_step(tmp_path):
-    """Losses of 1 and 2 processes (gloo) are those of the same run, and no rank has another's noise."""
-    code = (
-        "import sys; sys.path[:0] = sys.argv[1:3]; import test_training as t;"
-        "t.train(sys.argv[3], optimizer='adamw', max_steps=3, estimator='stratified', random_length=0.3)"
-    )
-    changes = {"optimizer": "adamw", "max_steps": 3, "estimator": "stratified", "random_length": 0.3}
-    train(tmp_path / "one", **changes)
-    environment = {
-        **os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(21000 + os.getpid() % 20000), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-    }  # fmt: skip
-    command = [sys.executable, "-c", code, str(Path(__file__).parent), str(ROOT), str(tmp_path / "two")]
-    ranks = [subprocess.Popen(command, env={**environment, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)]
-    assert [rank.wait(timeout=240) for rank in ranks] == [0, 0]
-    one, two = (
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("one", "two")
-    )
-    assert [r["tokens"] for r in one] == [r["tokens"] for r in two]
-    for a, b in zip(one, two, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_have_the_same_gradient(single, double, measured, kind):
+    one, (first, second) = single[kind], [rank[kind] for rank in double]
+    assert torch.equal(first["gradient"], second["gradient"])
+    measured(f"gradient, 1 and 2 processes: {kind}", difference(one["gradient"], first["gradient"]), 1e-5)
+    assert first["loss"] == pytest.approx(one["loss"], rel=1e-6)
 
 
-def gradient(objective, checkpointing):
+@pytest.mark.parametrize("kind", [name for name in KINDS if name != "autoregressive"])
+def test_ranks_never_share_noise(single, double, measured, kind):
+    """Each example is on one rank, with the noise that it has in a single process; no two of a step have the same."""
+    first, second = (rank[kind]["noise"] for rank in double)
+    assert first and second and not first.keys() & second.keys()
+    assert {**first, **second} == single[kind]["noise"]
+    drawn = [tuple(weight) for _, weight in {**first, **second}.values() if len(weight) > 6]
+    measured(f"pairs of examples with the same noise: {kind}", len(drawn) - len(set(drawn)), 0)
+
+
+def test_strata_are_dealt_anew_in_every_step(tmp_path, monkeypatch):
+    deal, dealt = training.deal_strata, []
+
+    def watched(keys, seed, step):
+        dealt.append((list(keys), step))
+        return deal(dealt[-1][0], seed, step)
+
+    monkeypatch.setattr(training, "deal_strata", watched)
+    train(tmp_path, estimator="stratified", optimizer="adamw", max_steps=3)
+    assert [step for _, step in dealt] == [0, 1, 2]
+    assert all(len(keys) >= 4 for keys, _ in dealt)  # of the whole step
+
+
+def objective_gradient(objective, rows, length, checkpointing=False):
+    """(gradient of the sum over rows of (epoch, index), how often the first layer was computed)."""
     model = tiny_model().train()
     if checkpointing:
         checkpoint_activations(model)
     calls = []
     hook = model.model.transformer.blocks[0].ff_norm.register_forward_hook(lambda *_: calls.append(1))
     block = 4 if objective == "block_diffusion" else None
-    batch = fetch(tiny_data(), [[(0, 3)], [(0, 1)]], 22)
+    batch = fetch(tiny_data(), rows, 22, width=length)
     noise = draw_noise(batch, NoiseSettings(block_length=block), seed=0)
     OBJECTIVES[objective].loss(model, batch, noise, MASK).total.backward()
     hook.remove()
@@ -81,17 +92,38 @@ def gradient(objective, checkpointing):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_activation_checkpointing_has_the_same_gradient(objective):
-    plain, once = gradient(objective, False)
-    again, twice = gradient(objective, True)
+def test_packed_rows_have_the_gradient_of_padded_ones(measured, objective):
+    keys = [(0, index) for index in range(9)]
+    packed, _ = objective_gradient(objective, [keys[:5], keys[5:]], 64)
+    padded, _ = objective_gradient(objective, [[key] for key in keys], 16)
+    measured(f"gradient, packed and padded: {objective}", difference(padded, packed), 1e-5)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_activation_checkpointing_has_the_same_gradient(measured, objective):
+    plain, once = objective_gradient(objective, [[(0, 3)], [(0, 1)]], 16)
+    again, twice = objective_gradient(objective, [[(0, 3)], [(0, 1)]], 16, checkpointing=True)
     assert (once, twice) == (1, 2)  # it did compute the layer again
-    assert torch.equal(plain, again) and plain.abs().max() > 0
+    measured(f"gradient, activation checkpointing off and on: {objective}", difference(plain, again), 0)
 
 
 def test_a_run_with_activation_checkpointing_has_the_same_weights(tmp_path):
     plain, _ = train(tmp_path / "plain")
     less, _ = train(tmp_path / "less", activation_checkpointing=True)
     assert less.model.transformer.blocks[0].gradient_checkpointing and torch.equal(weights(plain), weights(less))
+
+
+@pytest.mark.parametrize("kind", ["stratified, cosine", "uniform, cropped", "block diffusion", "d3pm"])
+def test_a_resumed_run_is_bitwise_the_same(tmp_path, kind):
+    changes = {**KINDS[kind], "optimizer": "adamw"}
+    whole, _ = train(tmp_path / "whole", **changes)
+    train(tmp_path / "parts", **changes)
+    for step, folder in checkpoint.checkpoints(tmp_path / "parts"):
+        if step > 4:  # as if killed after step 4
+            (folder / checkpoint.STATE_FILE).unlink()
+    again, _ = train(tmp_path / "parts", **changes, resume=True)
+    assert torch.equal(weights(whole), weights(again))
+    assert (weights(whole) - weights(tiny_model())).abs().max() > 1e-3
 
 
 def test_cropping_belongs_to_the_example():

@@ -4,57 +4,27 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from ranks import MASK, settings, tiny_data, tiny_model
 
 from dlm import checkpoint
-from dlm.data import Documents, Examples
+from dlm.data import Examples
+from dlm.documents import Documents
 from dlm.models.configuration import LLaDAConfig
 from dlm.models.transformer import LLaDAModelLM
 from dlm.optim import EMA, build_optimizers, parameter_groups, schedule_factor
-from dlm.training import NonFiniteLoss, TrainingConfig, fit
+from dlm.training import NonFiniteLoss, fit
 from dlm.validation import ratio
-
-VOCAB, MASK, ROOT = 24, 23, Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
     """Accelerate keeps one precision for a process; each test starts without."""
     AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def tiny_model(tying=True):
-    torch.manual_seed(0)
-    return LLaDAModelLM(
-        LLaDAConfig(
-            d_model=16, n_heads=2, n_layers=2, mlp_hidden_size=32, vocab_size=VOCAB, max_sequence_length=64,
-            weight_tying=tying, mask_token_id=MASK, eos_token_id=22, pad_token_id=22, init_fn="normal",
-        )
-    )  # fmt: skip
-
-
-def tiny_data(documents=30, seed=0):
-    random = np.random.default_rng(seed)
-    lengths = random.integers(3, 30, documents)
-    starts = np.concatenate([[0], np.cumsum(lengths)])
-    tokens = random.integers(0, 21, starts[-1]).astype(np.uint16)
-    tokens[starts[:-1]] = 21
-    return Examples([Documents(tokens, starts, None, 21, int(starts[-1]))], 16)
-
-
-def settings(output, **changes):
-    base = {
-        "max_steps": 6, "batch_size": 4, "warmup_steps": 2, "valid_every": 0, "sample_every": 0, "log_every": 1,
-        "precision": "no", "checkpoint_every": 2, "learning_rate": 1e-2,
-    }  # fmt: skip
-    return TrainingConfig(output=str(output), **{**base, **changes})
 
 
 def train(output, *, resume=False, report=lambda line: None, valid=None, model=None, **changes):
@@ -92,34 +62,6 @@ def test_accumulation_does_not_change_the_run(tmp_path, objective):
     four, _ = train(tmp_path / "four", accumulation=4, **changes)
     assert (weights(one) - weights(four)).abs().max() < 1e-5
     assert (weights(one) - weights(tiny_model())).abs().max() > 1e-3
-
-
-def test_two_processes_train_as_one(tmp_path):
-    """Losses of 1 and 2 processes (gloo) are those of the same run."""
-    code = (
-        "import sys; sys.path[:0] = sys.argv[1:3]; import tests_training as t;"
-        "t.train(sys.argv[3], optimizer='adamw', max_steps=3)"
-    )
-    (tmp_path / "tests_training.py").write_text(Path(__file__).read_text())
-    train(tmp_path / "one", optimizer="adamw", max_steps=3)
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(20000 + os.getpid() % 20000),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-    }
-    command = [sys.executable, "-c", code, str(tmp_path), str(ROOT), str(tmp_path / "two")]
-    ranks = [subprocess.Popen(command, env={**environment, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
-    logs = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
-    one, two = ([json.loads(line) for line in log] for log in logs)
-    assert [r["tokens"] for r in one] == [r["tokens"] for r in two]
-    for a, b in zip(one, two, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
 def test_the_newest_checkpoints_are_kept_and_a_used_folder_is_refused(tmp_path):

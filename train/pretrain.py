@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 if __package__ in (None, ""):  # `accelerate launch train/pretrain.py` from a clone: find dlm/ beside train/
@@ -17,11 +18,12 @@ if __package__ in (None, ""):  # `accelerate launch train/pretrain.py` from a cl
 import torch
 
 from dlm import checkpoint, recipe
-from dlm.data import load_documents
+from dlm.documents import load_documents
 from dlm.models.configuration import LLaDAConfig
 from dlm.models.transformer import LLaDAModelLM
 from dlm.reading import parse_sources, read_documents
-from dlm.recipe import Prepared, RecipeConfig, check_fit, load_examples, open_model, open_tokenizer
+from dlm.recipe import Prepared, RecipeConfig, check_fit, load_examples, open_model, open_tokenizer, stream_examples
+from dlm.streaming import text_source
 from dlm.tokenizer import train_tokenizer
 
 
@@ -57,7 +59,11 @@ def prepare(settings: Recipe, accelerator) -> Prepared:
         def load(path):
             return load_documents(path, tokenizer, column=settings.text_column, split=settings.split)
 
-        train = load_examples(settings.data, settings.sequence_length, load)
+        if settings.streaming:
+            source = partial(text_source, tokenizer=tokenizer, column=settings.text_column, split=settings.split)
+            train = stream_examples(settings.data, settings.sequence_length, settings.shuffle_window, source)
+        else:
+            train = load_examples(settings.data, settings.sequence_length, load)
         valid = load_examples(settings.valid, settings.sequence_length, load) if settings.valid else None
     torch.manual_seed(settings.seed)  # the weights that a new model starts from
     model = open_model(settings) if settings.model else LLaDAModelLM(_config(settings, tokenizer))
@@ -70,6 +76,8 @@ def _tokenizer(settings: Recipe):
     source = settings.tokenizer or settings.model or (kept if kept.is_dir() else None)
     if source is not None:
         return open_tokenizer(source)
+    if settings.streaming:
+        raise ValueError("streaming needs a tokenizer that exists: give one with --tokenizer, or a model with --model")
     paths = [source.path for source in parse_sources(settings.data)]
     texts = (text for path in paths for text in read_documents(path, settings.text_column, settings.split))
     tokenizer = train_tokenizer(texts, settings.vocab_size)

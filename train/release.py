@@ -23,7 +23,8 @@ import yaml
 
 import dlm
 from dlm.checkpoint import whole_folder
-from dlm.data import Examples, load_documents
+from dlm.data import Examples
+from dlm.documents import load_documents
 from dlm.runtime import make_accelerator
 from dlm.tokenizer import decode
 from dlm.training_config import TrainingConfig

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 if __package__ in (None, ""):  # `accelerate launch train/sft.py` from a clone: find dlm/ beside train/
@@ -19,11 +20,11 @@ if __package__ in (None, ""):  # `accelerate launch train/sft.py` from a clone: 
 import torch
 
 from dlm import recipe
-from dlm.chat import OVERLONG, ChatFormat, load_chats
+from dlm.chat import OVERLONG, ChatFormat, chat_source, load_chats
 from dlm.lora import TARGETS, add_lora, merge_lora
 from dlm.models import SHIPPED
 from dlm.names import check_name
-from dlm.recipe import Prepared, RecipeConfig, check_fit, load_examples, open_model, open_tokenizer
+from dlm.recipe import Prepared, RecipeConfig, check_fit, load_examples, open_model, open_tokenizer, stream_examples
 
 FORMATS = ("auto", "chat", "plain")
 
@@ -79,7 +80,11 @@ def prepare(settings: Recipe, accelerator) -> Prepared:
         return load_chats(path, tokenizer, form, split=settings.split)
 
     with accelerator.main_process_first():
-        train = load_examples(settings.data, form.length, load)
+        if settings.streaming:
+            source = partial(chat_source, tokenizer=tokenizer, form=form, split=settings.split)
+            train = stream_examples(settings.data, form.length, settings.shuffle_window, source)
+        else:
+            train = load_examples(settings.data, form.length, load)
         valid = load_examples(settings.valid, form.length, load) if settings.valid else None
     if not settings.lora:
         return Prepared(model, tokenizer, train, valid)

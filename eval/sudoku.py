@@ -1,0 +1,203 @@
+"""How many Sudokus a model solves by infilling, by the order it writes in, the passes it takes and the givens.
+
+python -m eval.sudoku --model my-sudoku                 (a model of `dlm train sudoku`)
+dlm eval sudoku --model my-sudoku --puzzle TEXT         (81 cells, empty ones as dots)
+
+A puzzle counts as solved where every row, column and box of the answer is right.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+if __package__ in (None, ""):  # run by path from a clone: find dlm/ beside eval/
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+
+from dlm import sudoku
+from dlm.cli import Parser
+from dlm.progress import counted
+from dlm.scripts import guarded
+
+ORDERS = {  # name: fields of SamplingConfig. One block holds the whole grid, but for the last two.
+    "margin": {"confidence": "margin"},
+    "probability": {"confidence": "probability"},
+    "entropy": {"confidence": "entropy"},
+    "random": {"confidence": "random"},
+    "row by row": {"confidence": "margin", "block_length": 9},
+    "left to right": {"block_length": 1},
+}
+ONE_BLOCK = 81
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A row of the table: its name, the configuration, and passes for one puzzle (None: one for each empty cell)."""
+
+    order: str
+    rule: str
+    config: object
+
+
+def settings(steps: list[int], thresholds: list[float]) -> list[Setting]:
+    """What is tried: every order at one cell a pass, the orders of one block at fewer passes, and thresholds."""
+    from dlm import SamplingConfig
+
+    found = []
+    for order, fields in ORDERS.items():
+        config = SamplingConfig(**{"block_length": ONE_BLOCK} | fields)
+        found.append(Setting(order, "one cell a pass", config))
+        if config.block_length == ONE_BLOCK:
+            found += [Setting(order, f"{count} passes", replace(config, steps=count)) for count in steps]
+    for threshold in thresholds:
+        config = SamplingConfig(block_length=ONE_BLOCK, commit="threshold", threshold=threshold)
+        found.append(Setting("probability", f"all above {threshold:g}", config))
+    return found
+
+
+def solve(model, puzzles: np.ndarray, config, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Answers (P, 81) to puzzles (P, 81), and the passes (P,) that each took."""
+    from dlm import Canvas, generate
+
+    mask = model.config.mask_token_id
+    answers, passes = puzzles.copy(), []
+    for first in range(0, len(puzzles), batch):
+        part = puzzles[first : first + batch]
+        out = generate(model, Canvas.from_templates(sudoku.to_ids(part).tolist(), mask), config)
+        for row, ids in zip(range(first, first + len(part)), out.sequences.tolist(), strict=True):
+            empty = puzzles[row] == 0
+            answers[row, empty] = [token if 1 <= token <= 9 else 0 for token in ids[: int(empty.sum())]]
+        passes += list(out.nfe)
+    return answers, np.array(passes)
+
+
+def test_puzzles(count: int, clues: tuple[int, int], seed: int) -> np.ndarray:
+    """Puzzles (P, 81) with one solution and a number of givens even over `clues`, both ends included."""
+    made = list(counted(sudoku.random_puzzles(count, seed), count, "puzzles"))
+    puzzles, grids = np.array([p for p, _ in made]), np.array([g for _, g in made])
+    rng = np.random.default_rng([seed, 1])
+    return sudoku.add_givens(puzzles, grids, rng.integers(clues[0], clues[1] + 1, size=count), rng)
+
+
+def accuracy(right: np.ndarray) -> str:
+    """Share of the right ones in percent ± its standard error (of the Wald form), or a dash."""
+    if not len(right):
+        return "-"
+    share = right.mean()
+    return f"{100 * share:.1f} ± {100 * math.sqrt(share * (1 - share) / len(right)):.1f}"
+
+
+def table(model, puzzles: np.ndarray, rows: list[Setting], batch: int, show) -> list[dict]:
+    """One record for each setting; `show` prints it."""
+    clues = (puzzles > 0).sum(axis=1)
+    records = []
+    for row in rows:
+        began = time.perf_counter()
+        answers, passes = solve(model, puzzles, row.config, batch)
+        right = np.array([sudoku.is_solution(a, p) for a, p in zip(answers, puzzles, strict=True)])
+        cells = float((answers == 0).sum())
+        record = {
+            "order": row.order, "rule": row.rule, "puzzles": len(puzzles), "solved": float(right.mean()),
+            "all": accuracy(right), **{name: accuracy(right[here]) for name, here in buckets(clues)},
+            "passes": float(passes.mean()), "seconds": time.perf_counter() - began, "not_digits": cells,
+        }  # fmt: skip
+        records.append(record)
+        show(record)
+    return records
+
+
+def buckets(clues: np.ndarray):
+    """(name, which puzzles) by number of givens."""
+    edges = [(17, 26), (27, 31), (32, 40), (41, 80)]
+    return [(f"{low}-{high} givens", (clues >= low) & (clues <= high)) for low, high in edges]
+
+
+def print_row(record: dict) -> None:
+    """A line of the table."""
+    names = [name for name in record if name.endswith("givens")]
+    cells = [f"{record['order']:<13}", f"{record['rule']:<16}", f"{record['passes']:6.1f}", f"{record['all']:>11}"]
+    print(" | ".join([*cells, *(f"{record[name]:>12}" for name in names)]), flush=True)
+
+
+def print_head(count: int) -> None:
+    """The table's head."""
+    names = [f"{name:>12}" for name, _ in buckets(np.array([]))]
+    print(f"{count} puzzles with one solution, solved in percent ± standard error; passes on average")
+    print(" | ".join([f"{'order':<13}", f"{'rule':<16}", "passes", f"{'all':>11}", *names]))
+
+
+def solve_one(model, text: str, order: str) -> int:
+    """Print the answer to one puzzle; exit code 1 where it is wrong."""
+    puzzle = sudoku.from_text(text)
+    found = sudoku.solutions(puzzle)
+    config = next(row.config for row in settings([], []) if row.order == order)
+    answers, passes = solve(model, puzzle[None], config, 1)
+    right = sudoku.is_solution(answers[0], puzzle)
+    print(sudoku.pretty(answers[0]))
+    known = {0: "the puzzle has no solution", 1: "the only solution"}.get(len(found), "one of several solutions")
+    print(f"{known if right or not found else 'not a solution'}, {int(passes[0])} passes, order {order}")
+    return 0 if right else 1
+
+
+def parse(argv: list[str]):
+    """The options of a command line. Errors: values out of range."""
+    parser = Parser("eval sudoku", "--model PATH [options]", __doc__)
+    parser.add_argument("--model", metavar="PATH", help="a model of dlm train sudoku")
+    parser.add_argument("--puzzle", metavar="TEXT", help="solve this one: 81 cells, empty ones as dots or zeros")
+    parser.add_argument("--order", default="margin", choices=list(ORDERS), help="for --puzzle (default: margin)")
+    parser.add_argument("--puzzles", type=int, default=500, metavar="N", help="puzzles to test (default: 500)")
+    parser.add_argument("--clues", default="24-45", metavar="A-B", help="numbers of givens (default: 24-45)")
+    parser.add_argument("--steps", default="24,12,6,3,1", metavar="N,N", help="passes (default: 24,12,6,3,1)")
+    parser.add_argument("--thresholds", default="0.99,0.9", metavar="X,X", help="confidences (default: 0.99,0.9)")
+    parser.add_argument("--seed", type=int, default=1_000_000, metavar="N", help="of the puzzles (default: 1000000)")
+    parser.add_argument("--batch-size", type=int, default=100, metavar="N", help="puzzles at a time (default: 100)")
+    parser.add_argument("--output", metavar="FILE", help="write the table as JSON")
+    args = parser.parse(argv)
+    if not args.model:
+        raise ValueError("no model: give --model a folder that dlm train sudoku wrote")
+    for name in ("puzzles", "batch_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give 1 or more")
+    try:
+        args.clues = tuple(int(word) for word in args.clues.split("-"))
+        args.steps = [int(word) for word in args.steps.split(",") if word]
+        args.thresholds = [float(word) for word in args.thresholds.split(",") if word]
+        assert len(args.clues) == 2 and 17 <= args.clues[0] <= args.clues[1] <= 80 and all(s > 0 for s in args.steps)
+    except (ValueError, AssertionError):
+        raise ValueError(
+            "--clues is A-B with 17 <= A <= B <= 80; --steps and --thresholds are numbers with commas between them"
+        ) from None
+    return args
+
+
+def run(argv: list[str]) -> int:
+    """Load the model and print the table, or one answer."""
+    args = parse(argv)
+    import dlm
+
+    model, tokenizer = dlm.load(args.model)
+    if tokenizer is None or tokenizer.get_vocab() != sudoku.make_tokenizer().get_vocab():
+        raise ValueError(f"{args.model} does not read Sudokus: give a model that dlm train sudoku wrote")
+    if args.puzzle:
+        return solve_one(model, args.puzzle, args.order)
+    puzzles = test_puzzles(args.puzzles, args.clues, args.seed)
+    print_head(len(puzzles))
+    records = table(model, puzzles, settings(args.steps, args.thresholds), args.batch_size, print_row)
+    if args.output:
+        Path(args.output).write_text(json.dumps({"command": argv, "rows": records}, indent=1) + "\n")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the evaluation; a user's mistake is one line and exit code 2."""
+    return guarded("sudoku", run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -26,8 +26,16 @@ from dlm.results import Grid, Setting, read_grid
 from dlm.webpage import listed, page, quiet, table
 
 
+def length(grid: Grid) -> int:
+    """Tokens that a grid's answers have: what stands beside it, else its largest block, which is the whole answer."""
+    settings = grid.meta.get("settings")
+    return settings["sampling"]["gen_length"] if settings else max(s.block_length for s in grid.settings())
+
+
 def shared(first: Grid, second: Grid) -> list[tuple[Setting, Setting]]:
-    """The settings of the same method, block length and steps in both."""
+    """The settings of the same method, block length and steps in both; none where the answers' lengths differ."""
+    if length(first) != length(second):
+        return []
     other = {(s.method, *s.place): s for s in second.settings()}
     return [(s, other[s.method, *s.place]) for s in first.settings() if (s.method, *s.place) in other]
 
@@ -35,6 +43,11 @@ def shared(first: Grid, second: Grid) -> list[tuple[Setting, Setting]]:
 def differences(first: Grid, second: Grid) -> list[str]:
     """The second grid against the first over the settings that both have, in sentences."""
     pairs = shared(first, second)
+    if length(first) != length(second):
+        return [
+            f"The answers of {first.name} have {length(first)} tokens and those of {second.name} {length(second)}, so "
+            "that no setting is the same in both: compare their fronts, and what each method gains over none."
+        ]
     if not pairs:
         return ["The two grids have no setting in common: compare their fronts and gains."]
     rate = geometric_mean([b.latency / a.latency for a, b in pairs])
@@ -42,7 +55,7 @@ def differences(first: Grid, second: Grid) -> list[str]:
     judged = [(a.perplexity, b.perplexity) for a, b in pairs if a.perplexity and b.perplexity]
     if judged:
         ratio = geometric_mean([b / a for a, b in judged])
-        said.append(f"Its perplexity is {ratio:.2f} times as high, if the judge and the questions are the same.")
+        said.append(f"Its perplexity is {ratio:.2f} times as high.")
     gains = [speedups(grid.settings()) for grid in (first, second)]
     for method in first.methods:
         both = [key for key in gains[0] if key[0] == method and key in gains[1]]
@@ -53,6 +66,17 @@ def differences(first: Grid, second: Grid) -> list[str]:
                 f"{second.name} (geometric means of the same {len(both)} settings)."
             )
     return said
+
+
+def judges(grids: Sequence[Grid]) -> str:
+    """A warning where the perplexities are not known to be of one judge and the same questions."""
+    told = [grid.meta.get("settings", {}) for grid in grids]
+    if all(told) and all(told[0][name] == told[1][name] for name in ("judge", "questions")):
+        return ""
+    return quiet(
+        "These perplexities cannot be compared with each other: the files do not show that one judge read answers to "
+        "the same questions."
+    )
 
 
 def slowest(grid: Grid) -> float:
@@ -94,16 +118,19 @@ def main(argv: Sequence[str]) -> int:
     def relative(grid: Grid, setting: Setting) -> float:
         return setting.latency / base[0 if grid is first else 1]
 
-    seconds = front_chart(grids, "Both in seconds", starts)
+    absolute = front_chart(grids, "Both in seconds", starts)
     shares = front_chart(
         grids, "Both relative to their slowest setting of none", starts, relative, "latency / slowest setting of none"
     )
-    sections = [("In short", listed(said)), ("Latency against quality", f'<div class="charts">{seconds}{shares}</div>')]
+    sections = [
+        ("In short", listed(said)),
+        ("Latency against quality", f'<div class="charts">{absolute}{shares}</div>'),
+    ]
     sections += [(grid.name, listed(sentences(grid))) for grid in grids]
     if shared(first, second):
         sections.append(("Settings of both", side_by_side(first, second)))
     data = [tip | {"head": f"{grid.name}: {tip['head']}"} for grid in grids for tip in tips(grid)]
-    lead = quiet(f"{args.first} (dots) and {args.second} (rings).")
+    lead = quiet(f"{args.first} (dots) and {args.second} (rings).") + judges(grids)
     out = Path(args.out)
     out.write_text(page(f"{first.name} and {second.name}", lead, sections, data), encoding="utf-8")
     print("\n".join(said))

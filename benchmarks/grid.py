@@ -6,7 +6,8 @@
     accelerate launch benchmarks/grid.py ...                              (cells are shared out over all processes)
 
 Every cell is on the disk before the next one begins: Ctrl-C or a kill loses one cell at most, and the same command
-goes on. Then: dlm bench plot runs/grid.json
+goes on. With another --judge the answers that are there are judged anew, and nothing is measured again.
+Then: dlm bench plot runs/grid.json
 """
 
 from __future__ import annotations
@@ -47,10 +48,10 @@ def parser(argv: Sequence[str]) -> Parser:
     group.add_argument("--gen-length", type=int, metavar="N", help=f"tokens to generate (default: {GEN_LENGTH})")
     group.add_argument("--methods", metavar="LIST", help="default: all that suit the model")
     group.add_argument("--block-lengths", metavar="LIST", help="default: powers of two up to --gen-length")
-    group.add_argument("--steps", metavar="LIST", help="default: powers of two up to --gen-length")
+    group.add_argument("--steps", dest="passes", metavar="LIST", help="default: powers of two up to --gen-length")
     group.add_argument("--commits", default="quota", metavar="LIST", help="quota, threshold:0.9, factor:1.0, ...")
     group.add_argument("--prompts", metavar="FILE", help="one a line, or JSONL (default: three that come with dlm)")
-    group.add_argument("--task", metavar="NAME", help="in place of prompts: gsm8k, gsm8k:FILE, or FILE.jsonl")
+    group.add_argument("--task", metavar="NAME", help="in place of prompts: sudoku, gsm8k, gsm8k:FILE, or FILE.jsonl")
     group.add_argument("--checker", metavar="COMMAND", help="for FILE.jsonl: reads JSON, prints true or false")
     group.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
     group.add_argument("--chat", action="store_true", help="put questions into the checkpoint's chat template")
@@ -90,7 +91,7 @@ def configure(args, opened: Opened, sampling: SamplingConfig, places: int) -> Gr
             methods=tuple((args.methods or ",".join(methods_for(opened.model.config))).split(",")),
             commits=tuple(args.commits.split(",")),
             block_lengths=numbers(args.block_lengths, "--block-lengths", powers if trained is None else (trained,)),
-            steps=numbers(args.steps, "--steps", powers),
+            steps=numbers(args.passes, "--steps", powers),
             sampling=sampling,
             repeats=args.repeats,
         )
@@ -109,7 +110,7 @@ def questions_of(args) -> list[Question]:
     if args.prompts is not None:
         raise ValueError("--prompts and --task both say what is asked: give one of them")
     command = shlex.split(args.checker) if args.checker else None
-    return open_task(args.task, limit=args.limit, seed=args.seed or 0, command=command)
+    return open_task(args.task, limit=args.limit, command=command)
 
 
 def judge_of(args, opened: Opened) -> Judge | None:
@@ -128,8 +129,8 @@ def judge_of(args, opened: Opened) -> Judge | None:
         )  # fmt: skip
 
 
-def fixed_settings(args, opened, config, questions, judge) -> dict:
-    """What a results file is made with: a run that goes on must have the same."""
+def fixed_settings(args, opened: Opened, config: GridConfig, questions: list[Question]) -> dict:
+    """What was measured: a run that goes on must have the same."""
     model = opened.model
     return {
         "dlm": dlm.__version__,
@@ -141,11 +142,8 @@ def fixed_settings(args, opened, config, questions, judge) -> dict:
         **{name: value for name, value in dataclasses.asdict(config).items() if name != "sampling"},
         "sampling": {k: v for k, v in dataclasses.asdict(config.sampling).items() if k not in SWEPT},
         "task": args.task,
-        "checker": args.checker,
         "chat": args.chat,
         "questions": [question.text for question in questions],
-        "judge": judge.facts if judge else None,
-        "bound_draws": args.bound_draws,
     }
 
 
@@ -153,7 +151,7 @@ def main(argv: Sequence[str]) -> int:
     args = parser(argv).parse(argv)
     out = check_output(args.out)
     questions = questions_of(args)
-    sharing = Sharing()
+    sharing = Sharing(cpu=args.device == "cpu")
     args.device = args.device or sharing.device
     opened = open_checkpoint(args)
     model, tokenizer, sampling = opened.model, opened.tokenizer, sampling_of(args, opened)
@@ -164,7 +162,8 @@ def main(argv: Sequence[str]) -> int:
     config = configure(args, opened, sampling, max(int(canvas.masked.sum()) for canvas in canvases))
     cells, left_out = plan(model, canvases, config)
     judge = judge_of(args, opened)
-    fixed = fixed_settings(args, opened, config, questions, judge)
+    fixed = fixed_settings(args, opened, config, questions)
+    judging = {"judge": judge.facts if judge else None, "bound_draws": args.bound_draws, "checker": args.checker}
     if args.fresh:
         remove_results(out)
         sharing.gather([])  # nobody begins before everybody has removed what there was
@@ -174,16 +173,21 @@ def main(argv: Sequence[str]) -> int:
     try:
         runner = Runner(model, tokenizer, questions, canvases, config)
         appraiser = Appraiser(model, questions, canvases, judge, args.bound_draws, args.chat)
-        records += sharing.gather(sweep(cells, records, runner, appraiser, journal, sharing, again))
+        records += sharing.gather(sweep(cells, records, runner, appraiser, journal, sharing, judging, again))
         code = 0
     except KeyboardInterrupt:
         records, code = read_journals(out, fixed), 130
     finally:
         journal.close()
     if sharing.rank == 0:
-        done = write_results(out, records, cells, left_out, questions, fixed)
+        done = write_results(out, records, cells, left_out, questions, fixed, judging)
         if code:
-            print(f"stopped; {done} of {len(cells)} cells are in {out}. Go on with:\n  {again}", file=sys.stderr)
+            measured = sum(record["kind"] == "cell" for record in records)
+            print(
+                f"stopped: {measured} of {len(cells)} cells are measured and kept, {done} of them judged and in {out}. "
+                f"Go on with:\n  {again}",
+                file=sys.stderr,
+            )
         else:
             print(f"wrote {out}: {done} cells, {len(left_out)} settings left out. Now: dlm bench plot {out}")
     if code == 0:

@@ -63,6 +63,15 @@ def left_out(grid: Grid) -> str:
     return f"<details><summary>{sum(map(len, reasons.values()))} settings</summary><ul>{items}</ul></details>"
 
 
+def aup_list(curves: Sequence[dict]) -> str:
+    """The areas under the curves of each method and block length."""
+    remark = (
+        "The area under accuracy (%) against tokens a pass, over the steps of a method and block length; what is below "
+        "the best of all weighs less, points that lose more than 5 points count nothing (d3LLM, arXiv:2601.07568)."
+    )
+    return quiet(remark) + listed([f"{one['aup']:.1f}: {one['method']}, block {one['block_length']}" for one in curves])
+
+
 def pictures(grid: Grid) -> list[tuple[str, str, list[tuple[str, str]]]]:
     """(heading, remark, [(name, drawing)]) of everything that a grid can show."""
     found = [("Latency against quality", "", [("front", front_chart([grid], "Latency against quality", [0]))])]
@@ -84,6 +93,8 @@ def main(argv: Sequence[str]) -> int:
     sections = [("In short", listed(said))]
     for heading, remark, charts in drawn:
         sections.append((heading, quiet(remark) + f'<div class="charts">{"".join(one for _, one in charts)}</div>'))
+    if curves := grid.meta.get("aup"):
+        sections.append(("Accuracy under parallelism", aup_list(curves)))
     sections.append(("All settings", quiet("Click a heading to sort.") + table_of(grid)))
     if grid.meta.get("infeasible"):
         sections.append(("Not measured", left_out(grid)))

@@ -34,6 +34,8 @@ FIELDS = {  # what the results file holds for each cell: name -> meaning
     "nfe": "forward passes",
     "tokens_per_forward": "tokens committed over forward passes, end-of-text and what follows it included",
     "positions_computed": "positions that all forward passes computed together",
+    "places_asked": "masked places for which all forward passes together computed logits; null where the commit rule "
+    "or an early end decided how many passes there were",
     "generated_tokens": "tokens of the answer, before its end-of-text",
     "tokens_per_s": "generated_tokens over latency",
     "peak_memory": "bytes: most that was allocated on the GPU, or the process's largest resident set on a CPU, "
@@ -113,24 +115,27 @@ def _example(canvas: Canvas, record: dict) -> Example:
 # ---------------------------------------------------------------- the results file
 
 
-def finished(records: Sequence[dict]) -> dict[str, dict]:
-    """Each measured cell by its key, with its judgement where there is one; of two of a key the earlier counts."""
+def finished(records: Sequence[dict], judging: dict) -> dict[str, dict]:
+    """Each measured cell by its key, with its judgement where there is one of this kind; of two cells the earlier.
+
+    judging: who judged and how, as judgements say it; those of another judge do not count.
+    """
     cells: dict[str, dict] = {}
     judgements: dict[str, dict] = {}
     for record in records:
         if record["kind"] == "cell":
             cells.setdefault(record["key"], record)
-        elif record["kind"] == "judgement":
+        elif record["kind"] == "judgement" and record["judging"] == judging:
             judgements.setdefault(record["key"], record["fields"])
     return {key: record | {"judged": key in judgements} | judgements.get(key, {}) for key, record in cells.items()}
 
 
-def assemble(records: Sequence[dict], cells: Sequence[Cell], questions: Sequence[Question]) -> dict:
+def assemble(records: Sequence[dict], cells: Sequence[Cell], questions: Sequence[Question], judging: dict) -> dict:
     """{method: [{"question", "result": {block: {steps: cell}}}]} of the cells that were measured and judged.
 
     Where a commit rule decides how many passes there are, `steps` is how many there were.
     """
-    done = finished(records)
+    done = finished(records, judging)
     relative = _relative(records)
     groups: dict[tuple, list[tuple[Cell, dict]]] = {}
     for cell in cells:

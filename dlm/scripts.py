@@ -33,7 +33,7 @@ def run(command: str, argv: Sequence[str], more: str = "") -> int:
         print(f"usage: dlm {command} NAME [options]      (dlm {command} NAME --help lists them)\n{more}")
         for name, file in found.items():
             text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
-            print(f"  {name:<11} {text.splitlines()[0] if text else ''}")
+            print(f"  {name:<12} {text.splitlines()[0] if text else ''}")
         return 0
     name, rest = argv[0], list(argv[1:])
     if name not in found:

@@ -11,6 +11,8 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from dlm.appraisal import FIELDS, Appraiser, assemble, aup_by_curve, finished
 from dlm.grid import Cell, Runner, reference_cell
 from dlm.machine import commit, hardware, versions
@@ -25,14 +27,17 @@ SAID_SECONDS = 10.0  # between lines of progress where there is no terminal
 
 
 class Sharing:
-    """Which of several processes this is, and what they tell each other (`accelerate launch`); alone it is nothing."""
+    """Which of several processes this is, and what they tell each other (`accelerate launch`); alone it is nothing.
 
-    def __init__(self) -> None:
+    cpu: whether they are to run on a CPU although there are GPUs. device: where this process's model belongs.
+    """
+
+    def __init__(self, cpu: bool = False) -> None:
         self.rank, self.size, self.device = 0, 1, None
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import PartialState
 
-            state = PartialState()
+            state = PartialState(cpu=cpu or not torch.cuda.is_available())
             self.rank, self.size, self.device = state.process_index, state.num_processes, str(state.device)
 
     def gather(self, items: list) -> list:
@@ -99,14 +104,15 @@ def sweep(
     appraiser: Appraiser,
     journal: Journal,
     sharing: Sharing,
+    judging: dict,
     command: str,
 ) -> list[dict]:
     """Measure this process's share of the cells that `records` lack, in random order, and judge them.
 
     Returns the new records. Each is in the journal before the next measurement begins; answers that an earlier run
-    left unjudged are judged too. command: what was typed, for the record.
+    left unjudged, or judged in another way, are judged too. judging: who judges and how; command: what was typed.
     """
-    launch, known, new = uuid.uuid4().hex[:12], finished(records), []
+    launch, known, new = uuid.uuid4().hex[:12], finished(records, judging), []
     waiting = sharing.share([known[c.key] for c in cells if c.key in known and not known[c.key]["judged"]])
     todo = [cell for cell in cells if cell.key not in known]
     random.Random(runner.config.sampling.seed).shuffle(todo)
@@ -122,7 +128,7 @@ def sweep(
 
     def judge() -> None:
         for record, fields in zip(waiting, appraiser.appraise(waiting), strict=True):
-            note("judgement", key=record["key"], fields=fields)
+            note("judgement", key=record["key"], judging=judging, fields=fields)
         waiting.clear()
 
     def refer() -> float:
@@ -155,16 +161,17 @@ def write_results(
     left_out: Sequence[dict],
     questions: Sequence[Question],
     settings: dict,
+    judging: dict,
 ) -> int:
     """Write the results file and what stands beside it; returns how many cells it holds."""
-    results = assemble(records, cells, questions)
-    done = sum(record["judged"] for record in finished(records).values())
+    results = assemble(records, cells, questions, judging)
+    done = sum(record["judged"] for record in finished(records, judging).values())
     prose = all(question.prose for question in questions)
     meta = {
         "format": FORMAT,
         "cells": len(cells),
         "measured": done,
-        "settings": settings,
+        "settings": settings | judging,
         "launches": [record for record in records if record["kind"] == "launch"],
         "reference_cell": reference_cell(cells).key,
         "reference": [record for record in records if record["kind"] == "reference"],

@@ -16,6 +16,8 @@ from decimal import Decimal, InvalidOperation
 from itertools import takewhile
 from pathlib import Path
 
+import numpy as np
+
 from dlm.canvas import Canvas
 from dlm.names import nearest
 from dlm.prompts import BLANK, chat_ids, read_prompts, template
@@ -24,6 +26,7 @@ from dlm.tokenizer import encode_prompt
 
 GSM8K = HUB + "openai/gsm8k/main"
 BLANK_LENGTH = 8  # tokens of a blank ___ without a number
+SUDOKUS, SUDOKU_SEED, SUDOKU_CLUES = 25, 1_000_000, (24, 45)  # puzzles, their seed, least and most givens
 CHECK_SECONDS = 30  # that a checker may take for an answer
 
 Check = Callable[[str], bool]
@@ -127,7 +130,7 @@ def prompts(path: str) -> list[Question]:
     return [Question(text, text) for text in read_prompts(path)]
 
 
-def gsm8k(source: str | None, limit: int | None, seed: int) -> list[Question]:
+def gsm8k(source: str | None, limit: int | None) -> list[Question]:
     """Grade school mathematics (Cobbe et al., arXiv:2110.14168): rows with question and answer, the test split."""
     source = source or GSM8K
     questions = []
@@ -163,12 +166,45 @@ def from_rows(path: str, command: Sequence[str] | None) -> list[Question]:
     return questions
 
 
-TASKS: dict[str, Callable[[str | None, int | None, int], list[Question]]] = {"gsm8k": gsm8k}
+def sudoku(source: str | None, limit: int | None) -> list[Question]:
+    """Puzzles to fill in: of a file, one a line, else generated, others than `dlm train sudoku` learns from.
+
+    Errors: a line that is no puzzle, or that has no solution or several.
+    """
+    from dlm import sudoku as rules
+
+    if source is None:
+        count = limit or SUDOKUS
+        made = list(rules.random_puzzles(count, SUDOKU_SEED))
+        rng = np.random.default_rng([SUDOKU_SEED, 1])
+        clues = rng.integers(SUDOKU_CLUES[0], SUDOKU_CLUES[1] + 1, size=count)
+        puzzles = rules.add_givens(np.array([p for p, _ in made]), np.array([grid for _, grid in made]), clues, rng)
+    else:
+        puzzles = [rules.from_text(line) for line in read_prompts(source)[:limit]]
+        for number, puzzle in enumerate(puzzles, 1):
+            if len(found := rules.solutions(puzzle)) != 1:
+                raise ValueError(f"{source}, puzzle {number} has {'several solutions' if found else 'no solution'}")
+
+    def check(puzzle) -> Check:
+        def right(answer: str) -> bool:
+            try:
+                return rules.is_solution(rules.from_text(answer), puzzle)
+            except ValueError:  # something other than 81 cells
+                return False
+
+        return right
+
+    return [
+        Question(rules.to_text(puzzle), tuple(rules.to_ids(puzzle[None])[0].tolist()), check(puzzle), True, prose=False)
+        for puzzle in puzzles
+    ]
 
 
-def open_task(
-    name: str, *, limit: int | None = None, seed: int = 0, command: Sequence[str] | None = None
-) -> list[Question]:
+# Each makes the first `limit` (None: its own choice) questions from a source (None: its own).
+TASKS: dict[str, Callable[[str | None, int | None], list[Question]]] = {"gsm8k": gsm8k, "sudoku": sudoku}
+
+
+def open_task(name: str, *, limit: int | None = None, command: Sequence[str] | None = None) -> list[Question]:
     """The first `limit` questions of a task: one of TASKS, perhaps with its data (`gsm8k:test.jsonl`), or a JSONL file.
 
     command: a program that checks answers of a JSONL file. Errors: an unknown name; no question at all.
@@ -177,7 +213,7 @@ def open_task(
     if kind in TASKS:
         if command is not None:
             raise ValueError(f"--checker is for a task of your own in a JSONL file: {kind} checks its answers itself")
-        questions = TASKS[kind](source or None, limit, seed)
+        questions = TASKS[kind](source or None, limit)
     elif name.endswith((".jsonl", ".jsonl.xz")) or Path(name).exists():
         questions = from_rows(name, command)[:limit]
     else:

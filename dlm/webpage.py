@@ -9,12 +9,12 @@ from html import escape
 
 STYLE = """
 body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; color: #1a1a1a; background: #fff;
-  max-width: 1240px; margin: 2rem auto; padding: 0 1.5rem; }
+  max-width: 1280px; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .3rem; }
 p.quiet, .facts { color: #5f6368; margin: .2rem 0 .8rem; } li { margin: .25rem 0; }
 .charts { display: flex; flex-wrap: wrap; gap: .5rem 1rem; } [data-i] { cursor: help; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #eceff1; white-space: nowrap; }
+th, td { padding: .2rem .45rem; text-align: right; border-bottom: 1px solid #eceff1; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } tr.degenerate td { color: #b00020; }
 th { position: sticky; top: 0; background: #fff; cursor: pointer; border-bottom: 2px solid #9aa0a6; }
 th[aria-sort=ascending]::after { content: " \\25b2"; } th[aria-sort=descending]::after { content: " \\25bc"; }
@@ -22,8 +22,9 @@ tbody tr:hover { background: #f1f6fb; }
 #tip { position: fixed; display: none; max-width: 30rem; background: #fff; border: 1px solid #9aa0a6;
   border-radius: 6px; box-shadow: 0 4px 16px #0003; padding: .6rem .8rem; font-size: 13px; pointer-events: none;
   z-index: 9; }
-#tip q { display: block; margin: .1rem 0 .5rem; quotes: none; border-left: 3px solid #dadce0; padding-left: .5rem;
-  white-space: pre-wrap; } #tip i { color: #5f6368; font-style: normal; } #tip b.bad { color: #b00020; }
+#tip q { display: block; max-height: 13em; overflow: hidden; margin: .1rem 0 .5rem; quotes: none;
+  border-left: 3px solid #dadce0; padding-left: .5rem; white-space: pre-wrap; }
+#tip i { color: #5f6368; font-style: normal; } #tip b.bad { color: #b00020; }
 """
 
 SCRIPT = """

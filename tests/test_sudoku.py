@@ -101,7 +101,8 @@ def test_examples_carry_loss_on_the_empty_cells_alone():
 
 
 def test_recipe_trains_and_evaluation_counts(run, tmp_path):
-    options = "--bases 3 --examples 40 --valid-examples 4 --max-steps 3 --batch-size 4 --precision no --d-model 16 --n-layers 1 --n-heads 2"
+    options = "--bases 3 --examples 40 --valid-examples 4 --max-steps 3 --batch-size 4 --precision no"
+    options += " --d-model 16 --n-layers 1 --n-heads 2"
     code, out, error = run(
         "train", "sudoku", *options.split(), "--output", tmp_path / "run", "--export", tmp_path / "m"
     )

@@ -114,15 +114,10 @@ def draw_count(
     """Draw l from 1..L and an l-subset; weight L/l. Returns masked (L,) bool, the weight, the rate l/L.
 
     E[weight * sum of masked CE] = sum over l of (1/l) E[sum of CE | l masked], which is the bound itself: l/L
-<<<<<<< HEAD
-    masked tokens with t integrated out (LLaDA, arXiv:2502.09992, eq. 6; least variance of those that draw one term).
-    u in [0, 1): use this place in the range of counts (a stratum) in place of drawing one. low, high: only counts with
-    low <= l/L <= high, at least one.
-=======
     masked tokens with t integrated out (LLaDA, arXiv:2502.09992, eq. 6). On the toy of tests/test_estimators.py it has
     the least variance, of an example (6.4, exactly; uniform 61) and of a step of 16 (stratified 5 times as much).
-    low, high: only counts with low <= l/L <= high, at least one.
->>>>>>> origin/main
+    u in [0, 1): use this place in the range of counts (a stratum) in place of drawing one. low, high: only counts with
+    low <= l/L <= high, at least one.
     """
     least = max(1, math.ceil(low * length))
     most = max(least, math.floor(high * length))

@@ -22,6 +22,7 @@ import numpy as np
 
 from dlm import sudoku
 from dlm.cli import Parser
+from dlm.names import check_name
 from dlm.progress import counted
 from dlm.scripts import guarded
 
@@ -45,13 +46,13 @@ class Setting:
     config: object
 
 
-def settings(steps: list[int], thresholds: list[float]) -> list[Setting]:
-    """What is tried: every order at one cell a pass, the orders of one block at fewer passes, and thresholds."""
+def settings(orders: list[str], steps: list[int], thresholds: list[float]) -> list[Setting]:
+    """What is tried: the orders at one cell a pass, those of one block at fewer passes, and thresholds."""
     from dlm import SamplingConfig
 
     found = []
-    for order, fields in ORDERS.items():
-        config = SamplingConfig(**{"block_length": ONE_BLOCK} | fields)
+    for order in orders:
+        config = SamplingConfig(**{"block_length": ONE_BLOCK} | ORDERS[order])
         found.append(Setting(order, "one cell a pass", config))
         if config.block_length == ONE_BLOCK:
             found += [Setting(order, f"{count} passes", replace(config, steps=count)) for count in steps]
@@ -136,8 +137,8 @@ def solve_one(model, text: str, order: str) -> int:
     """Print the answer to one puzzle; exit code 1 where it is wrong."""
     puzzle = sudoku.from_text(text)
     found = sudoku.solutions(puzzle)
-    config = next(row.config for row in settings([], []) if row.order == order)
-    answers, passes = solve(model, puzzle[None], config, 1)
+    [row] = [row for row in settings([order], [], []) if row.rule == "one cell a pass"]
+    answers, passes = solve(model, puzzle[None], row.config, 1)
     right = sudoku.is_solution(answers[0], puzzle)
     print(sudoku.pretty(answers[0]))
     known = {0: "the puzzle has no solution", 1: "the only solution"}.get(len(found), "one of several solutions")
@@ -153,6 +154,7 @@ def parse(argv: list[str]):
     parser.add_argument("--order", default="margin", choices=list(ORDERS), help="for --puzzle (default: margin)")
     parser.add_argument("--puzzles", type=int, default=500, metavar="N", help="puzzles to test (default: 500)")
     parser.add_argument("--clues", default="24-45", metavar="A-B", help="numbers of givens (default: 24-45)")
+    parser.add_argument("--orders", default=",".join(ORDERS), metavar="NAME,NAME", help=f"default: {','.join(ORDERS)}")
     parser.add_argument("--steps", default="24,12,6,3,1", metavar="N,N", help="passes (default: 24,12,6,3,1)")
     parser.add_argument("--thresholds", default="0.99,0.9", metavar="X,X", help="confidences (default: 0.99,0.9)")
     parser.add_argument("--seed", type=int, default=1_000_000, metavar="N", help="of the puzzles (default: 1000000)")
@@ -164,6 +166,9 @@ def parse(argv: list[str]):
     for name in ("puzzles", "batch_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give 1 or more")
+    args.orders = args.orders.split(",")
+    for name in args.orders:
+        check_name("--orders", name, list(ORDERS))
     try:
         args.clues = tuple(int(word) for word in args.clues.split("-"))
         args.steps = [int(word) for word in args.steps.split(",") if word]
@@ -188,7 +193,7 @@ def run(argv: list[str]) -> int:
         return solve_one(model, args.puzzle, args.order)
     puzzles = test_puzzles(args.puzzles, args.clues, args.seed)
     print_head(len(puzzles))
-    records = table(model, puzzles, settings(args.steps, args.thresholds), args.batch_size, print_row)
+    records = table(model, puzzles, settings(args.orders, args.steps, args.thresholds), args.batch_size, print_row)
     if args.output:
         Path(args.output).write_text(json.dumps({"command": argv, "rows": records}, indent=1) + "\n")
     return 0

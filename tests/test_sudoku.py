@@ -130,7 +130,7 @@ def test_an_answer_that_is_right_counts(monkeypatch):
     puzzles = np.stack([cells(WIKIPEDIA)] * 3)
     good, bad = cells(ANSWER), cells(ANSWER)[::-1].copy()
     monkeypatch.setattr(evaluation, "solve", lambda *a: (np.stack([good, bad, good]), np.array([51, 51, 48])))
-    [record] = evaluation.table(None, puzzles, evaluation.settings([], [])[:1], 8, lambda record: None)
+    [record] = evaluation.table(None, puzzles, evaluation.settings(["margin"], [], []), 8, lambda record: None)
     assert record["solved"] == pytest.approx(2 / 3) and record["passes"] == 50
     assert record["27-31 givens"] == "66.7 ± 27.2" and record["17-26 givens"] == "-"
 
@@ -143,6 +143,7 @@ def test_an_answer_that_is_right_counts(monkeypatch):
         (["eval", "sudoku"], "no model"),
         (["eval", "sudoku", "--model", "x", "--clues", "90"], "--clues is A-B"),
         (["eval", "sudoku", "--model", "x", "--puzzles", "0"], "--puzzles is 0"),
+        (["eval", "sudoku", "--model", "x", "--orders", "margni"], "margin"),
     ],
 )
 def test_bad_input(run, words, says):

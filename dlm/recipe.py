@@ -26,7 +26,7 @@ from dlm import checkpoint
 from dlm.data import Examples
 from dlm.documents import Documents
 from dlm.machine import commit, hardware
-from dlm.models import ATTENTION
+from dlm.models import ATTENTION, quiet
 from dlm.models.transformer import LLaDAModelLM
 from dlm.names import check_name, nearest
 from dlm.reading import parse_sources
@@ -165,7 +165,8 @@ def open_tokenizer(source: str | os.PathLike):
 
 def open_model(recipe: RecipeConfig, dtype: torch.dtype = torch.float32) -> LLaDAModelLM:
     """The model that a recipe goes on from, with its weights in `dtype`."""
-    return LLaDAModelLM.from_pretrained(recipe.model, dtype=dtype)
+    with quiet():
+        return LLaDAModelLM.from_pretrained(recipe.model, dtype=dtype)
 
 
 def check_fit(model, tokenizer) -> None:

@@ -18,6 +18,7 @@ from .cache import METHODS, KVCache, Planner, Signals, visibility
 from .canvas import Canvas
 from .inputs import prepare
 from .models.attention import Visible, full
+from .models.packed import packed
 from .sampling import SamplingConfig
 from .unmasking import COMMITS, Step, coarse_block, propose, schedule
 
@@ -177,7 +178,7 @@ class _Run:
     waits for the device only where a rule must know what was committed."""
 
     def __init__(self, model, canvas: Canvas, config: SamplingConfig, vocab_size: int | None, eos: Sequence[int]):
-        self.model, self.canvas, self.config, self.vocab_size = model, canvas, config, vocab_size
+        self.model, self.canvas, self.config, self.vocab_size = packed(model), canvas, config, vocab_size
         self.method, self.device = METHODS[config.method], canvas.tokens.device
         self.eos = config.eos_ids or tuple(eos)
         if (config.stop_at_eos or config.suppress_eos or config.delay_eos) and not self.eos:

@@ -54,6 +54,8 @@ def random_model(name: str, *, dtype=torch.float32, device="cpu", seed: int = 0,
             if weight.dim() == 1:
                 weight.fill_(1)
             else:
-                weight.normal_(std=1 if weight is model.get_input_embeddings().weight else weight.shape[1] ** -0.5,
-                               generator=generator)
+                weight.normal_(
+                    std=1 if weight is model.get_input_embeddings().weight else weight.shape[1] ** -0.5,
+                    generator=generator,
+                )
     return model

@@ -76,8 +76,11 @@ def _has_kernels(dtype: torch.dtype) -> bool:
 def _fingerprint(model: nn.Module) -> list[tuple[int, int]]:
     """Where every weight lies and the sum of its bits, read as integers: what changes with it however it was
     written (`weight.data` leaves version counters as they were)."""
-    found = []
+    found, table = [], model.get_input_embeddings().weight
     for weight in model.parameters():
+        if weight is table and not model.config.weight_tying:
+            found.append((weight.data_ptr(), 0))  # it is not copied
+            continue
         bits = weight.view(torch.int64) if weight.stride(-1) == 1 and weight.shape[-1] % 4 == 0 else weight.double()
         found.append((weight.data_ptr(), bits.sum().item()))
     return found
@@ -167,16 +170,23 @@ class Packed:
 
     @torch.no_grad()
     def __init__(self, model: LLaDAModelLM):
-        self.config, transformer = model.config, model.model.transformer
+        self.config = config = model.config
+        # Attributes of a transformers configuration take microseconds each to read: what a layer needs is kept here.
+        self.size, self.width, self.eps = config.head_dim, config.d_model, config.rms_norm_eps
+        self.heads, self.kv_heads = config.n_heads, config.n_kv_heads
+        self.visible = full if config.block_length is None else block_causal(config.block_length)
+        self.scale_in = config.d_model**0.5 if config.input_emb_norm else None
+        self.scale_out = config.d_model**-0.5 if config.scale_logits else None
+        transformer = model.model.transformer
         blocks = transformer.blocks
         self.embedding = transformer.wte.weight.detach()
         self.layers = [_pack_layer(block, block is blocks[-1]) for block in blocks]
         self.last_norm = transformer.ln_f.weight.detach()
-        tied = self.config.weight_tying
+        tied = config.weight_tying
         self.head = _Linear.of(
             [transformer.wte.weight if tied else transformer.ff_out.weight], [None if tied else transformer.ff_out.bias]
         )
-        self.turns = torch.empty(0, self.config.head_dim // 2, dtype=torch.complex64)
+        self.turns = torch.empty(0, self.size // 2, dtype=torch.complex64)
 
     @torch.no_grad()
     def __call__(
@@ -190,14 +200,13 @@ class Packed:
         logits_to_keep: Tensor | None = None,
     ) -> Tensor:
         """Logits, as `LLaDAModelLM.forward` gives them."""
-        config, (batch, queries) = self.config, tokens.shape
-        if visible is None:
-            visible = full if config.block_length is None else block_causal(config.block_length)
+        batch, queries = tokens.shape
+        visible = visible or self.visible
         if cache is not None and positions is None:
             raise ValueError("a cache needs positions (B, Q): the slots whose keys and values are computed now")
         x = F.embedding(tokens, self.embedding)
-        if config.input_emb_norm:
-            x = x * config.d_model**0.5
+        if self.scale_in is not None:
+            x = x * self.scale_in
         turns = self._turns(positions, queries)  # (B or 1, Q, 1, D / 2)
         keys = queries if cache is None else cache.length
         slots = None if cache is None else positions
@@ -207,27 +216,26 @@ class Packed:
             x = self._layer(layer, number, x, x, turns, turns, mask, positions, cache)
         few, few_turns = x, turns
         if asked is not None:
-            few = x.gather(1, asked[..., None].expand(-1, -1, x.shape[-1]))  # (B, M, d_model)
-            few_turns = turns.expand(batch, -1, -1, -1).gather(1, asked[..., None, None].expand(-1, -1, 1, turns.shape[-1]))
+            few = x.take_along_dim(asked[..., None], dim=1)  # (B, M, d_model)
+            few_turns = turns.expand(batch, -1, -1, -1).take_along_dim(asked[..., None, None], dim=1)
             if mask is not None:
-                mask = mask.expand(batch, -1, -1, -1).gather(2, asked[:, None, :, None].expand(-1, 1, -1, keys))
+                mask = mask.expand(batch, -1, -1, -1).take_along_dim(asked[:, None, :, None], dim=2)
         x = self._layer(self.layers[-1], len(self.layers) - 1, few, x, few_turns, turns, mask, positions, cache)
         if logits_to_keep is not None and asked is None:
             x = x[logits_to_keep]  # (N, d_model)
         logits = self.head(self._norm(x, self.last_norm))
-        return logits * config.d_model**-0.5 if config.scale_logits else logits
+        return logits if self.scale_out is None else logits * self.scale_out
 
     def _layer(self, layer: _Layer, number: int, x: Tensor, every: Tensor, x_turns, turns, mask, positions, cache):
         """x (B, M, d_model) after the layer, attending to the keys of `every` (B, Q, d_model) and what is stored."""
-        config = self.config
-        size, width, kv_width = config.head_dim, config.d_model, config.n_kv_heads * config.head_dim
+        kv_width = self.kv_heads * self.size
         normed = self._norm(every, layer.attn_norm)
         if layer.qkv is not None:
-            qk, v = layer.qkv(normed).split((width + kv_width, kv_width), dim=-1)
+            qk, v = layer.qkv(normed).split((self.width + kv_width, kv_width), dim=-1)
             if layer.q_norm is None:
-                q, k = self._rotated(qk, turns).split((config.n_heads, config.n_kv_heads), dim=2)
+                q, k = self._rotated(qk, turns).split((self.heads, self.kv_heads), dim=2)
             else:
-                q, k = qk.split((width, kv_width), dim=-1)
+                q, k = qk.split((self.width, kv_width), dim=-1)
                 q = self._rotated(self._norm(q, layer.q_norm), turns)
                 k = self._rotated(self._norm(k, layer.k_norm), turns)
         else:
@@ -236,7 +244,7 @@ class Packed:
             if layer.q_norm is not None:
                 q, k = self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)
             q, k = self._rotated(q, x_turns), self._rotated(k, turns)
-        v = v.unflatten(-1, (-1, size))
+        v = v.unflatten(-1, (-1, self.size))
         if cache is not None:
             k, v = cache.update(number, positions, k, v)  # (B, T, H, D)
         x = layer.out.plus(_attention(q, k, v, mask), x)
@@ -244,7 +252,7 @@ class Packed:
         return layer.down.plus(F.silu(gate).mul_(up), x)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, weight.shape, weight, self.config.rms_norm_eps)
+        return F.rms_norm(x, weight.shape, weight, self.eps)
 
     def _turns(self, positions: Tensor | None, queries: int) -> Tensor:
         """exp(i angle) for the rotary angles of these slots, (B or 1, Q, 1, D / 2), from a table that grows."""
@@ -256,7 +264,7 @@ class Packed:
 
     def _rotated(self, x: Tensor, turns: Tensor) -> Tensor:
         """x (B, Q, H * D) with its pairs turned, (B, Q, H, D); in fp32, where it can, in place."""
-        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, self.config.head_dim // 2, 2)))
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, self.size // 2, 2)))
         return torch.view_as_real(pairs.mul_(turns)).flatten(-2).to(x.dtype)
 
 
@@ -275,7 +283,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if q.dtype == torch.float32 or q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] > WIDEST:
         out = F.scaled_dot_product_attention(q, k, v, mask)
     else:
-        scores = q @ k.transpose(2, 3) * size**-0.5
+        scores = q * size**-0.5 @ k.transpose(2, 3)
         if mask is not None:
             scores = scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
         out = scores.softmax(dim=-1) @ v

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import torch
 
+from dlm.cache import METHODS
 from dlm.models import LLaDAConfig, LLaDAModelLM
 from dlm.names import check_name
 
-__all__ = ["SHAPES", "random_model"]
+__all__ = ["SHAPES", "parse_cell", "random_model"]
 
 # name: (d_model, n_heads, n_kv_heads, n_layers, mlp_hidden_size, vocabulary)
 SHAPES = {
@@ -59,3 +60,12 @@ def random_model(name: str, *, dtype=torch.float32, device="cpu", seed: int = 0,
                     generator=generator,
                 )
     return model
+
+
+def parse_cell(text: str) -> tuple[str, int, int]:
+    """`dual:32:64` -> ("dual", 32, 64): method, block length, steps. Raises ValueError for anything else."""
+    method, *numbers = text.split(":")
+    check_name("method", method, METHODS)
+    if len(numbers) != 2 or not all(number.isdigit() and int(number) > 0 for number in numbers):
+        raise ValueError(f"cell {text!r} is not METHOD:BLOCK:STEPS, such as dual:32:64")
+    return method, int(numbers[0]), int(numbers[1])

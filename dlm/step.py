@@ -72,7 +72,7 @@ def denoise_step(
     logits = model(tokens, positions, visible=visible, cache=cache, valid=valid, logits_to_keep=kept)  # (R, M, V)
     forbidden = _forbidden(logits, vocab_size, (canvas.mask_id, *suppressed))
     found = [
-        _decide(part, other, request.counts, config, suppressed, forbidden, generators)
+        decide(part, other, request.counts, config, suppressed, forbidden, generators)
         for part, other in _parts(logits, config)
     ]
     token, confidence, largest = (torch.cat(x, dim=1).view(request.slots.shape) for x in zip(*found, strict=True))
@@ -80,7 +80,7 @@ def denoise_step(
     return token, confidence
 
 
-# Numbers of logits that one call of `_decide` sees on a CPU: what it computes of them stays in the processor's cache.
+# Numbers of logits that one call of `decide` sees on a CPU: what it computes of them stays in the processor's cache.
 PART = 2**17
 
 
@@ -96,7 +96,7 @@ def _parts(logits: Tensor, config: SamplingConfig) -> list[tuple[Tensor, Tensor 
     return list(zip(*branches, strict=True)) if config.cfg_scale else [(part, None) for part in branches[0]]
 
 
-def _decide(logits, other, counts, config: SamplingConfig, suppressed, forbidden, generators):
+def decide(logits, other, counts, config: SamplingConfig, suppressed, forbidden, generators):
     """Token, confidence and largest logit at every place of logits (R, M, V): (R, M) each. other: the logits with
     what is given masked, for guidance."""
     logits = logits if logits.dtype == torch.float64 else logits.float()

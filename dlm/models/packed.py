@@ -51,7 +51,7 @@ def _can_pack(model) -> bool:
     weights = list(model.parameters())
     dtype = weights[0].dtype
     plain = all(type(w) is nn.Parameter and w.device.type == "cpu" and w.dtype == dtype for w in weights)
-    if not plain or sum(w.nbytes for w in weights) > LARGEST or not _has_kernels(dtype):
+    if not plain or sum(w.nbytes for w in weights) > LARGEST or not has_kernels(dtype):
         return False
     if dtype != torch.float32 and not model.config.rope_full_precision:
         return False
@@ -63,7 +63,7 @@ def _can_pack(model) -> bool:
     )
 
 
-def _has_kernels(dtype: torch.dtype) -> bool:
+def has_kernels(dtype: torch.dtype) -> bool:
     """Whether oneDNN is there and quick at this type."""
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return False
@@ -90,14 +90,14 @@ def _fingerprint(model: nn.Module) -> list[tuple[int, int]]:
 
 
 @dataclass(frozen=True)
-class _Linear:
+class Linear:
     """y = x W^T + b, W blocked for oneDNN; V rows may come from several layers of the checkpoint."""
 
     weight: Tensor
     bias: Tensor | None
 
     @classmethod
-    def of(cls, weights: list[Tensor], biases: list[Tensor | None]) -> _Linear:
+    def of(cls, weights: list[Tensor], biases: list[Tensor | None]) -> Linear:
         weight = torch.cat(weights) if len(weights) > 1 else weights[0].detach()
         bias = None if biases[0] is None else torch.cat(biases).detach()
         return cls(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 32), bias)
@@ -113,12 +113,12 @@ class _Linear:
 class _Layer:
     """One layer. qk and v in one product, but in the last layer, where fewer queries than keys are wanted."""
 
-    q: _Linear | None
-    qkv: _Linear | None
-    kv: _Linear | None
-    out: _Linear
-    gate_up: _Linear
-    down: _Linear
+    q: Linear | None
+    qkv: Linear | None
+    kv: Linear | None
+    out: Linear
+    gate_up: Linear
+    down: Linear
     attn_norm: Tensor
     ff_norm: Tensor
     q_norm: Tensor | None
@@ -142,19 +142,19 @@ def _pack_layer(block: LLaDABlock, last: bool) -> _Layer:
             weight, bias = _interleave(weight, size), None if bias is None else _interleave(bias, size)
         parts[name] = (weight, bias)
 
-    def joined(names: str) -> _Linear:
-        return _Linear.of([parts[name][0] for name in names], [parts[name][1] for name in names])
+    def joined(names: str) -> Linear:
+        return Linear.of([parts[name][0] for name in names], [parts[name][1] for name in names])
 
     normed = block.config.attention_layer_norm
     return _Layer(
         q=joined("q") if last else None,
         qkv=None if last else joined("qkv"),
         kv=joined("kv") if last else None,
-        out=_Linear.of([block.attn_out.weight], [block.attn_out.bias]),
-        gate_up=_Linear.of(
+        out=Linear.of([block.attn_out.weight], [block.attn_out.bias]),
+        gate_up=Linear.of(
             [block.ff_proj.weight.detach(), block.up_proj.weight.detach()], [block.ff_proj.bias, block.up_proj.bias]
         ),
-        down=_Linear.of([block.ff_out.weight], [block.ff_out.bias]),
+        down=Linear.of([block.ff_out.weight], [block.ff_out.bias]),
         attn_norm=block.attn_norm.weight.detach(),
         ff_norm=block.ff_norm.weight.detach(),
         q_norm=_interleave(block.q_norm.weight.detach(), size) if normed else None,
@@ -183,7 +183,7 @@ class Packed:
         self.layers = [_pack_layer(block, block is blocks[-1]) for block in blocks]
         self.last_norm = transformer.ln_f.weight.detach()
         tied = config.weight_tying
-        self.head = _Linear.of(
+        self.head = Linear.of(
             [transformer.wte.weight if tied else transformer.ff_out.weight], [None if tied else transformer.ff_out.bias]
         )
         self.turns = torch.empty(0, self.size // 2, dtype=torch.complex64)
@@ -247,7 +247,7 @@ class Packed:
         v = v.unflatten(-1, (-1, self.size))
         if cache is not None:
             k, v = cache.update(number, positions, k, v)  # (B, T, H, D)
-        x = layer.out.plus(_attention(q, k, v, mask), x)
+        x = layer.out.plus(attention(q, k, v, mask), x)
         gate, up = layer.gate_up(self._norm(x, layer.ff_norm)).chunk(2, dim=-1)
         return layer.down.plus(F.silu(gate).mul_(up), x)
 
@@ -268,7 +268,7 @@ class Packed:
         return torch.view_as_real(pairs.mul_(turns)).flatten(-2).to(x.dtype)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(D)) v for q (B, Q, H, D) and k, v (B, T, H_kv, D), heads joined: (B, Q, H * D).
 
     The queries of a group of heads are rows of one product with the keys they share, so that none is repeated. In

@@ -37,7 +37,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _best(work: Callable[[], object], device: torch.device, clock, seconds: float = 0.3) -> float:
+def _best(work: Callable[[], object], device: torch.device, clock, seconds: float = 0.2) -> float:
     """The shortest of many runs: what the machine does when nothing is in the way."""
     work()
     _wait(device)

@@ -65,3 +65,23 @@ def training_flops(config, tokens: float, width: int, predicted: float, *, froze
     attention = 12 * config.n_layers * config.d_model * width
     logits = each * config.d_model * config.embedding_size
     return tokens * (each * block_parameters(config) + attention) + predicted * logits
+
+
+def pass_flops(config, computed: int, keys: int, asked: int) -> float:
+    """Operations of a forward pass for one row: `computed` slots that look at `keys`, with logits at `asked` of them.
+
+    The least that gives those logits and every slot's keys and values: the last layer needs queries, output and MLP
+    at the places asked about alone.
+    """
+    d, kv = config.d_model, config.n_kv_heads * config.head_dim
+    rest = 2 * d * d + 3 * d * config.mlp_hidden_size  # of a layer, beside keys and values
+    layers = config.n_layers - 1
+    products = layers * computed * (rest + 2 * d * kv) + computed * 2 * d * kv + asked * rest
+    attention = 2 * d * keys * (layers * computed + asked)
+    return 2 * (products + attention + asked * d * config.embedding_size)
+
+
+def pass_bytes(config, rows: int, keys: int, itemsize: int) -> float:
+    """Bytes that a forward pass must read: every matrix once, and the keys and values of all rows."""
+    cache = 2 * rows * keys * config.n_kv_heads * config.head_dim * config.n_layers
+    return itemsize * (block_parameters(config) + config.d_model * config.embedding_size + cache)

@@ -1,7 +1,6 @@
 """The one denoising loop: plan which slots to compute, run the model, propose tokens, commit some, repeat.
 
-Shapes: B rows, T slots of the canvas, R rows of one forward pass, Q slots computed by it, M masked slots asked about,
-V vocabulary.
+Shapes: B rows, T slots of the canvas, R rows of one forward pass, Q slots computed by it, M masked slots asked about.
 
 Every decoding method is a row of `cache.METHODS`, every commit rule an entry of `unmasking.COMMITS`; nothing here
 knows their names. Rows keep their own pace: at each turn the rows that plan alike share one forward pass.
@@ -17,9 +16,11 @@ from transformers.utils import ModelOutput
 from .cache import METHODS, KVCache, Planner, Signals, visibility
 from .canvas import Canvas
 from .inputs import prepare
-from .models.attention import Visible, full
+from .models.attention import full
+from .models.packed import packed
 from .sampling import SamplingConfig
-from .unmasking import COMMITS, Step, coarse_block, propose, schedule
+from .step import Request, denoise_step
+from .unmasking import COMMITS, Step, coarse_block, schedule
 
 __all__ = ["DenoiseState", "GenerationOutput", "denoise", "denoise_step", "generate"]
 
@@ -57,100 +58,6 @@ class GenerationOutput(ModelOutput):
     positions_computed: Tensor | None = None
 
 
-# ---------------------------------------------------------------- one pass
-
-
-@dataclass(frozen=True)
-class Request:
-    """What one forward pass is asked. rows (R,): of the canvas and the cache, None for all. positions (R, Q): the
-    slots it computes, ascending, None for all. slots (R, M): the places it proposes for, of which row i's first
-    counts[i] are masked and the rest padding. valid (R, T): which slots exist, None for all."""
-
-    rows: Tensor | None
-    positions: Tensor | None
-    slots: Tensor
-    counts: list[int]
-    valid: Tensor | None
-
-    @property
-    def eligible(self) -> Tensor:
-        counts = torch.tensor(self.counts, device=self.slots.device)
-        return torch.arange(self.slots.shape[1], device=self.slots.device)[None] < counts[:, None]
-
-
-def denoise_step(
-    model,
-    canvas: Canvas,
-    request: Request,
-    config: SamplingConfig,
-    *,
-    visible: Visible = full,
-    cache: KVCache | None = None,
-    vocab_size: int | None = None,
-    suppressed: Sequence[int] = (),
-    generators: Sequence[torch.Generator] = (),
-) -> tuple[Tensor, Tensor]:
-    """Runs the model once and proposes a token and its confidence for every slot asked about: (R, M), (R, M).
-
-    `canvas` holds the request's rows. `suppressed` ids, those from `vocab_size` on and the mask token are not proposed.
-    With guidance the model's batch holds every row twice, the second time with what is given masked, and the
-    cache has rows for both. Raises FloatingPointError where the logits are not numbers.
-    """
-    tokens, positions, valid, rows = canvas.tokens, request.positions, request.valid, request.rows
-    kept = request.slots
-    if positions is not None:
-        kept = torch.searchsorted(positions, kept.contiguous()).clamp_max(positions.shape[1] - 1)
-    elif cache is not None:
-        positions = torch.arange(tokens.shape[1], device=tokens.device).repeat(tokens.shape[0], 1)
-    if config.cfg_scale:
-        tokens = torch.cat([tokens, tokens.masked_fill(canvas.given, canvas.mask_id)])
-        positions, valid, kept = (None if x is None else x.repeat(2, 1) for x in (positions, valid, kept))
-        if rows is not None and cache is not None:
-            rows = torch.cat([rows, rows + cache.rows // 2])
-    if positions is not None:
-        tokens = tokens.gather(1, positions)
-    cache = None if cache is None else cache.at(rows)
-    logits = model(tokens, positions, visible=visible, cache=cache, valid=valid, logits_to_keep=kept)  # (R, M, V)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    if config.cfg_scale:
-        given, masked = logits.chunk(2)
-        logits = masked + (config.cfg_scale + 1) * (given - masked)
-    _refuse_nan(logits, request)
-    logits = logits.clamp_min(torch.finfo(logits.dtype).min)
-    if suppressed:  # LLaDA's logits_eos_inf: gone from the prediction too, so that confidence does not count them
-        logits[..., [token for token in suppressed if token < logits.shape[-1]]] = -torch.inf
-    return propose(
-        logits,
-        generators,
-        counts=request.counts,
-        forbidden=_forbidden(logits, vocab_size, (canvas.mask_id, *suppressed)),
-        confidence=config.ordering,
-        temperature=config.temperature,
-        tempered=config.tempered_confidence,
-        top_k=config.top_k,
-        top_p=config.top_p,
-    )
-
-
-def _forbidden(logits: Tensor, vocab_size: int | None, ids: Sequence[int]) -> Tensor:
-    """bool (V,): the ids that are not proposed."""
-    vocabulary = torch.arange(logits.shape[-1], device=logits.device)
-    forbidden = _is_any(vocabulary, ids)
-    return forbidden if vocab_size is None else forbidden | (vocabulary >= vocab_size)
-
-
-def _refuse_nan(logits: Tensor, request: Request) -> None:
-    largest = logits.amax(dim=-1)  # a NaN or +inf anywhere makes the largest so
-    bad = request.eligible & ~(largest < torch.inf)
-    if bool(bad.any()):
-        row, place = bad.nonzero()[0].tolist()
-        number = row if request.rows is None else int(request.rows[row])
-        raise FloatingPointError(
-            f"the model's logits are {largest[row, place].item()} at slot {int(request.slots[row, place])} of row "
-            f"{number}: its weights are damaged, or overflow in this dtype (try float32)"
-        )
-
-
 # ---------------------------------------------------------------- the loop
 
 
@@ -177,7 +84,7 @@ class _Run:
     waits for the device only where a rule must know what was committed."""
 
     def __init__(self, model, canvas: Canvas, config: SamplingConfig, vocab_size: int | None, eos: Sequence[int]):
-        self.model, self.canvas, self.config, self.vocab_size = model, canvas, config, vocab_size
+        self.model, self.canvas, self.config, self.vocab_size = packed(model), canvas, config, vocab_size
         self.method, self.device = METHODS[config.method], canvas.tokens.device
         self.eos = config.eos_ids or tuple(eos)
         if (config.stop_at_eos or config.suppress_eos or config.delay_eos) and not self.eos:
@@ -204,7 +111,7 @@ class _Run:
         self.turn = [0] * rows  # ... the passes spent on it ...
         self.left = [sizes[0] if sizes else 0 for sizes in self.sizes]  # ... and the places still masked in it
         self.nfe, self.computed = [0] * rows, [0] * rows
-        self._plan: tuple = (None, None)
+        self._plans: dict[Planner, tuple] = {}
 
     def _lay_out(self) -> tuple[Tensor, list[list[int]]]:
         """(B, T) the block of every slot, -1 outside of the region, and the masked places of every row's blocks.
@@ -250,18 +157,15 @@ class _Run:
 
     def _pass(self, planner: Planner, rows: list[int]) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
         """One forward pass for `rows`: the places it commits as an index into (B, T), their tokens and confidences."""
-        index = torch.tensor(rows, device=self.device)
         whole = len(rows) == len(self.sizes)
+        index, current, span, positions = self._plan_for(planner, rows)
         canvas = self.canvas if whole else self.canvas.rows(index)
-        current = torch.tensor([self.block[row] for row in rows], device=self.device)[:, None]
-        span = self.layout[index] == current
         choosing = self.method.coarse and self.turn[rows[0]] == 0
         if choosing:
             asked, counts = canvas.masked, [sum(self.sizes[row][self.block[row] :]) for row in rows]
         else:
             asked, counts = canvas.masked & span, [self.left[row] for row in rows]
         ragged = any(self.lengths[row] < canvas.tokens.shape[1] for row in rows)
-        positions = self._positions(planner, rows, index, current, canvas.valid)
         slots = _leading(asked, max(counts))
         request = Request(None if whole else index, positions, slots, counts, canvas.valid if ragged else None)
         token, confidence = denoise_step(
@@ -275,11 +179,12 @@ class _Run:
             suppressed=self.eos if self.config.suppress_eos else (),
             generators=[self.generators[row] for row in rows],
         )
-        eligible, ending = request.eligible, _is_any(token, self.eos)
-        certain = confidence.masked_fill(ending, -torch.inf) if self.config.delay_eos else confidence
+        eligible, certain = request.eligible, confidence
+        if self.config.delay_eos:
+            certain = confidence.masked_fill(_is_any(token, self.eos), -torch.inf)
         if choosing:
             size = torch.tensor([self.left[row] for row in rows], device=self.device)
-            eligible = coarse_block(certain, eligible, ending, size)
+            eligible = coarse_block(certain, eligible, _is_any(token, self.eos), size)
             self.layout[index] = self.layout[index].scatter_add(1, slots, eligible * (current + 1))
         quota = torch.tensor([self._quota(row) for row in rows], device=self.device)
         config = self.config
@@ -289,27 +194,30 @@ class _Run:
             self.nfe[row] += 1
         return (index[:, None].expand_as(slots)[chosen], slots[chosen]), token[chosen], confidence[chosen]
 
-    def _positions(
-        self, planner: Planner, rows: list[int], index: Tensor, current: Tensor, valid: Tensor
-    ) -> Tensor | None:
-        """(R, Q) the slots that a pass computes, ascending, short rows padded with their last; None for all."""
-        key = (planner, tuple(rows), tuple(self.block[row] for row in rows))
-        if self._plan[0] != key:  # the same for every later pass of the block
+    def _plan_for(self, planner: Planner, rows: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """For a pass of these rows (R,): their numbers, their blocks (R, 1), the blocks' slots bool (R, T), and the
+        slots to compute (R, Q), ascending, short rows padded with their last; None for all."""
+        key = (tuple(rows), tuple(self.block[row] for row in rows))
+        found = self._plans.get(planner)
+        if found is None or found[0] != key:  # the same for every later pass of the block
+            index = torch.tensor(rows, device=self.device)
+            current = torch.tensor(key[1], device=self.device)[:, None]
             layout = self.layout[index]
-            before = (layout == current - 1) & (current > 0)
-            plan = planner(layout == current, Signals(before, self.config.window))
+            span, before = layout == current, (layout == current - 1) & (current > 0)
+            plan = planner(span, Signals(before, self.config.window))
             if plan is None:
-                self._plan = (key, (None, [self.lengths[row] for row in rows]))
+                positions, counts = None, [self.lengths[row] for row in rows]
             else:
-                plan = plan & valid
-                counts = plan.sum(dim=1)
-                ascending = _leading(plan, int(counts.max()))
-                within = torch.arange(ascending.shape[1], device=self.device).minimum(counts[:, None] - 1)
-                self._plan = (key, (ascending.gather(1, within), counts.tolist()))
-        positions, counts = self._plan[1]
-        for row, count in zip(rows, counts, strict=True):
+                plan = plan & self.canvas.valid[index]
+                size = plan.sum(dim=1)
+                counts = size.tolist()
+                ascending = _leading(plan, max(counts))
+                within = torch.arange(ascending.shape[1], device=self.device).minimum(size[:, None] - 1)
+                positions = ascending.gather(1, within)
+            found = self._plans[planner] = (key, (index, current, span, positions), counts)
+        for row, count in zip(rows, found[2], strict=True):
             self.computed[row] += self.branches * count
-        return positions
+        return found[1]
 
     def _quota(self, row: int) -> int:
         return self.quotas[row][self.block[row]][self.turn[row]] if self.config.commit == "quota" else 0

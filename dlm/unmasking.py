@@ -36,7 +36,7 @@ def filter_logits(logits: Tensor, top_k: int | None, top_p: float | None) -> Ten
 
 def probability(logits: Tensor, open_logits: Tensor, token: Tensor) -> Tensor:
     """The softmax probability of the token chosen (LLaDA's low-confidence remasking, arXiv:2502.09992, alg. 5)."""
-    return (logits.gather(-1, token[..., None])[..., 0] - logits.logsumexp(dim=-1)).exp()
+    return logits.log_softmax(dim=-1).gather(-1, token[..., None])[..., 0].exp()
 
 
 def margin(logits: Tensor, open_logits: Tensor, token: Tensor) -> Tensor:
@@ -71,6 +71,27 @@ def _draw(counts: Sequence[int], generators: Sequence[torch.Generator], like: Te
     return noise
 
 
+BLOCK = 64
+
+
+def largest(x: Tensor) -> Tensor:
+    """argmax of x (..., V), the lowest index where several are largest; x has no NaN.
+
+    On a CPU argmax visits one number after another, and amax many at once: the largest number of every block of 64
+    finds the block, and the search goes on there.
+    """
+    size = x.shape[-1]
+    if x.device.type != "cpu" or size < BLOCK * BLOCK:
+        return x.argmax(dim=-1)
+    whole = size - size % BLOCK
+    start = x[..., :whole].unflatten(-1, (-1, BLOCK)).amax(dim=-1).argmax(dim=-1, keepdim=True) * BLOCK
+    token = start + x.gather(-1, start + torch.arange(BLOCK)).argmax(dim=-1, keepdim=True)
+    if whole < size:
+        top, index = x[..., whole:].max(dim=-1, keepdim=True)
+        token = torch.where(top > x.gather(-1, token), whole + index, token)
+    return token[..., 0]
+
+
 def propose(
     logits: Tensor,
     generators: Sequence[torch.Generator] = (),
@@ -85,17 +106,17 @@ def propose(
 ) -> tuple[Tensor, Tensor]:
     """Token and confidence at every place: logits (B, M, V) -> int64 (B, M), float (B, M).
 
-    The token is argmax(l / T + Gumbel noise), argmax(l) at T = 0, among the ids not `forbidden` (V,) that top_k and
-    top_p leave. Confidence is of the model's whole prediction, untempered and unfiltered (LLaDA), or with `tempered`
-    of the distribution that was sampled from (Dream). counts (B): the places of each row that are real; a row draws
-    noise for those alone, from its own generator, so that what it draws does not depend on the batch.
+    The token is argmax(l / T + Gumbel noise), argmax(l) at T = 0, among the ids that are not `forbidden` (N,) and that
+    top_k and top_p leave. Confidence is of the model's whole prediction, untempered and unfiltered (LLaDA), or with
+    `tempered` of the distribution that was sampled from (Dream). counts (B): the places of each row that are real; a
+    row draws noise for those alone, from its own generator, so that what it draws does not depend on the batch.
     """
-    allowed = logits if forbidden is None else logits.masked_fill(forbidden, -torch.inf)
+    allowed = logits if forbidden is None else logits.index_fill(-1, forbidden, -torch.inf)
     if tempered or temperature > 0:
         sampled = filter_logits(allowed, top_k, top_p)
         if temperature > 0:  # the largest is moved to 0, so that no temperature overflows
             sampled = (sampled - sampled.amax(dim=-1, keepdim=True)) / temperature
-    token = (sampled + _draw(counts, generators, sampled, "gumbel") if temperature > 0 else allowed).argmax(dim=-1)
+    token = largest(sampled + _draw(counts, generators, sampled, "gumbel") if temperature > 0 else allowed)
     rule = CONFIDENCES[confidence]
     if rule is None:
         return token, _draw(counts, generators, logits[..., 0], "uniform")

@@ -73,6 +73,9 @@ class LLaDABlock(GradientCheckpointingLayer):
     def __init__(self, config: LLaDAConfig, layer: int):
         super().__init__()
         self.config, self.layer = config, layer
+        # Attributes of a transformers configuration take microseconds each to read: what a pass needs is kept here.
+        self.head_dim, self.normed_heads = config.head_dim, config.attention_layer_norm
+        self.attention_dropout, self.residual_dropout = config.attention_dropout, config.residual_dropout
         self.num_key_value_groups = config.n_heads // config.n_kv_heads
         width, kv_width = config.d_model, config.n_kv_heads * config.head_dim
         bias, qkv_bias = config.include_bias, bool(config.include_bias or config.include_qkv_bias)
@@ -95,9 +98,9 @@ class LLaDABlock(GradientCheckpointingLayer):
         return x + self._drop(self.ff_out(F.silu(self.ff_proj(y)) * self.up_proj(y)))
 
     def _attend(self, x: Tensor, rotary, kernel, mask, positions, cache) -> Tensor:
-        heads = (*x.shape[:2], -1, self.config.head_dim)
+        heads = (*x.shape[:2], -1, self.head_dim)
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        if self.config.attention_layer_norm:
+        if self.normed_heads:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (
             rotate(q.view(heads), *rotary),
@@ -107,14 +110,14 @@ class LLaDABlock(GradientCheckpointingLayer):
         if cache is not None:
             k, v = cache.update(self.layer, positions, k, v)  # (B, T, H, D)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(kernel, eager_attention)
-        dropout = self.config.attention_dropout if self.training else 0.0
+        dropout = self.attention_dropout if self.training else 0.0
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        scale = self.config.head_dim**-0.5
+        scale = self.head_dim**-0.5
         out, _ = attend(self, q, k, v, mask, scaling=scale, dropout=dropout, is_causal=False)  # (B, Q, H, D)
         return out.reshape(*x.shape[:2], -1)
 
     def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.config.residual_dropout, self.training) if self.config.residual_dropout else x
+        return F.dropout(x, self.residual_dropout, self.training) if self.residual_dropout else x
 
 
 class LLaDAPreTrainedModel(PreTrainedModel):

@@ -1,0 +1,293 @@
+"""Latency, tokens per second and distance from the machine's limit of generation, for a model or a shape.
+
+    dlm bench speed --config 25m --cells none:32:64 dual:32:64 --threads 2 --profile
+
+The limit ("floor") is what the passes of a generation need at least: for each the larger of its operations over the
+rate of matrix products and its bytes over the bandwidth, both measured in the same run, at this type and number of
+threads. Times are medians of `--repeats` runs after one that is not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+import dlm
+from dlm import cache, step, unmasking
+from dlm.flops import pass_bytes, pass_flops
+from dlm.models import packed as packing
+from dlm.models import transformer
+from dlm.shapes import SHAPES, parse_cell, random_model
+
+# ---------------------------------------------------------------- what the machine can do
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _best(work: Callable[[], object], device: torch.device, clock, seconds: float = 0.2) -> float:
+    """The shortest of many runs: what the machine does when nothing is in the way."""
+    work()
+    _wait(device)
+    shortest, until = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        began = clock()
+        work()
+        _wait(device)
+        shortest = min(shortest, clock() - began)
+    return shortest
+
+
+@torch.inference_mode()
+def matmul_rate(dtype: torch.dtype, device: torch.device, clock=time.perf_counter) -> float:
+    """Operations a second of the fastest matrix product found, in torch's own way and in the packed model's."""
+    sizes = [(8192, 8192, 8192)] if device.type == "cuda" else [(288, 384, 1536), (288, 1536, 384), (512, 1024, 1024)]
+    rate = 0.0
+    for m, k, n in sizes:
+        x, weight = torch.randn(m, k, dtype=dtype, device=device), torch.randn(n, k, dtype=dtype, device=device)
+        ways = [lambda x=x, weight=weight: torch.nn.functional.linear(x, weight)]
+        if device.type == "cpu" and packing.has_kernels(dtype):
+            blocked = packing.Linear.of([weight], [None])
+            ways.append(lambda x=x, blocked=blocked: blocked(x))
+        rate = max([rate, *(2 * m * k * n / _best(way, device, clock) for way in ways)])
+    return rate
+
+
+@torch.inference_mode()
+def bandwidth(device: torch.device, clock=time.perf_counter) -> float:
+    """Bytes a second read from memory by a sum over 256 MiB (1 GiB on a GPU), more than a cache holds."""
+    numbers = torch.ones((2**27 if device.type == "cuda" else 2**25), dtype=torch.int64, device=device)
+    return numbers.nbytes / _best(numbers.sum, device, clock)
+
+
+# ---------------------------------------------------------------- one cell
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one forward pass was asked: rows, slots computed and keys seen by each, places asked about by each."""
+
+    rows: int
+    computed: int
+    keys: int
+    asked: int
+
+
+class Recorder:
+    """The predictor that `denoise` would use, with a note of every call."""
+
+    def __init__(self, model):
+        self.inner, self.config, self.passes = packing.packed(model), model.config, []
+
+    def __call__(self, tokens, positions=None, *, cache=None, logits_to_keep=None, **more):
+        rows, computed = tokens.shape
+        asked = computed if logits_to_keep is None else logits_to_keep.shape[1]
+        self.passes.append(Pass(rows, computed, computed if cache is None else cache.length, asked))
+        return self.inner(tokens, positions, cache=cache, logits_to_keep=logits_to_keep, **more)
+
+
+def floor(config, passes: Sequence[Pass], itemsize: int, rate: float, width: float) -> float:
+    """Seconds that these passes take at least, at `rate` operations and `width` bytes a second."""
+    return sum(
+        max(
+            each.rows * pass_flops(config, each.computed, each.keys, each.asked) / rate,
+            pass_bytes(config, each.rows, each.keys, itemsize) / width,
+        )
+        for each in passes
+    )
+
+
+def measure(model, prompts, config, repeats: int, rate: float, width: float, clock=time.perf_counter) -> dict:
+    """One cell: the median latency of `generate` and what it follows from."""
+    device = model.device
+    recorder = Recorder(model)
+    out = dlm.generate(
+        recorder, dlm.Canvas.from_prompts(prompts, config.gen_length, model.config.mask_token_id, device=device), config
+    )
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    times = []
+    for _ in range(repeats):
+        _wait(device)
+        began = clock()
+        dlm.generate(model, prompts, config)
+        _wait(device)
+        times.append(clock() - began)
+    seconds, passes, itemsize = statistics.median(times), recorder.passes, model.dtype.itemsize
+    flops = sum(p.rows * pass_flops(model.config, p.computed, p.keys, p.asked) for p in passes)
+    read = sum(pass_bytes(model.config, p.rows, p.keys, itemsize) for p in passes)
+    least = floor(model.config, passes, itemsize, rate, width)
+    return {
+        "method": config.method, "block": config.block_length, "steps": config.steps, "batch": len(prompts),
+        "seconds": seconds, "seconds_per_pass": seconds / len(passes), "passes": len(passes),
+        "tokens_per_second": len(prompts) * config.gen_length / seconds,
+        "positions_computed": int(out.positions_computed.sum()),
+        "flops_per_second": flops / seconds, "bytes_per_second": read / seconds,
+        "floor": least, "ratio": seconds / least, "peak_memory": _peak_memory(device),
+    }  # fmt: skip
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU since the cell began, of the process so far on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# ---------------------------------------------------------------- where the time goes
+
+
+class Stopwatch:
+    """Seconds by name; time spent in a name within another is the inner one's alone."""
+
+    def __init__(self, device: torch.device, clock):
+        self.device, self.clock, self.seconds, self._stack = device, clock, {}, []
+
+    @contextmanager
+    def timing(self, name: str) -> Iterator[None]:
+        _wait(self.device)
+        began = self.clock()
+        self._stack.append(0.0)
+        try:
+            yield
+        finally:
+            _wait(self.device)
+            took = self.clock() - began
+            inside = self._stack.pop()
+            self.seconds[name] = self.seconds.get(name, 0.0) + took - inside
+            if self._stack:
+                self._stack[-1] += took
+
+    def around(self, name: str, function: Callable) -> Callable:
+        def timed(*args, **kwargs):
+            with self.timing(name):
+                return function(*args, **kwargs)
+
+        return timed
+
+
+class _Kernels:
+    """transformers' table of attention kernels, each timed."""
+
+    def __init__(self, table, watch: Stopwatch):
+        self.table, self.watch = table, watch
+
+    def get_interface(self, *args):
+        return self.watch.around("attention", self.table.get_interface(*args))
+
+
+def profile(model, prompts, config, clock=time.perf_counter) -> dict[str, float]:
+    """Shares of one generation's time: body, attention, head, confidence, commit, cache, and host (all the rest)."""
+    watch = Stopwatch(model.device, clock)
+    predictor = packing.packed(model)
+    dlm.generate(model, prompts, config)
+    commits = {name: watch.around("commit", rule) for name, rule in unmasking.COMMITS.items()}
+    patches = [
+        mock.patch.object(packing, "attention", watch.around("attention", packing.attention)),
+        mock.patch.object(transformer, "ALL_ATTENTION_FUNCTIONS", _Kernels(transformer.ALL_ATTENTION_FUNCTIONS, watch)),
+        mock.patch.object(cache.KVCache, "update", watch.around("cache", cache.KVCache.update)),
+        mock.patch.object(step, "decide", watch.around("confidence", step.decide)),
+        mock.patch.dict(unmasking.COMMITS, commits),
+    ]
+    if predictor is model:
+        table = model.get_output_embeddings()
+        if not model.config.weight_tying:
+            patches.append(mock.patch.object(table, "forward", watch.around("head", table.forward)))
+        patches.append(mock.patch.object(type(model), "forward", watch.around("body", type(model).forward)))
+    else:
+        patches.append(mock.patch.object(predictor, "head", watch.around("head", predictor.head)))
+        patches.append(mock.patch.object(packing.Packed, "__call__", watch.around("body", packing.Packed.__call__)))
+    for patch in patches:
+        patch.start()
+    try:
+        with watch.timing("host"):
+            dlm.generate(model, prompts, config)
+    finally:
+        for patch in reversed(patches):
+            patch.stop()
+    total = sum(watch.seconds.values())
+    return {name: seconds / total for name, seconds in sorted(watch.seconds.items(), key=lambda item: -item[1])}
+
+
+# ---------------------------------------------------------------- the command
+
+
+def _line(row: dict) -> str:
+    return (
+        f"{row['method']:<12} {row['block']:>4} x {row['steps']:<4} {row['seconds']:8.3f} s {row['passes']:>5} passes "
+        f"{1e3 * row['seconds_per_pass']:8.2f} ms {row['tokens_per_second']:8.0f} tokens/s "
+        f"{row['flops_per_second'] / 1e9:8.0f} GFLOP/s   floor {row['floor']:.3f} s, {row['ratio']:.2f}x"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="dlm bench speed", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="a checkpoint; without one, random weights of --config")
+    parser.add_argument("--config", default="25m", help=f"{', '.join(SHAPES)} (default: 25m)")
+    parser.add_argument("--cells", nargs="+", default=["none:32:64", "dual:32:64"], metavar="METHOD:BLOCK:STEPS")
+    parser.add_argument("--prompt-length", type=int, default=32)
+    parser.add_argument("--gen-length", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="of torch on a CPU")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and of the prompts")
+    parser.add_argument("--profile", action="store_true", help="also where the time of each cell goes")
+    parser.add_argument(
+        "--clock", default="wall", choices=("wall", "cpu"), help="cpu: the process's own time, for a machine in use"
+    )
+    parser.add_argument("--json", help="write the rows there")
+    args = parser.parse_args(argv)
+    for name in ("prompt_length", "gen_length", "batch", "repeats"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name} is {getattr(args, name)}: give 1 or more")
+    cells = [parse_cell(cell) for cell in args.cells]
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    dtype, device = getattr(torch, args.dtype), torch.device(args.device)
+    if args.model:
+        model, _ = dlm.load(args.model, dtype=dtype, device=device)
+    else:
+        model = random_model(args.config, dtype=dtype, device=device, seed=args.seed)
+    clock = time.process_time if args.clock == "cpu" else time.perf_counter
+    rate, width = matmul_rate(dtype, device, clock), bandwidth(device, clock)
+    print(
+        f"{model.num_parameters() / 1e6:.0f}M parameters, {args.dtype}, {device}, {torch.get_num_threads()} threads: "
+        f"{rate / 1e9:.0f} GFLOP/s in matrix products, {width / 1e9:.1f} GB/s",
+        flush=True,
+    )
+    generator = torch.Generator().manual_seed(args.seed)
+    shape = (args.batch, args.prompt_length)
+    prompts = torch.randint(0, max(1, model.config.vocab_size - 8), shape, generator=generator).tolist()
+    rows = []
+    for method, block, steps in cells:
+        config = dlm.SamplingConfig(gen_length=args.gen_length, block_length=block, steps=steps, method=method)
+        row = measure(model, prompts, config, args.repeats, rate, width, clock)
+        print(_line(row), flush=True)
+        if args.profile:
+            row["profile"] = profile(model, prompts, config, clock)
+            print("    " + "  ".join(f"{name} {share:.0%}" for name, share in row["profile"].items()), flush=True)
+        rows.append(row)
+    if args.json:
+        machine = {"matmul_rate": rate, "bandwidth": width, "threads": torch.get_num_threads(), "dtype": args.dtype}
+        Path(args.json).write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,139 @@
+"""One pass of the denoising loop: run the model on some slots, propose a token and its confidence for some of them.
+
+Shapes: T slots of the canvas, R rows of this pass, Q slots it computes, M masked slots asked about, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .cache import KVCache
+from .canvas import Canvas
+from .models.attention import Visible, full
+from .sampling import SamplingConfig
+from .unmasking import propose
+
+__all__ = ["Request", "denoise_step"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one forward pass is asked. rows (R,): of the canvas and the cache, None for all. positions (R, Q): the
+    slots it computes, ascending, None for all. slots (R, M): the places it proposes for, of which row i's first
+    counts[i] are masked and the rest padding. valid (R, T): which slots exist, None for all."""
+
+    rows: Tensor | None
+    positions: Tensor | None
+    slots: Tensor
+    counts: list[int]
+    valid: Tensor | None
+
+    @cached_property
+    def eligible(self) -> Tensor:
+        counts = torch.tensor(self.counts, device=self.slots.device)
+        return torch.arange(self.slots.shape[1], device=self.slots.device)[None] < counts[:, None]
+
+
+def denoise_step(
+    model,
+    canvas: Canvas,
+    request: Request,
+    config: SamplingConfig,
+    *,
+    visible: Visible = full,
+    cache: KVCache | None = None,
+    vocab_size: int | None = None,
+    suppressed: Sequence[int] = (),
+    generators: Sequence[torch.Generator] = (),
+) -> tuple[Tensor, Tensor]:
+    """Runs the model once and proposes a token and its confidence for every slot asked about: (R, M), (R, M).
+
+    `canvas` holds the request's rows. `suppressed` ids, those from `vocab_size` on and the mask token are not proposed.
+    With guidance the model's batch holds every row twice, the second time with what is given masked, and the
+    cache has rows for both. Raises FloatingPointError where the logits are not numbers.
+    """
+    tokens, positions, valid, rows = canvas.tokens, request.positions, request.valid, request.rows
+    kept = request.slots
+    if positions is not None:
+        kept = torch.searchsorted(positions, kept.contiguous()).clamp_max(positions.shape[1] - 1)
+    elif cache is not None:
+        positions = torch.arange(tokens.shape[1], device=tokens.device).repeat(tokens.shape[0], 1)
+    if config.cfg_scale:
+        tokens = torch.cat([tokens, tokens.masked_fill(canvas.given, canvas.mask_id)])
+        positions, valid, kept = (None if x is None else x.repeat(2, 1) for x in (positions, valid, kept))
+        if rows is not None and cache is not None:
+            rows = torch.cat([rows, rows + cache.rows // 2])
+    if positions is not None:
+        tokens = tokens.gather(1, positions)
+    cache = None if cache is None else cache.at(rows)
+    logits = model(tokens, positions, visible=visible, cache=cache, valid=valid, logits_to_keep=kept)  # (R, M, V)
+    forbidden = _forbidden(logits, vocab_size, (canvas.mask_id, *suppressed))
+    found = [
+        decide(part, other, request.counts, config, suppressed, forbidden, generators)
+        for part, other in _parts(logits, config)
+    ]
+    token, confidence, largest = (torch.cat(x, dim=1).view(request.slots.shape) for x in zip(*found, strict=True))
+    _refuse_nan(largest, request)
+    return token, confidence
+
+
+# Numbers of logits that one call of `decide` sees on a CPU: what it computes of them stays in the processor's cache.
+PART = 2**17
+
+
+def _parts(logits: Tensor, config: SamplingConfig) -> list[tuple[Tensor, Tensor | None]]:
+    """The logits (R, M, V) in pieces, and with guidance those of the other branch: on a CPU a few places at a time,
+    (1, m, V), where no place needs its row's generator."""
+    branches = logits.chunk(2) if config.cfg_scale else (logits,)
+    if logits.device.type == "cpu" and config.temperature == 0 and config.ordering != "random":
+        each = max(1, PART // logits.shape[-1])
+        branches = [branch.reshape(1, -1, branch.shape[-1]).split(each, dim=1) for branch in branches]
+    else:
+        branches = [[branch] for branch in branches]
+    return list(zip(*branches, strict=True)) if config.cfg_scale else [(part, None) for part in branches[0]]
+
+
+def decide(logits, other, counts, config: SamplingConfig, suppressed, forbidden, generators):
+    """Token, confidence and largest logit at every place of logits (R, M, V): (R, M) each. other: the logits with
+    what is given masked, for guidance."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if other is not None:
+        other = other.to(logits.dtype)
+        logits = other + (config.cfg_scale + 1) * (logits - other)
+    most = logits.amax(dim=-1)  # a NaN or +inf anywhere makes the largest so
+    logits = logits.clamp_min(torch.finfo(logits.dtype).min)
+    if suppressed:  # LLaDA's logits_eos_inf: gone from the prediction too, so that confidence does not count them
+        logits[..., [token for token in suppressed if token < logits.shape[-1]]] = -torch.inf
+    token, confidence = propose(
+        logits,
+        generators,
+        counts=counts,
+        forbidden=forbidden,
+        confidence=config.ordering,
+        temperature=config.temperature,
+        tempered=config.tempered_confidence,
+        top_k=config.top_k,
+        top_p=config.top_p,
+    )
+    return token, confidence, most
+
+
+def _forbidden(logits: Tensor, vocab_size: int | None, ids: Sequence[int]) -> Tensor:
+    """(N,) the ids that are not proposed."""
+    size = logits.shape[-1]
+    ids = {token for token in ids if token < size} | set(range(size if vocab_size is None else vocab_size, size))
+    return torch.tensor(sorted(ids), dtype=torch.int64, device=logits.device)
+
+
+def _refuse_nan(largest: Tensor, request: Request) -> None:
+    bad = request.eligible & ~(largest < torch.inf)
+    if bool(bad.any()):
+        row, place = bad.nonzero()[0].tolist()
+        number = row if request.rows is None else int(request.rows[row])
+        raise FloatingPointError(
+            f"the model's logits are {largest[row, place].item()} at slot {int(request.slots[row, place])} of row "
+            f"{number}: its weights are damaged, or overflow in this dtype (try float32)"
+        )

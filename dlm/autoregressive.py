@@ -114,14 +114,11 @@ def generate(
     generators = [torch.Generator(tokens.device).manual_seed((seed + row) % 2**63) for row in range(rows)]
     nfe, computed = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
     active = torch.arange(rows, device=device)
-    barred: Tensor | None = None
+    barred = torch.tensor(list(forbidden), dtype=torch.int64, device=device)
     for step in range(gen_length):
         here = lengths[active] + step - 1  # the slot of each row's last token
         logits = _next(model, tokens[active], here, active, cache, first=step == 0)  # (R, 1, V)
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        if barred is None:
-            barred = torch.zeros(logits.shape[-1], dtype=torch.bool, device=device)
-            barred[list(forbidden)] = True
         token, _ = propose(
             logits,
             [generators[row] for row in active.tolist()],

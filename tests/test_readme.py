@@ -1,13 +1,13 @@
 """What README.md tells a reader to type works."""
 
-import dataclasses
+import contextlib
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
-from dlm import cli
+from dlm import cli, scripts
 from dlm.models import SHIPPED
 
 ROOT = Path(__file__).parent.parent
@@ -46,13 +46,31 @@ def test_make_targets_exist():
     assert {"demo", "test"} <= named <= targets
 
 
-def test_options_exist():
-    from train.pretrain import Recipe as Pretrain
-    from train.sft import Recipe as Sft
+def options_of(command, capsys):
+    """What `dlm COMMAND --help` lists, and what it reads without listing."""
+    with contextlib.suppress(SystemExit):
+        cli.main([*command, "--help"])
+    listed = set(re.findall(r"--[a-z][a-z_-]+", capsys.readouterr().out))
+    return LM_EVAL if command == ["eval", "harness"] else listed
 
-    settings = {field.name for recipe in (Pretrain, Sft) for field in dataclasses.fields(recipe)}
-    known = {cli.flag(field) for field in {*cli.SAMPLING, *settings}} | {"--prompts", "--json", "--help", "--config"}
-    assert set(re.findall(r"--[a-z][a-z-]+", README)) <= known
+
+LM_EVAL = {"--tasks", "--model_args"}  # options of lm_eval itself, which is an extra
+SHOWN = sorted({line.split("#")[0].strip() for _, kind, text in BLOCKS if kind == "sh" for line in text.splitlines()})
+SHOWN = [line for line in SHOWN if re.match(r"dlm \w+ .*--\w", line)]
+
+
+@pytest.mark.parametrize("line", SHOWN)
+def test_options_of_a_command_exist(line, capsys):
+    words = line.split()[1:]
+    command = words[: 2 if words[0] in scripts.FOLDERS else 1]
+    assert set(re.findall(r"--[a-z][a-z_-]+", line)) <= options_of(command, capsys)
+
+
+def test_options_exist(capsys):
+    commands = [[command, name] for command in scripts.FOLDERS for name in scripts.scripts(command)]
+    commands += [[word] for word in ("generate", "infill", "chat", "info")] + [["train", "--estimate"]]
+    known = set().union(*(options_of(command, capsys) for command in commands)) | {"--estimate"}
+    assert set(re.findall(r"--[a-z][a-z_-]+", README)) <= known
 
 
 def test_files_exist():

@@ -81,9 +81,7 @@ def _tokenize(path, tokenizer, form: ChatFormat, split: str) -> Documents:
     return join(pieces, targets, tokenizer.bos_token_id, size, counts)
 
 
-def chat_source(
-    paths: Sequence[str], tokenizer, form: ChatFormat, split: str, weight: float = 1.0
-) -> StreamedSource:
+def chat_source(paths: Sequence[str], tokenizer, form: ChatFormat, split: str, weight: float = 1.0) -> StreamedSource:
     """The conversations of files one after another, read while they are trained on; errors: `load_chats`'s."""
     counts = dict.fromkeys(COUNTS, 0)
 

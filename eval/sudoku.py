@@ -12,6 +12,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ if __package__ in (None, ""):  # run by path from a clone: find dlm/ beside eval
 import numpy as np
 
 from dlm import sudoku
+from dlm.cache import METHODS
 from dlm.cli import Parser
 from dlm.names import check_name
 from dlm.progress import counted
@@ -39,15 +41,18 @@ ONE_BLOCK = 81
 
 @dataclass(frozen=True)
 class Setting:
-    """A row of the table: its name, the configuration, and passes for one puzzle (None: one for each empty cell)."""
+    """A row of the table: its order, how many cells a pass, and the configuration."""
 
     order: str
     rule: str
     config: object
 
 
-def settings(orders: list[str], steps: list[int], thresholds: list[float]) -> list[Setting]:
-    """What is tried: the orders at one cell a pass, those of one block at fewer passes, and thresholds."""
+def settings(orders: list[str], steps: list[int], thresholds: list[float], methods: Sequence[str] = ()):
+    """The Settings to try: the orders at one cell a pass, those of one block at fewer passes, and thresholds.
+
+    methods: cached ones, for the orders with blocks to cache, of more than one cell.
+    """
     from dlm import SamplingConfig
 
     found = []
@@ -56,6 +61,8 @@ def settings(orders: list[str], steps: list[int], thresholds: list[float]) -> li
         found.append(Setting(order, "one cell a pass", config))
         if config.block_length == ONE_BLOCK:
             found += [Setting(order, f"{count} passes", replace(config, steps=count)) for count in steps]
+        elif config.block_length > 1:
+            found += [Setting(order, name, replace(config, method=name)) for name in methods]
     for threshold in thresholds:
         config = SamplingConfig(block_length=ONE_BLOCK, commit="threshold", threshold=threshold)
         found.append(Setting("probability", f"all above {threshold:g}", config))
@@ -63,19 +70,20 @@ def settings(orders: list[str], steps: list[int], thresholds: list[float]) -> li
 
 
 def solve(model, puzzles: np.ndarray, config, batch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Answers (P, 81) to puzzles (P, 81), and the passes (P,) that each took."""
+    """Answers (P, 81) to puzzles (P, 81), the passes and the positions computed (P,) that each took."""
     from dlm import Canvas, generate
 
     mask = model.config.mask_token_id
-    answers, passes = puzzles.copy(), []
+    answers, passes, computed = puzzles.copy(), [], []
     for first in range(0, len(puzzles), batch):
         part = puzzles[first : first + batch]
         out = generate(model, Canvas.from_templates(sudoku.to_ids(part).tolist(), mask), config)
         for row, ids in zip(range(first, first + len(part)), out.sequences.tolist(), strict=True):
             empty = puzzles[row] == 0
             answers[row, empty] = [token if 1 <= token <= 9 else 0 for token in ids[: int(empty.sum())]]
-        passes += list(out.nfe)
-    return answers, np.array(passes)
+        passes += out.nfe.tolist()
+        computed += out.positions_computed.tolist()
+    return answers, np.array(passes), np.array(computed)
 
 
 def test_puzzles(count: int, clues: tuple[int, int], seed: int) -> np.ndarray:
@@ -100,13 +108,14 @@ def table(model, puzzles: np.ndarray, rows: list[Setting], batch: int, show) -> 
     records = []
     for row in rows:
         began = time.perf_counter()
-        answers, passes = solve(model, puzzles, row.config, batch)
+        answers, passes, computed = solve(model, puzzles, row.config, batch)
         right = np.array([sudoku.is_solution(a, p) for a, p in zip(answers, puzzles, strict=True)])
         cells = float((answers == 0).sum())
         record = {
             "order": row.order, "rule": row.rule, "puzzles": len(puzzles), "solved": float(right.mean()),
             "all": accuracy(right), **{name: accuracy(right[here]) for name, here in buckets(clues)},
-            "passes": float(passes.mean()), "seconds": time.perf_counter() - began, "not_digits": cells,
+            "passes": float(passes.mean()), "positions": float(computed.mean()), "seconds": time.perf_counter() - began,
+            "not_digits": cells,
         }  # fmt: skip
         records.append(record)
         show(record)
@@ -122,15 +131,21 @@ def buckets(clues: np.ndarray):
 def print_row(record: dict) -> None:
     """A line of the table."""
     names = [name for name in record if name.endswith("givens")]
-    cells = [f"{record['order']:<13}", f"{record['rule']:<16}", f"{record['passes']:6.1f}", f"{record['all']:>11}"]
+    cells = [
+        f"{record['order']:<13}",
+        f"{record['rule']:<16}",
+        f"{record['passes']:6.1f}",
+        f"{record['positions']:9.0f}",
+        f"{record['all']:>11}",
+    ]
     print(" | ".join([*cells, *(f"{record[name]:>12}" for name in names)]), flush=True)
 
 
 def print_head(count: int) -> None:
     """The table's head."""
     names = [f"{name:>12}" for name, _ in buckets(np.array([]))]
-    print(f"{count} puzzles with one solution, solved in percent ± standard error; passes on average")
-    print(" | ".join([f"{'order':<13}", f"{'rule':<16}", "passes", f"{'all':>11}", *names]))
+    print(f"{count} puzzles with one solution, solved in percent ± standard error; passes and positions: averages")
+    print(" | ".join([f"{'order':<13}", f"{'rule':<16}", "passes", "positions", f"{'all':>11}", *names]))
 
 
 def solve_one(model, text: str, order: str) -> int:
@@ -138,7 +153,7 @@ def solve_one(model, text: str, order: str) -> int:
     puzzle = sudoku.from_text(text)
     found = sudoku.solutions(puzzle)
     [row] = [row for row in settings([order], [], []) if row.rule == "one cell a pass"]
-    answers, passes = solve(model, puzzle[None], row.config, 1)
+    answers, passes, _ = solve(model, puzzle[None], row.config, 1)
     right = sudoku.is_solution(answers[0], puzzle)
     print(sudoku.pretty(answers[0]))
     known = {0: "the puzzle has no solution", 1: "the only solution"}.get(len(found), "one of several solutions")
@@ -157,6 +172,8 @@ def parse(argv: list[str]):
     parser.add_argument("--orders", default=",".join(ORDERS), metavar="NAME,NAME", help=f"default: {','.join(ORDERS)}")
     parser.add_argument("--steps", default="24,12,6,3,1", metavar="N,N", help="passes (default: 24,12,6,3,1)")
     parser.add_argument("--thresholds", default="0.99,0.9", metavar="X,X", help="confidences (default: 0.99,0.9)")
+    parser.add_argument("--methods", default="prefix,dual,c2f", metavar="NAME,NAME", help=(
+        "cached ones, for the order row by row (default: prefix,dual,c2f)"))  # fmt: skip
     parser.add_argument("--seed", type=int, default=1_000_000, metavar="N", help="of the puzzles (default: 1000000)")
     parser.add_argument("--batch-size", type=int, default=100, metavar="N", help="puzzles at a time (default: 100)")
     parser.add_argument("--output", metavar="FILE", help="write the table as JSON")
@@ -169,6 +186,9 @@ def parse(argv: list[str]):
     args.orders = args.orders.split(",")
     for name in args.orders:
         check_name("--orders", name, list(ORDERS))
+    args.methods = [name for name in args.methods.split(",") if name]
+    for name in args.methods:
+        check_name("--methods", name, METHODS)
     try:
         args.clues = tuple(int(word) for word in args.clues.split("-"))
         args.steps = [int(word) for word in args.steps.split(",") if word]
@@ -193,7 +213,8 @@ def run(argv: list[str]) -> int:
         return solve_one(model, args.puzzle, args.order)
     puzzles = test_puzzles(args.puzzles, args.clues, args.seed)
     print_head(len(puzzles))
-    records = table(model, puzzles, settings(args.orders, args.steps, args.thresholds), args.batch_size, print_row)
+    rows = settings(args.orders, args.steps, args.thresholds, args.methods)
+    records = table(model, puzzles, rows, args.batch_size, print_row)
     if args.output:
         Path(args.output).write_text(json.dumps({"command": argv, "rows": records}, indent=1) + "\n")
     return 0

@@ -117,8 +117,10 @@ def test_recipe_trains_and_evaluation_counts(run, tmp_path):
     rows = json.loads((tmp_path / "t.json").read_text())["rows"]
     assert [row["order"] for row in rows] == [
         "margin", "margin", "probability", "probability", "entropy", "entropy", "random", "random", "row by row",
-        "left to right", "probability",
+        "row by row", "row by row", "row by row", "left to right", "probability",
     ]  # fmt: skip
+    positions = {row["rule"]: row["positions"] for row in rows if row["order"] == "row by row"}
+    assert positions["c2f"] == positions["dual"] < positions["prefix"] < positions["one cell a pass"]
     assert rows[1]["passes"] == 2 and rows[0]["passes"] == rows[2]["passes"] > 30 and rows[0]["solved"] == 0
     code, out, _ = run("eval", "sudoku", "--model", tmp_path / "m", "--puzzle", WIKIPEDIA)
     assert code == 1 and "not a solution, 51 passes" in out and out.startswith("5 3 ")
@@ -129,10 +131,12 @@ def test_an_answer_that_is_right_counts(monkeypatch):
 
     puzzles = np.stack([cells(WIKIPEDIA)] * 3)
     good, bad = cells(ANSWER), cells(ANSWER)[::-1].copy()
-    monkeypatch.setattr(evaluation, "solve", lambda *a: (np.stack([good, bad, good]), np.array([51, 51, 48])))
+    monkeypatch.setattr(
+        evaluation, "solve", lambda *a: (np.stack([good, bad, good]), np.array([51, 51, 48]), np.array([9, 9, 9]))
+    )
     [record] = evaluation.table(None, puzzles, evaluation.settings(["margin"], [], []), 8, lambda record: None)
     assert record["solved"] == pytest.approx(2 / 3) and record["passes"] == 50
-    assert record["27-31 givens"] == "66.7 ± 27.2" and record["17-26 givens"] == "-"
+    assert record["positions"] == 9 and record["27-31 givens"] == "66.7 ± 27.2" and record["17-26 givens"] == "-"
 
 
 @pytest.mark.parametrize(
@@ -144,6 +148,7 @@ def test_an_answer_that_is_right_counts(monkeypatch):
         (["eval", "sudoku", "--model", "x", "--clues", "90"], "--clues is A-B"),
         (["eval", "sudoku", "--model", "x", "--puzzles", "0"], "--puzzles is 0"),
         (["eval", "sudoku", "--model", "x", "--orders", "margni"], "margin"),
+        (["eval", "sudoku", "--model", "x", "--methods", "duel"], "dual"),
     ],
 )
 def test_bad_input(run, words, says):

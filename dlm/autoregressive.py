@@ -8,7 +8,6 @@ no other code is needed than what computes any slots of a canvas.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor
 from dlm.cache import KVCache
 from dlm.data import Example
 from dlm.likelihood import Bound
-from dlm.models import LLaDAConfig
+from dlm.models import LLaDAConfig, read_objective
 from dlm.models.attention import causal
 from dlm.sampler import GenerationOutput
 from dlm.unmasking import propose
@@ -40,10 +39,7 @@ def is_autoregressive(path: str | os.PathLike, revision: str | None = None) -> b
     fields, _ = PretrainedConfig.get_config_dict(str(path), revision=revision or "main")
     if fields.get("model_type") != LLaDAConfig.model_type:
         return True
-    notes = Path(path) / "training.json"
-    if not notes.is_file():
-        return False
-    return json.loads(notes.read_text(encoding="utf-8")).get("recipe", {}).get("objective") == "autoregressive"
+    return read_objective(path) == "autoregressive"
 
 
 @torch.inference_mode()

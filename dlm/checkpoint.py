@@ -43,6 +43,8 @@ def whole_folder(folder: str | os.PathLike) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+        for file in temporary.rglob("*.safetensors"):  # written for their owner alone, whatever the umask
+            file.chmod(temporary.stat().st_mode & 0o666)
         replace_folder(temporary, folder)
         _remove_stale(folder, "old-")  # only now: one may have been all that a kill between two renames left
     except Exception as error:

@@ -10,7 +10,6 @@ answer's text ends: how probable it is that a text stops depends on gen_length m
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dlm.metrics import perplexity
-from dlm.models import LLaDAConfig, load, quiet
+from dlm.models import LLaDAConfig, load, quiet, read_objective
 from dlm.models.attention import causal
 from dlm.tokenizer import load_tokenizer
 
@@ -183,14 +182,11 @@ def _open_causal(path: str, revision: str | None, device, dtype: str):
 
 def _check_autoregressive(path: str) -> None:
     """Errors: a checkpoint in dlm's layout whose notes say that it was trained for something else."""
-    notes = Path(path) / "training.json"
-    if notes.is_file():
-        objective = json.loads(notes.read_text(encoding="utf-8")).get("recipe", {}).get("objective")
-        if objective not in (None, "autoregressive"):
-            raise ValueError(
-                f"the judge {path} was trained on the objective {objective}: a judge must be autoregressive, "
-                "so that it gives a text one probability"
-            )
+    if (objective := read_objective(path)) not in (None, "autoregressive"):
+        raise ValueError(
+            f"the judge {path} was trained on the objective {objective}: a judge must be autoregressive, "
+            "so that it gives a text one probability"
+        )
 
 
 def identify(path: str, revision: str | None, config) -> str:

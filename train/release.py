@@ -26,7 +26,8 @@ from dlm.checkpoint import whole_folder
 from dlm.data import Examples
 from dlm.documents import load_documents
 from dlm.runtime import make_accelerator
-from dlm.tokenizer import decode
+from dlm.texts import open_writer, write
+from dlm.tokenizer import decode, encode_prompt
 from dlm.training_config import TrainingConfig
 from dlm.validation import validate
 
@@ -34,7 +35,12 @@ LN2 = math.log(2.0)
 
 
 def measure(model, tokenizer, paths: list[str], length: int, passes: int) -> dict:
-    """The bound on held-out text: `passes` draws of noise for every example, with the standard error over documents."""
+    """The bound on held-out text: `passes` draws of noise for every example, with the standard error over documents.
+
+    Of an autoregressive model the likelihood itself, in one pass, since no noise is drawn.
+    """
+    causal = model.objective == "autoregressive"
+    passes = 1 if causal else passes
     parts = [load_documents(path, tokenizer) for path in paths]
     examples = Examples(parts, length)
     settings = TrainingConfig(output=".", max_steps=1, precision="no", sample_every=0)
@@ -42,7 +48,7 @@ def measure(model, tokenizer, paths: list[str], length: int, passes: int) -> dic
         model,
         examples,
         make_accelerator(settings),
-        objective="diffusion",
+        objective="autoregressive" if causal else "diffusion",
         estimator="count",
         mask_id=model.config.mask_token_id,
         pad_id=model.config.pad_token_id,
@@ -64,10 +70,11 @@ def measure(model, tokenizer, paths: list[str], length: int, passes: int) -> dic
     }
 
 
-def samples(model, tokenizer, prompts: list[str], config: dlm.SamplingConfig) -> list[str]:
-    """One text a prompt, seeds from config.seed up, unedited."""
-    out = dlm.generate(model, prompts, config, tokenizer=tokenizer)
-    return [prompt + decode(tokenizer, row) for prompt, row in zip(prompts, out.sequences.tolist(), strict=True)]
+def samples(source: Path, prompts: list[str], config: dlm.SamplingConfig) -> list[str]:
+    """One text a prompt, seeds from config.seed up, unedited, by the model of either kind in `source`."""
+    writer = open_writer(source, dtype="float32", device="cpu")
+    rows = write(writer, [encode_prompt(writer.tokenizer, prompt, writer.mask) for prompt in prompts], config)
+    return [prompt + decode(writer.tokenizer, row) for prompt, row in zip(prompts, rows, strict=True)]
 
 
 def read_notes(folder: Path) -> dict:
@@ -114,7 +121,7 @@ def main(argv: list[str]) -> int:
     model, tokenizer = dlm.load(source, dtype="float32", device="cpu")
     bound = measure(model, tokenizer, args.valid.split(","), notes["recipe"]["sequence_length"], args.passes)
     config = dlm.SamplingConfig(**defaults)
-    texts = samples(model, tokenizer, prompts, config)
+    texts = samples(source, prompts, config)
     fields = {
         **{key: value for key, value in notes.items() if not isinstance(value, dict)},
         **notes["recipe"],
@@ -132,7 +139,8 @@ def main(argv: list[str]) -> int:
         for file in source.iterdir():
             if file.name != "training.json":
                 shutil.copy(file, folder / file.name)
-        write_json(folder / "generation_config.json", {"dlm": {**defaults, "chat": chat}})
+        if model.objective != "autoregressive":  # the sampler's defaults
+            write_json(folder / "generation_config.json", {"dlm": {**defaults, "chat": chat}})
         write_json(folder / "training.json", {**notes, "before": before, "validation": bound})
         (folder / "README.md").write_text(card, encoding="utf-8")
     print(f"wrote {args.output}: {bound['nats_per_token']:.4f} ± {bound['standard_error']:.4f} nats/token")

@@ -14,7 +14,7 @@ from ..names import check_name
 from .configuration import LLaDAConfig
 from .transformer import LLaDAModelLM
 
-__all__ = ["SHIPPED", "LLaDAConfig", "LLaDAModelLM", "load", "quiet", "read_config"]
+__all__ = ["SHIPPED", "LLaDAConfig", "LLaDAModelLM", "load", "quiet", "read_config", "read_objective"]
 
 AutoConfig.register("llada", LLaDAConfig, exist_ok=True)
 AutoModel.register(LLaDAConfig, LLaDAModelLM, exist_ok=True)
@@ -70,6 +70,7 @@ def load(
     small = model.device.type == "cpu" and model.dtype.itemsize < 4 and model.num_parameters() <= WIDENED
     if dtype == "auto" and small:
         model = model.float()
+    model.objective = read_objective(path)
     return model, tokenizer
 
 
@@ -96,6 +97,14 @@ def quiet():
         hf_logging.set_verbosity(level)
         if bar:
             hf_logging.enable_progress_bar()
+
+
+def read_objective(path: str | os.PathLike) -> str | None:
+    """What a checkpoint of dlm's own was trained for, by the notes beside it (training.json); None: not known."""
+    notes = Path(path) / "training.json"
+    if not notes.is_file():
+        return None
+    return json.loads(notes.read_text(encoding="utf-8")).get("recipe", {}).get("objective")
 
 
 def read_config(path: str, revision: str | None = None) -> LLaDAConfig:

@@ -28,8 +28,8 @@ from dlm.cache import methods_for
 from dlm.cli import Parser, shown_defaults
 from dlm.console import Opened, as_options, hub_errors, open_checkpoint, settings
 from dlm.grid import GridConfig, Runner, plan, powers_of_two
-from dlm.judge import TWIN, Judge, identify, open_judge
-from dlm.models import SHIPPED
+from dlm.judge import Judge, identify, open_judge
+from dlm.models import SHIPPED, TWIN
 from dlm.results import Journal, check_output, journal_path, read_journals, remove_results
 from dlm.sampling import SamplingConfig
 from dlm.sweep import Sharing, sweep, told_apart, write_results

@@ -23,7 +23,6 @@ from dlm.models import LLaDAConfig, load, quiet, read_objective
 from dlm.models.attention import causal
 from dlm.tokenizer import load_tokenizer
 
-TWIN = Path(__file__).parent / "assets" / "llama-stories-6m-autoregressive"  # the judge of the model that ships
 BATCH_TOKENS = 4096  # of a forward pass, padding included
 
 

@@ -1,6 +1,7 @@
 """A diffusion model against its autoregressive twin: likelihood, text, speed, infilling, and the line before.
 
-dlm eval compare --twin my-twin --data a.txt b.txt --stories a.txt --out compare.json    (or: python -m eval.compare …)
+dlm eval compare --data a.txt b.txt --stories a.txt --out compare.json      (the models that ship)
+dlm eval compare --model my-model --twin my-twin --data …                   (or: python -m eval.compare …)
 
 --data: held-out texts for bits per byte. --stories: held-out text of sentences, for everything else. Each part is
 written to --out as it ends, and the same command goes on after a kill; a table in Markdown is printed at the end.
@@ -30,6 +31,7 @@ from dlm.data import Example
 from dlm.judge import open_judge
 from dlm.likelihood import Bound, LikelihoodConfig, bound
 from dlm.machine import commit, hardware, synchronise, versions
+from dlm.models import TWIN
 from dlm.models.attention import causal
 from dlm.reading import read_documents
 from dlm.sampler import generate
@@ -43,10 +45,12 @@ CHOICES = 4
 
 def parse(argv: list[str]):
     """The options of a command line."""
-    parser = Parser("eval compare", "--twin PATH --data PATH ... --stories PATH --out FILE [options]", __doc__)
+    parser = Parser("eval compare", "--data PATH ... --stories PATH --out FILE [options]", __doc__)
     add = parser.add_argument
-    add("--twin", required=True, metavar="PATH", help="the autoregressive model, in LLaDA's layout")
     add("--model", metavar="PATH", help="the diffusion model (default: the one that ships)")
+    add(
+        "--twin", metavar="PATH", help="the autoregressive model in LLaDA's layout (default: that of the default model)"
+    )
     add("--judge", metavar="PATH", help="of the texts written (default: the twin, which favours its own)")
     add("--data", nargs="+", required=True, metavar="PATH", help="held-out texts, for bits per byte")
     add("--stories", required=True, metavar="PATH", help="held-out text of sentences, for all else")
@@ -61,7 +65,11 @@ def parse(argv: list[str]):
     add("--repeats", type=int, default=5, metavar="N", help="of each timing (default: 5)")
     add("--seed", type=int, default=0, metavar="N")
     add("--batch-size", type=int, default=16, metavar="N")
-    return parser.parse(argv)
+    args = parser.parse(argv)
+    if args.twin is None and args.model is not None:
+        raise ValueError("this model has no twin of its own: give --twin the autoregressive model to compare it with")
+    args.twin = args.twin or str(TWIN)
+    return args
 
 
 # ---------------------------------------------------------------------------------------------------------- the parts

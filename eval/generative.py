@@ -1,6 +1,6 @@
 """Text that models write, judged: perplexity beside entropy, distinct n-grams, repetition and length.
 
-dlm eval generative --judge my-twin                                   (the model that ships, 64 texts a temperature)
+dlm eval generative                                                   (the model that ships, 64 texts a temperature)
 python -m eval.generative --model a b --judge gpt2 --temperatures 0.5,0.7,0.9,1.0 --reference held-out.txt --out g.json
 
 A judge likes repetition, so models are compared where their texts are as varied: --reference measures held-out text
@@ -27,9 +27,9 @@ TEMPERATURES = "0.5,0.7,0.85,1.0"
 
 def parse(argv: list[str]):
     """The options of a command line."""
-    parser = Parser("eval generative", "--judge PATH [options]", __doc__)
+    parser = Parser("eval generative", "[options]", __doc__)
     add = parser.add_argument
-    add("--judge", metavar="PATH", required=True, help="any autoregressive model, a folder or hub id")
+    add("--judge", metavar="PATH", help="any autoregressive model (default: the twin of the model that ships)")
     add("--model", nargs="+", default=[None], metavar="PATH", help="folders or hub ids (default: the one that ships)")
     add("--temperatures", default=TEMPERATURES, metavar="T,T,…", help=f"the frontier (default: {TEMPERATURES})")
     add("--num-samples", type=int, default=64, metavar="N", help="texts for each model and temperature (default: 64)")
@@ -59,6 +59,7 @@ def temperatures_of(value: str) -> list[float]:
 def run(args, argv: list[str]) -> int:
     """Write, judge and print a row for each model and temperature; then the comparison at the reference's entropy."""
     from dlm.judge import open_judge
+    from dlm.models import TWIN
     from dlm.sampling import SamplingConfig
     from dlm.texts import Quality, open_writer, quality
 
@@ -69,7 +70,9 @@ def run(args, argv: list[str]) -> int:
         gen_length=args.gen_length, steps=args.steps, method=args.method, block_length=args.block_length,
         top_p=args.top_p, seed=args.seed,
     )  # fmt: skip
-    judge = open_judge(args.judge, device=args.device, dtype=args.dtype)
+    if args.judge is None and args.model != [None]:
+        raise ValueError("this model has no judge of its own: give --judge an autoregressive model")
+    judge = open_judge(args.judge or str(TWIN), device=args.device, dtype=args.dtype)
     made = results_file(args, argv, judge.facts)
     frontiers: dict[str, list[Quality]] = {}
     for path in args.model:

@@ -14,13 +14,14 @@ from ..names import check_name
 from .configuration import LLaDAConfig
 from .transformer import LLaDAModelLM
 
-__all__ = ["SHIPPED", "LLaDAConfig", "LLaDAModelLM", "load", "quiet", "read_config", "read_objective"]
+__all__ = ["SHIPPED", "TWIN", "LLaDAConfig", "LLaDAModelLM", "load", "quiet", "read_config", "read_objective"]
 
 AutoConfig.register("llada", LLaDAConfig, exist_ok=True)
 AutoModel.register(LLaDAConfig, LLaDAModelLM, exist_ok=True)
 AutoModelForMaskedLM.register(LLaDAConfig, LLaDAModelLM, exist_ok=True)
 
 SHIPPED = Path(__file__).parent.parent / "assets" / "llama-stories-6m"  # the model that comes with the package
+TWIN = SHIPPED.with_name("llama-stories-6m-autoregressive")  # its autoregressive twin: its judge, and a baseline
 
 WIDENED = 1_000_000_000  # parameters; above this, float32 would take too much of a machine's memory
 

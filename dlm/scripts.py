@@ -73,6 +73,6 @@ def guarded(prog: str, run: Callable[[list[str]], int], argv: Sequence[str] | No
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError) as error:
-        print(f"{prog}: {one_line(error)}", file=sys.stderr)
+    except (ValueError, OSError, ImportError, ArithmeticError) as error:
+        print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
         return 2

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from dlm import autoregressive
-from dlm.cli import Parser, one_line
+from dlm.cli import Parser
 from dlm.corpus import CorpusConfig, load_corpus
 from dlm.data import Example
 from dlm.judge import open_judge
@@ -34,9 +34,11 @@ from dlm.machine import commit, hardware, synchronise, versions
 from dlm.models import TWIN
 from dlm.models.attention import causal
 from dlm.reading import read_documents
+from dlm.results import write_json
 from dlm.sampler import generate
 from dlm.sampling import SamplingConfig
 from dlm.scoring import open_scorer, score_corpus, summarise, unscored_bytes
+from dlm.scripts import guarded
 from dlm.texts import Measure, Writer, at_entropy, open_writer, quality, write
 
 LINE = re.compile(r"[A-Z][^.!?\n]{15,140}[.!?]")  # a sentence, without what speech is quoted with
@@ -340,9 +342,7 @@ def run(args, argv: list[str]) -> int:
             with torch.inference_mode():
                 got = part(args, model, twin)
             made["parts"][name] = {"results": got, "seconds": time.perf_counter() - began}
-            temporary = out.with_name(out.name + ".new")
-            temporary.write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
-            temporary.replace(out)
+            write_json(out, made, indent=2)
     print(table({name: part["results"] for name, part in made["parts"].items()}))
     return 0
 
@@ -391,12 +391,7 @@ def number(value: dict, digits: int) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the script; a user's mistake is one line and exit code 2."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    try:
-        return run(parse(argv), argv)
-    except (ValueError, OSError, ImportError, ArithmeticError) as error:
-        print(f"dlm eval compare: error: {one_line(error)}", file=sys.stderr)
-        return 2
+    return guarded("dlm eval compare", lambda words: run(parse(words), words), argv)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ from pathlib import Path
 if __package__ in (None, ""):  # `accelerate launch eval/generative.py` from a clone: find dlm/ beside eval/
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dlm.cli import Parser, one_line
+from dlm.cli import Parser
+from dlm.results import write_json
+from dlm.scripts import guarded
 
 TEMPERATURES = "0.5,0.7,0.85,1.0"
 
@@ -186,19 +188,12 @@ def results_file(args, argv: list[str], judge: dict) -> dict:
 def save(out: str | None, made: dict) -> None:
     """The results; the file appears whole or not at all."""
     if out:
-        temporary = Path(f"{out}.new")
-        temporary.write_text(json.dumps(made, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.replace(out)
+        write_json(Path(out), made, indent=2)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the script; a user's mistake is one line and exit code 2."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    try:
-        return run(parse(argv), argv)
-    except (ValueError, OSError, ImportError, ArithmeticError) as error:
-        print(f"dlm eval generative: error: {one_line(error)}", file=sys.stderr)
-        return 2
+    return guarded("dlm eval generative", lambda words: run(parse(words), words), argv)
 
 
 if __name__ == "__main__":

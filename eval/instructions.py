@@ -7,7 +7,6 @@ Beside it the same shares against the demands of another row, which is what an a
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import sys
@@ -20,6 +19,7 @@ if __package__ in (None, ""):  # run by path from a clone: find dlm/ beside eval
 from dlm.cli import Parser, shown_defaults
 from dlm.progress import counted
 from dlm.reading import read_rows
+from dlm.results import write_json
 from dlm.scripts import guarded
 
 ASKED = ("names", "words", "ending")
@@ -134,13 +134,13 @@ def run(argv: list[str]) -> int:
         )
     if args.output:
         made = [{"prompt": row["prompt"], "answer": answer} for row, answer in zip(rows, answers, strict=True)]
-        Path(args.output).write_text(json.dumps({"shares": shares, "answers": made}, indent=1, ensure_ascii=False))
+        write_json(Path(args.output), {"shares": shares, "answers": made}, indent=1)
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the evaluation; a user's mistake is one line and exit code 2."""
-    return guarded("instructions", run, argv)
+    return guarded("dlm eval instructions", run, argv)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ With --out what is done is kept beside it, and the same command goes on after a 
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 import sys
@@ -20,7 +19,9 @@ from pathlib import Path
 if __package__ in (None, ""):  # `accelerate launch eval/perplexity.py` from a clone: find dlm/ beside eval/
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dlm.cli import Parser, one_line
+from dlm.cli import Parser
+from dlm.results import write_json
+from dlm.scripts import guarded
 
 LENGTH = 1024  # tokens of a window, where the models read as many
 
@@ -150,19 +151,12 @@ def write(out: str, argv: list[str], settings: dict, rows: list[dict]) -> None:
         "settings": settings,
         "results": rows,
     }
-    temporary = Path(f"{out}.new")
-    temporary.write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(out)
+    write_json(Path(out), made, indent=2)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the script; a user's mistake is one line and exit code 2."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    try:
-        return run(parse(argv), argv)
-    except (ValueError, OSError, ImportError, ArithmeticError) as error:
-        print(f"dlm eval perplexity: error: {one_line(error)}", file=sys.stderr)
-        return 2
+    return guarded("dlm eval perplexity", lambda words: run(parse(words), words), argv)
 
 
 if __name__ == "__main__":

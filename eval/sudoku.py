@@ -8,7 +8,6 @@ A puzzle counts as solved where every row, column and box of the answer is right
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
@@ -26,6 +25,7 @@ from dlm.cache import METHODS
 from dlm.cli import Parser
 from dlm.names import check_name
 from dlm.progress import counted
+from dlm.results import write_json
 from dlm.scripts import guarded
 
 ORDERS = {  # name: fields of SamplingConfig. One block holds the whole grid, but for the last two.
@@ -216,13 +216,13 @@ def run(argv: list[str]) -> int:
     rows = settings(args.orders, args.steps, args.thresholds, args.methods)
     records = table(model, puzzles, rows, args.batch_size, print_row)
     if args.output:
-        Path(args.output).write_text(json.dumps({"command": argv, "rows": records}, indent=1) + "\n")
+        write_json(Path(args.output), {"command": argv, "rows": records}, indent=1)
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the evaluation; a user's mistake is one line and exit code 2."""
-    return guarded("sudoku", run, argv)
+    return guarded("dlm eval sudoku", run, argv)
 
 
 if __name__ == "__main__":

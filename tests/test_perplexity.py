@@ -99,8 +99,7 @@ def test_a_killed_run_goes_on(data, checkpoint, tmp_path, monkeypatch):  # noqa:
 
     monkeypatch.setattr(scoring, "bound", dies)
     out = tmp_path / "again.json"
-    with pytest.raises(KeyboardInterrupt):
-        main([*words, str(out)])
+    assert main([*words, str(out)]) == 130
     [part] = (tmp_path / "again.json.parts").glob("*/*.jsonl")
     part.write_text(part.read_text().rstrip()[:-9])  # the kill came in the middle of a line
     assert main([*words, str(out)]) == 0

@@ -118,7 +118,7 @@ def run(argv: list[str]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run it; a user's mistake is one line and exit code 2."""
-    return guarded("instructions", run, argv)
+    return guarded("dlm train instructions", run, argv)
 
 
 if __name__ == "__main__":

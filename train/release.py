@@ -25,6 +25,7 @@ import dlm
 from dlm.checkpoint import whole_folder
 from dlm.data import Examples
 from dlm.documents import load_documents
+from dlm.results import write_json
 from dlm.runtime import make_accelerator
 from dlm.texts import open_writer, write
 from dlm.tokenizer import decode, encode_prompt
@@ -82,11 +83,6 @@ def read_notes(folder: Path) -> dict:
     return json.loads((folder / "training.json").read_text(encoding="utf-8"))
 
 
-def write_json(file: Path, found: dict) -> None:
-    """Write a JSON file that a person can read."""
-    file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-
-
 def quote(text: str) -> str:
     """A text as a quotation in Markdown, line for line."""
     return "\n".join(f"> {line}".rstrip() + ("  " if line else "") for line in text.split("\n"))
@@ -140,8 +136,8 @@ def main(argv: list[str]) -> int:
             if file.name != "training.json":
                 shutil.copy(file, folder / file.name)
         if model.objective != "autoregressive":  # the sampler's defaults
-            write_json(folder / "generation_config.json", {"dlm": {**defaults, "chat": chat}})
-        write_json(folder / "training.json", {**notes, "before": before, "validation": bound})
+            write_json(folder / "generation_config.json", {"dlm": {**defaults, "chat": chat}}, indent=2)
+        write_json(folder / "training.json", {**notes, "before": before, "validation": bound}, indent=2)
         (folder / "README.md").write_text(card, encoding="utf-8")
     print(f"wrote {args.output}: {bound['nats_per_token']:.4f} ± {bound['standard_error']:.4f} nats/token")
     for text in texts:

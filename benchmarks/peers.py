@@ -21,13 +21,10 @@ Fast-dLLM's caches fail with an IndexError where a block has one step; dllm's do
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.util
-import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,8 +33,11 @@ from types import ModuleType, SimpleNamespace
 import torch
 
 import dlm
+from dlm.cli import Parser
 from dlm.names import check_name
-from dlm.shapes import SHAPES, parse_cell, random_model
+from dlm.results import write_json
+from dlm.scripts import guarded
+from dlm.shapes import open_workload, workload_options
 
 Sampler = Callable[[torch.Tensor, int, int, int], torch.Tensor]  # prompt (1, P), gen_length, block, steps -> (1, P + G)
 
@@ -226,62 +226,42 @@ def _line(row: dict) -> str:
     return f"{row['method']:<7}{row['block']:>4} x {row['steps']:<4} ours {row['ours']:.2f} s   {peers}{failed}"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="dlm bench peers", description=__doc__.splitlines()[0])
+def run(argv: Sequence[str]) -> int:
+    """Compare the cells and print a line for each; the rows are on the disk before the next one begins."""
+    parser = Parser("bench peers", "--peer NAME=PATH [options]", __doc__)
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH", help=f"one of {', '.join(PEERS)}")
-    parser.add_argument("--model", help="a checkpoint; without one, random weights of --config")
-    parser.add_argument("--config", default="25m", help=f"{', '.join(SHAPES)} (default: 25m)")
-    parser.add_argument("--cells", nargs="+", default=["none:32:64", "dual:32:64"], metavar="METHOD:BLOCK:STEPS")
-    parser.add_argument("--prompt-length", type=int, default=32)
-    parser.add_argument("--gen-length", type=int, default=256)
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, help="of torch on a CPU")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and of the prompt")
-    parser.add_argument(
-        "--clock", default="wall", choices=("wall", "cpu"), help="cpu: the process's own time, for a machine in use"
-    )
-    parser.add_argument("--json", help="write the rows there")
-    args = parser.parse_args(argv)
+    workload_options(parser)
+    args = parser.parse(argv)
     if not args.peer:
         raise ValueError("no peer was given: --peer llada=PATH, fast-dllm=PATH or dllm=PATH")
-    if args.repeats < 1:
-        raise ValueError(f"repeats is {args.repeats}: give 1 or more")
-    cells = [parse_cell(cell) for cell in args.cells]
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    dtype = getattr(torch, args.dtype)
-    if args.model:
-        ours, _ = dlm.load(args.model, dtype=dtype, device=args.device)
-    else:
-        ours = random_model(args.config, dtype=dtype, device=args.device, seed=args.seed)
-    peers = load_peers(args.peer, ours)
-    generator = torch.Generator().manual_seed(args.seed)
-    prompt = torch.randint(0, ours.config.vocab_size - 8, (1, args.prompt_length), generator=generator).to(args.device)
-    clock = time.process_time if args.clock == "cpu" else time.perf_counter
+    if args.batch != 1:
+        raise ValueError(f"--batch is {args.batch}: the peers' samplers are compared on one prompt")
+    work = open_workload(args)
+    peers = load_peers(args.peer, work.model)
     rows = []
-    for method, block, steps in cells:
+    for method, block, steps in work.cells:
 
         def sample(prompt, length, block, steps, method=method):
             config = dlm.SamplingConfig(gen_length=length, block_length=block, steps=steps, method=method)
-            return dlm.generate(ours, prompt, config).canvas.tokens
+            return dlm.generate(work.model, prompt, config).canvas.tokens
 
         samplers = {name: methods[method] for name, methods in peers.items() if method in methods} | {"ours": sample}
-        compare(samplers, prompt, block, block, min(2, block), 1, clock)  # warm
-        rows.append(
-            report(
-                (method, block, steps), compare(samplers, prompt, args.gen_length, block, steps, args.repeats, clock)
-            )
-        )
+        compare(samplers, work.prompts, block, block, min(2, block), 1, work.clock)  # warm
+        found = compare(samplers, work.prompts, args.gen_length, block, steps, args.repeats, work.clock)
+        rows.append(report((method, block, steps), found))
         print(_line(rows[-1]), flush=True)
-    if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        if args.json:
+            write_json(Path(args.json), rows, indent=1)
     ratios = [row["ratio"] for row in rows if row["ratio"] is not None]
     if ratios:
         print(f"against the fastest peer: {min(ratios):.2f}x at least, {statistics.median(ratios):.2f}x in the middle")
     return 0
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; a user's mistake is one line and exit code 2."""
+    return guarded("dlm bench peers", run, argv)
+
+
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    sys.exit(main())

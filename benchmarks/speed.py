@@ -9,8 +9,6 @@ threads. Times are medians of `--repeats` runs after one that is not counted.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
 import time
@@ -24,10 +22,13 @@ import torch
 
 import dlm
 from dlm import cache, step, unmasking
+from dlm.cli import Parser
 from dlm.flops import pass_bytes, pass_flops
 from dlm.models import packed as packing
 from dlm.models import transformer
-from dlm.shapes import SHAPES, parse_cell, random_model
+from dlm.results import write_json
+from dlm.scripts import guarded
+from dlm.shapes import open_workload, workload_options
 
 # ---------------------------------------------------------------- what the machine can do
 
@@ -234,48 +235,24 @@ def _line(row: dict) -> str:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="dlm bench speed", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="a checkpoint; without one, random weights of --config")
-    parser.add_argument("--config", default="25m", help=f"{', '.join(SHAPES)} (default: 25m)")
-    parser.add_argument("--cells", nargs="+", default=["none:32:64", "dual:32:64"], metavar="METHOD:BLOCK:STEPS")
-    parser.add_argument("--prompt-length", type=int, default=32)
-    parser.add_argument("--gen-length", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="of torch on a CPU")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and of the prompts")
+def run(argv: Sequence[str]) -> int:
+    """Measure the cells and print a line for each; the rows are on the disk before the next one begins."""
+    parser = Parser("bench speed", "[options]", __doc__)
+    workload_options(parser)
     parser.add_argument("--profile", action="store_true", help="also where the time of each cell goes")
-    parser.add_argument(
-        "--clock", default="wall", choices=("wall", "cpu"), help="cpu: the process's own time, for a machine in use"
-    )
-    parser.add_argument("--json", help="write the rows there")
-    args = parser.parse_args(argv)
-    for name in ("prompt_length", "gen_length", "batch", "repeats"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name} is {getattr(args, name)}: give 1 or more")
-    cells = [parse_cell(cell) for cell in args.cells]
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    args = parser.parse(argv)
+    work = open_workload(args)
+    model, prompts, clock = work.model, work.prompts.tolist(), work.clock
     dtype, device = getattr(torch, args.dtype), torch.device(args.device)
-    if args.model:
-        model, _ = dlm.load(args.model, dtype=dtype, device=device)
-    else:
-        model = random_model(args.config, dtype=dtype, device=device, seed=args.seed)
-    clock = time.process_time if args.clock == "cpu" else time.perf_counter
     rate, width = matmul_rate(dtype, device, clock), bandwidth(device, clock)
     print(
         f"{model.num_parameters() / 1e6:.0f}M parameters, {args.dtype}, {device}, {torch.get_num_threads()} threads: "
         f"{rate / 1e9:.0f} GFLOP/s in matrix products, {width / 1e9:.1f} GB/s",
         flush=True,
     )
-    generator = torch.Generator().manual_seed(args.seed)
-    shape = (args.batch, args.prompt_length)
-    prompts = torch.randint(0, max(1, model.config.vocab_size - 8), shape, generator=generator).tolist()
+    machine = {"matmul_rate": rate, "bandwidth": width, "threads": torch.get_num_threads(), "dtype": args.dtype}
     rows = []
-    for method, block, steps in cells:
+    for method, block, steps in work.cells:
         config = dlm.SamplingConfig(gen_length=args.gen_length, block_length=block, steps=steps, method=method)
         row = measure(model, prompts, config, args.repeats, rate, width, clock)
         print(_line(row), flush=True)
@@ -283,11 +260,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             row["profile"] = profile(model, prompts, config, clock)
             print("    " + "  ".join(f"{name} {share:.0%}" for name, share in row["profile"].items()), flush=True)
         rows.append(row)
-    if args.json:
-        machine = {"matmul_rate": rate, "bandwidth": width, "threads": torch.get_num_threads(), "dtype": args.dtype}
-        Path(args.json).write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        if args.json:
+            write_json(Path(args.json), {"machine": machine, "rows": rows}, indent=1)
     return 0
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; a user's mistake is one line and exit code 2."""
+    return guarded("dlm bench speed", run, argv)
+
+
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -5,13 +5,19 @@ Shapes: d_model, heads, layers, MLP width and vocabulary as in a checkpoint's co
 
 from __future__ import annotations
 
+import time
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
 import torch
 
 from dlm.cache import METHODS
-from dlm.models import LLaDAConfig, LLaDAModelLM
+from dlm.cli import Parser
+from dlm.models import LLaDAConfig, LLaDAModelLM, load
 from dlm.names import check_name
 
-__all__ = ["SHAPES", "parse_cell", "random_model"]
+__all__ = ["SHAPES", "Workload", "open_workload", "parse_cell", "random_model", "workload_options"]
 
 # name: (d_model, n_heads, n_kv_heads, n_layers, mlp_hidden_size, vocabulary)
 SHAPES = {
@@ -69,3 +75,51 @@ def parse_cell(text: str) -> tuple[str, int, int]:
     if len(numbers) != 2 or not all(number.isdigit() and int(number) > 0 for number in numbers):
         raise ValueError(f"cell {text!r} is not METHOD:BLOCK:STEPS, such as dual:32:64")
     return method, int(numbers[0]), int(numbers[1])
+
+
+def workload_options(parser: Parser) -> None:
+    """The options of a measurement of speed: which model, which cells, how often."""
+    add = parser.add_argument
+    add("--model", metavar="PATH", help="a checkpoint; without one, random weights of --config")
+    add("--config", default="25m", metavar="NAME", help=f"{', '.join(SHAPES)} (default: 25m)")
+    add("--cells", nargs="+", default=["none:32:64", "dual:32:64"], metavar="METHOD:BLOCK:STEPS")
+    add("--prompt-length", type=int, default=32, metavar="N", help="tokens of the prompt (default: 32)")
+    add("--gen-length", type=int, default=256, metavar="N", help="tokens to generate (default: 256)")
+    add("--batch", type=int, default=1, metavar="N", help="prompts at a time (default: 1)")
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU where there is one")
+    add("--threads", type=int, metavar="N", help="of torch on a CPU")
+    add("--repeats", type=int, default=3, metavar="N", help="timed generations a cell (default: 3)")
+    add("--seed", type=int, default=0, metavar="N", help="of the weights and of the prompts")
+    add("--clock", default="wall", choices=("wall", "cpu"), help="cpu: the process's own time, for a machine in use")
+    add("--json", metavar="FILE", help="write the rows there")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is measured: the model, prompts (B, P), cells (method, block length, steps), and the clock in seconds."""
+
+    model: LLaDAModelLM
+    prompts: torch.Tensor
+    cells: Sequence[tuple[str, int, int]]
+    clock: Callable[[], float]
+
+
+def open_workload(args: Namespace) -> Workload:
+    """The workload of `workload_options`. Errors: numbers below 1, cells that are none, as `dlm.load`."""
+    for name in ("prompt_length", "gen_length", "batch", "repeats", "threads"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}: give 1 or more")
+    cells = [parse_cell(cell) for cell in args.cells]
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    dtype = getattr(torch, args.dtype)
+    if args.model:
+        model, _ = load(args.model, dtype=dtype, device=args.device)
+    else:
+        model = random_model(args.config, dtype=dtype, device=args.device, seed=args.seed)
+    generator = torch.Generator().manual_seed(args.seed)
+    most = max(1, model.config.vocab_size - 8)
+    prompts = torch.randint(0, most, (args.batch, args.prompt_length), generator=generator)
+    clock = time.process_time if args.clock == "cpu" else time.perf_counter
+    return Workload(model, prompts.to(args.device), cells, clock)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dlm.metrics import perplexity
-from dlm.models import LLaDAConfig, load, quiet, read_objective
+from dlm.models import TWIN, LLaDAConfig, load, quiet, read_objective
 from dlm.models.attention import causal
 from dlm.tokenizer import load_tokenizer
 
@@ -160,7 +160,7 @@ def open_judge(
     fields = ("max_sequence_length", "max_position_embeddings", "n_positions")
     limit = next((value for name in fields if (value := getattr(config, name, None))), None)
     facts = {
-        "id": str(path),
+        "id": TWIN.name if Path(path) == TWIN else str(path),
         "revision": identify(path, revision, config),
         "kind": config.model_type,
         "parameters": model.num_parameters(),

@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import dlm
 from dlm.judge import open_judge
+from dlm.models import TWIN
 from dlm.models.attention import causal
 from dlm.tokenizer import train_tokenizer
 
@@ -120,3 +121,12 @@ def test_refusals(tmp_path, twin, tokenizer):
     (diffusion / "training.json").write_text(json.dumps({"recipe": {"objective": "diffusion"}}))
     with pytest.raises(ValueError, match="must be autoregressive"):
         open_judge(str(diffusion), device="cpu")
+
+
+@pytest.mark.skipif(not TWIN.is_dir(), reason="there is no shipped model in this tree")
+def test_the_judge_that_ships_knows_a_story_from_its_words():
+    judge = open_judge(str(TWIN), device="cpu")
+    prompt, words = "Once upon a time there was a little fox", " who lived by the sea with her mother."
+    story, shuffled = judge.score([(prompt, words), (prompt, " " + " ".join(sorted(words.split())))])
+    assert story.perplexity < 20 < 100 < shuffled.perplexity
+    assert judge.facts["id"] == TWIN.name and judge.facts["revision"].startswith("sha256:")

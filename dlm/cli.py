@@ -56,7 +56,7 @@ SAMPLING: dict[str, tuple[Callable, str]] = {
     "entropy_bound": (float, "for --commit entropy_bound, in nats"),
     "split": (str, "remainder_first or rounded: how a block's tokens are shared over its passes"),
     "confidence": (str, "probability, margin, entropy or random: which tokens come first"),
-    "temperature": (float, "of Gumbel noise; 0: the most probable token"),
+    "temperature": (float, "above 0: draws from the sharpened or flattened prediction; 0: the most probable token"),
     "tempered_confidence": (bool, "confidence from the tempered probabilities, as Dream does"),
     "top_k": (int, "only the K most probable tokens"),
     "top_p": (float, "only the most probable tokens that make up P"),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["COMMITS", "CONFIDENCES", "SPLITS", "Step", "apportion", "coarse_block", "propose", "schedule"]
@@ -60,18 +61,40 @@ CONFIDENCES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor] | None] = {
 }
 
 
-def _draw(counts: Sequence[int], generators: Sequence[torch.Generator], like: Tensor, kind: str) -> Tensor:
-    """Noise of `like`'s shape; row i draws for its first counts[i] places, from its own generator, and no more."""
-    noise = torch.zeros_like(like)
+def _uniform(counts: Sequence[int], generators: Sequence[torch.Generator], logits: Tensor) -> Tensor:
+    """Numbers in [0, 1) for the places of logits (B, M, V): (B, M). Row i draws for its first counts[i] places, from
+    its own generator, and no more."""
+    dtype = torch.float32 if logits.device.type == "mps" else torch.float64
+    noise = torch.zeros(logits.shape[:-1], dtype=dtype, device=logits.device)
     for row, count, generator in zip(noise, counts, generators, strict=True):
-        if kind == "gumbel":
-            row[:count].exponential_(generator=generator).clamp_min_(torch.finfo(like.dtype).tiny).log_().neg_()
-        else:
-            row[:count].uniform_(generator=generator)
+        row[:count].uniform_(generator=generator)
     return noise
 
 
-BLOCK = 64
+BLOCK = 64  # how many numbers of a row a search looks at together
+
+
+def draw(scores: Tensor, uniform: Tensor) -> Tensor:
+    """Tokens of probability softmax(scores), scores (..., V) of which the largest is 0: where the cumulative
+    distribution passes `uniform` (...).
+
+    The law of argmax(scores + Gumbel noise) for one random number instead of V, and without its error in fp32, which
+    cuts the tails (Zheng et al., arXiv:2409.02908): cumulative sums are in fp64. The search goes by blocks, then
+    inside of one.
+    """
+    weights = F.pad(scores.exp(), (0, -scores.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    sums = weights.sum(dim=-1).to(uniform.dtype).cumsum(dim=-1)  # (..., V / BLOCK)
+    place = _below(uniform[..., None] * sums[..., -1:], sums)
+    block = torch.searchsorted(sums, place, right=True)  # (..., 1); never one without weight
+    place = place - F.pad(sums, (1, 0)).gather(-1, block)
+    inside = weights.take_along_dim(block[..., None], dim=-2)[..., 0, :].to(sums.dtype).cumsum(dim=-1)
+    return (block * BLOCK + torch.searchsorted(inside, _below(place, inside), right=True))[..., 0]
+
+
+def _below(place: Tensor, sums: Tensor) -> Tensor:
+    """`place` (..., 1), less than the last of the cumulative sums, whatever was rounded."""
+    last = sums[..., -1:]
+    return torch.minimum(place, last.nextafter(torch.zeros_like(last)))
 
 
 def largest(x: Tensor) -> Tensor:
@@ -106,20 +129,20 @@ def propose(
 ) -> tuple[Tensor, Tensor]:
     """Token and confidence at every place: logits (B, M, V) -> int64 (B, M), float (B, M).
 
-    The token is argmax(l / T + Gumbel noise), argmax(l) at T = 0, among the ids that are not `forbidden` (N,) and that
+    The token is drawn from softmax(l / T), argmax(l) at T = 0, among the ids that are not `forbidden` (N,) and that
     top_k and top_p leave. Confidence is of the model's whole prediction, untempered and unfiltered (LLaDA), or with
     `tempered` of the distribution that was sampled from (Dream). counts (B): the places of each row that are real; a
-    row draws noise for those alone, from its own generator, so that what it draws does not depend on the batch.
+    row draws numbers for those alone, from its own generator, so that what it draws does not depend on the batch.
     """
     allowed = logits if forbidden is None else logits.index_fill(-1, forbidden, -torch.inf)
     if tempered or temperature > 0:
         sampled = filter_logits(allowed, top_k, top_p)
         if temperature > 0:  # the largest is moved to 0, so that no temperature overflows
             sampled = (sampled - sampled.amax(dim=-1, keepdim=True)) / temperature
-    token = largest(sampled + _draw(counts, generators, sampled, "gumbel") if temperature > 0 else allowed)
+    token = draw(sampled, _uniform(counts, generators, sampled)) if temperature > 0 else largest(allowed)
     rule = CONFIDENCES[confidence]
     if rule is None:
-        return token, _draw(counts, generators, logits[..., 0], "uniform")
+        return token, _uniform(counts, generators, logits).to(logits.dtype)
     return token, rule(sampled, sampled, token) if tempered else rule(logits, allowed, token)
 
 

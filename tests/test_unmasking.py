@@ -11,6 +11,7 @@ import torch
 from toys import Probabilities, Table, trace
 
 import dlm
+from dlm.unmasking import draw, propose
 
 MASK = 4
 
@@ -219,6 +220,41 @@ def test_temperature_draws_from_the_tempered_softmax(temperature):
     p = expected(FOUR, temperature)
     error = (draws(temperature=temperature) - p).abs()
     assert (error <= 4 * (p * (1 - p) / MANY).sqrt() + 1e-12).all()
+
+
+@pytest.mark.parametrize("size", [1, 5, 63, 64, 65, 200, 4097])
+def test_a_draw_is_where_the_cumulative_distribution_passes(size):
+    """Against one search through all of it, and at its edges, where a token without probability must not come."""
+    generator = torch.Generator().manual_seed(size)
+    scores = torch.randn(50, size, generator=generator, dtype=torch.float64) * 4
+    scores[torch.rand(50, size, generator=generator) < 0.4] = -torch.inf
+    scores[:, size // 2] = 5.0
+    scores -= scores.amax(dim=-1, keepdim=True)
+    total = scores.softmax(dim=-1).cumsum(dim=-1)
+    for uniform in (torch.rand(50, generator=generator, dtype=torch.float64), torch.zeros(50, dtype=torch.float64),
+                    torch.full((50,), 1 - 2**-53, dtype=torch.float64)):  # fmt: skip
+        token = draw(scores, uniform)
+        assert (scores.gather(-1, token[:, None]) > -torch.inf).all()
+        wanted = torch.searchsorted(total, (uniform * total[:, -1])[:, None], right=True).clamp_max(size - 1)[:, 0]
+        if uniform[0] < 0.9999:
+            assert (token == wanted).all()
+    last = (scores > -torch.inf).int().cumsum(dim=-1).argmax(dim=-1)
+    assert (draw(scores, torch.full((50,), 1.0, dtype=torch.float64)) == last).all()
+
+
+def test_a_draw_by_hand():
+    scores = torch.tensor([0.0, -torch.inf, math.log(0.5), math.log(0.5)]).expand(6, 4)  # 1/2, 0, 1/4, 1/4
+    uniform = torch.tensor([0.0, 0.49, 0.5, 0.74, 0.75, 0.99], dtype=torch.float64)
+    assert draw(scores, uniform).tolist() == [0, 0, 2, 2, 3, 3]
+
+
+def test_a_place_takes_one_number_of_its_rows_generator():
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    propose(torch.zeros(2, 3, 500), generators, counts=[3, 1], temperature=1.0)
+    for seed, count, generator in ((0, 3, generators[0]), (1, 1, generators[1])):
+        wanted = torch.Generator().manual_seed(seed)
+        torch.rand(count, dtype=torch.float64, generator=wanted)
+        assert torch.equal(generator.get_state(), wanted.get_state())
 
 
 def test_temperature_zero_is_the_best():

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -23,9 +24,10 @@ import torch
 import dlm
 from dlm import cache, step, unmasking
 from dlm.cli import Parser
-from dlm.flops import pass_bytes, pass_flops
+from dlm.flops import parameters, pass_bytes, pass_flops
 from dlm.models import packed as packing
 from dlm.models import transformer
+from dlm.models.linear import kind_for
 from dlm.results import write_json
 from dlm.scripts import guarded
 from dlm.shapes import open_workload, workload_options
@@ -53,15 +55,18 @@ def _best(work: Callable[[], object], device: torch.device, clock, seconds: floa
 
 @torch.inference_mode()
 def matmul_rate(dtype: torch.dtype, device: torch.device, clock=time.perf_counter) -> float:
-    """Operations a second of the fastest matrix product found, in torch's own way and in the packed model's."""
+    """Operations a second of the fastest matrix product found, in torch's own way and in the packed model's; for
+    torch.int8 of 8-bit integers."""
     sizes = [(8192, 8192, 8192)] if device.type == "cuda" else [(288, 384, 1536), (288, 1536, 384), (512, 1024, 1024)]
     rate = 0.0
     for m, k, n in sizes:
-        x, weight = torch.randn(m, k, dtype=dtype, device=device), torch.randn(n, k, dtype=dtype, device=device)
-        ways = [lambda x=x, weight=weight: torch.nn.functional.linear(x, weight)]
-        if device.type == "cpu" and packing.has_kernels(dtype):
-            blocked = packing.Linear.of([weight], [None])
-            ways.append(lambda x=x, blocked=blocked: blocked(x))
+        x, weight = torch.randn(m, k, device=device).to(dtype), torch.randn(n, k, device=device).to(dtype)
+        if dtype == torch.int8:
+            ways = [partial(torch._int_mm, x, weight.t())]
+        else:
+            ways = [partial(torch.nn.functional.linear, x, weight)]
+            if kind := kind_for(device, dtype):
+                ways.append(partial(kind.of([weight], [None]), x))
         rate = max([rate, *(2 * m * k * n / _best(way, device, clock) for way in ways)])
     return rate
 
@@ -110,8 +115,8 @@ def floor(config, passes: Sequence[Pass], itemsize: int, rate: float, width: flo
     )
 
 
-def measure(model, prompts, config, repeats: int, rate: float, width: float, clock=time.perf_counter) -> dict:
-    """One cell: the median latency of `generate` and what it follows from."""
+def measure(model, prompts, config, repeats: int, rate: float, width: float, itemsize: int, clock) -> dict:
+    """One cell: the median latency of `generate` and what it follows from. itemsize: bytes of a weight."""
     device = model.device
     recorder = Recorder(model)
     out = dlm.generate(
@@ -126,7 +131,7 @@ def measure(model, prompts, config, repeats: int, rate: float, width: float, clo
         dlm.generate(model, prompts, config)
         _wait(device)
         times.append(clock() - began)
-    seconds, passes, itemsize = statistics.median(times), recorder.passes, model.dtype.itemsize
+    seconds, passes = statistics.median(times), recorder.passes
     flops = sum(p.rows * pass_flops(model.config, p.computed, p.keys, p.asked) for p in passes)
     read = sum(pass_bytes(model.config, p.rows, p.keys, itemsize) for p in passes)
     least = floor(model.config, passes, itemsize, rate, width)
@@ -246,7 +251,7 @@ def run(argv: Sequence[str]) -> int:
     dtype, device = getattr(torch, args.dtype), torch.device(args.device)
     rate, width = matmul_rate(dtype, device, clock), bandwidth(device, clock)
     print(
-        f"{model.num_parameters() / 1e6:.0f}M parameters, {args.dtype}, {device}, {torch.get_num_threads()} threads: "
+        f"{parameters(model.config) / 1e6:.0f}M parameters, {args.dtype}, {device}, {torch.get_num_threads()} threads: "
         f"{rate / 1e9:.0f} GFLOP/s in matrix products, {width / 1e9:.1f} GB/s",
         flush=True,
     )
@@ -254,7 +259,7 @@ def run(argv: Sequence[str]) -> int:
     rows = []
     for method, block, steps in work.cells:
         config = dlm.SamplingConfig(gen_length=args.gen_length, block_length=block, steps=steps, method=method)
-        row = measure(model, prompts, config, args.repeats, rate, width, clock)
+        row = measure(model, prompts, config, args.repeats, rate, width, dtype.itemsize, clock)
         print(_line(row), flush=True)
         if args.profile:
             row["profile"] = profile(model, prompts, config, clock)

@@ -21,6 +21,7 @@ from torch import Tensor
 from dlm.metrics import perplexity
 from dlm.models import TWIN, LLaDAConfig, load, quiet, read_objective
 from dlm.models.attention import causal
+from dlm.models.linear import QUANTIZED
 from dlm.tokenizer import load_tokenizer
 
 BATCH_TOKENS = 4096  # of a forward pass, padding included
@@ -173,6 +174,8 @@ def open_judge(
 def _open_causal(path: str, revision: str | None, device, dtype: str):
     from transformers import AutoModelForCausalLM
 
+    if dtype in QUANTIZED:
+        raise ValueError(f"dtype is {dtype!r}, which is for models in LLaDA's layout, and {path} is none: leave it out")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=dtype, device_map={"": device})

@@ -15,6 +15,7 @@ import torch
 from dlm.cache import METHODS
 from dlm.cli import Parser
 from dlm.models import LLaDAConfig, LLaDAModelLM, load
+from dlm.models.linear import QUANTIZED, quantize_
 from dlm.names import check_name
 
 __all__ = ["SHAPES", "Workload", "open_workload", "parse_cell", "random_model", "workload_options"]
@@ -86,7 +87,7 @@ def workload_options(parser: Parser) -> None:
     add("--prompt-length", type=int, default=32, metavar="N", help="tokens of the prompt (default: 32)")
     add("--gen-length", type=int, default=256, metavar="N", help="tokens to generate (default: 256)")
     add("--batch", type=int, default=1, metavar="N", help="prompts at a time (default: 1)")
-    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16", *QUANTIZED))
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU where there is one")
     add("--threads", type=int, metavar="N", help="of torch on a CPU")
     add("--repeats", type=int, default=3, metavar="N", help="timed generations a cell (default: 3)")
@@ -113,11 +114,13 @@ def open_workload(args: Namespace) -> Workload:
     cells = [parse_cell(cell) for cell in args.cells]
     if args.threads:
         torch.set_num_threads(args.threads)
-    dtype = getattr(torch, args.dtype)
     if args.model:
-        model, _ = load(args.model, dtype=dtype, device=args.device)
+        model, _ = load(args.model, dtype=args.dtype, device=args.device)
     else:
-        model = random_model(args.config, dtype=dtype, device=args.device, seed=args.seed)
+        whole = torch.float32 if args.dtype in QUANTIZED else getattr(torch, args.dtype)
+        model = random_model(args.config, dtype=whole, device=args.device, seed=args.seed)
+        if args.dtype in QUANTIZED:
+            quantize_(model, args.dtype)
     generator = torch.Generator().manual_seed(args.seed)
     most = max(1, model.config.vocab_size - 8)
     prompts = torch.randint(0, most, (args.batch, args.prompt_length), generator=generator)

@@ -32,6 +32,7 @@ from dlm.console import own_defaults
 from dlm.corpus import cut
 from dlm.data import Example
 from dlm.exact import greedy
+from dlm.flops import parameters
 from dlm.likelihood import LikelihoodConfig, answer, bound
 from dlm.models import SHIPPED
 from dlm.names import nearest
@@ -254,7 +255,7 @@ class Answers:
     def get_model_info(self) -> dict:
         """What lm_eval writes beside the results."""
         return {
-            "model_num_parameters": self.model.num_parameters(),
+            "model_num_parameters": parameters(self.model.config),
             "model_dtype": str(self.model.dtype),
             "sampling": dataclasses.asdict(self._sampling),
             "bounds": dataclasses.asdict(self._bounds),

@@ -11,6 +11,7 @@ from dlm import Canvas, SamplingConfig
 from dlm.cache import KVCache
 from dlm.models import packed as packing
 from dlm.models.attention import block_causal
+from dlm.models.linear import has_kernels
 from dlm.models.packed import Packed, packed
 
 LENGTH = 9
@@ -24,7 +25,7 @@ SHAPES = [
     {"embedding_size": 64},
 ]
 
-pytestmark = pytest.mark.skipif(not packing.has_kernels(torch.float32), reason="oneDNN is not in this torch")
+pytestmark = pytest.mark.skipif(not has_kernels(torch.float32), reason="oneDNN is not in this torch")
 
 
 def model_of(seed=0, dtype=torch.float32, **changes):
@@ -80,7 +81,7 @@ def test_a_cache_needs_positions():
         packed(model_of())(ids(1), cache=KVCache(1, LENGTH))
 
 
-@pytest.mark.skipif(not packing.has_kernels(torch.bfloat16), reason="bf16 is slow on this processor")
+@pytest.mark.skipif(not has_kernels(torch.bfloat16), reason="bf16 is slow on this processor")
 @pytest.mark.parametrize("changes", SHAPES)
 @pytest.mark.parametrize("widest", [0, 2**24])
 @torch.no_grad()

@@ -1,11 +1,11 @@
-"""The mask predictor for inference on a CPU: the same weights and mathematics, laid out for the processor.
+"""The mask predictor for inference: the same weights and mathematics, laid out for the processor.
 
 Shapes: B batch, Q queried tokens, T slots of the canvas, M places asked about, D head size, H heads, V embedding_size.
 
-What differs from `transformer` is where the time went: linear layers run in oneDNN on weights that were blocked
-once, query, key and value (and gate and up) are one product, rotary positions are one complex product, residuals are
-added inside the product before, and the last layer computes only the places asked about. The checkpoint's weights
-are not touched: these are copies, and `packed` makes new ones when the weights have changed.
+What differs from `transformer` is where the time went: linear layers are those of `linear` (on a CPU, oneDNN on
+weights that were blocked once), query, key and value (and gate and up) are one product, rotary positions are one
+complex product, residuals are added inside the product before, and the last layer computes only the places asked
+about. The checkpoint's weights are not touched: these are copies, and `packed` makes new ones when they have changed.
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import Visible, attention_mask, block_causal, full
+from .linear import Blocked, Int8, Plain, kind_for
 from .transformer import LLaDABlock, LLaDAModelLM, RMSNorm, rotary_angles
 
 __all__ = ["Packed", "packed"]
 
-LARGEST = 4e9  # bytes of weights; a copy of a larger model may not fit beside it
+LARGEST = 4e9  # bytes of weights on a CPU; a copy of a larger model may not fit beside it
+SPARE = 0.8  # of a GPU's free memory, which the copies may take
 WIDEST = 2**24  # scores that attention in bf16 holds at once; beyond it the fused kernel, which holds none
+
+Linear = Plain | Blocked | Int8
 
 _COPIES: WeakKeyDictionary[LLaDAModelLM, tuple[list, Packed]] = WeakKeyDictionary()
 
@@ -31,9 +35,10 @@ _COPIES: WeakKeyDictionary[LLaDAModelLM, tuple[list, Packed]] = WeakKeyDictionar
 def packed(model):
     """The model's packed copy where there can be one, else the model itself: a mask predictor either way.
 
-    A copy is made of a plain `LLaDAModelLM` in evaluation mode, in float32 or (where the processor multiplies it)
-    bfloat16, on a CPU, with fused attention. Adapters, hooks and quantised layers keep the model as it is. The
-    copy is kept with the model, and made again when any weight differs from what was copied.
+    A copy is made of a plain `LLaDAModelLM` in evaluation mode with SDPA attention, on a CPU in float32 or (where the
+    processor multiplies it) bfloat16, on a GPU where there is memory for it; linear layers may be `Int8`. Adapters,
+    hooks and others' layers keep the model as it is. The copy is kept with the model, and made again when any weight
+    differs from what was copied.
     """
     if not _can_pack(model):
         return model
@@ -49,13 +54,13 @@ def _can_pack(model) -> bool:
     if type(model) is not LLaDAModelLM or model.training or model.config._attn_implementation in (None, "eager"):
         return False
     weights = list(model.parameters())
-    dtype = weights[0].dtype
-    plain = all(type(w) is nn.Parameter and w.device.type == "cpu" and w.dtype == dtype for w in weights)
-    if not plain or sum(w.nbytes for w in weights) > LARGEST or not has_kernels(dtype):
+    dtype, device = weights[0].dtype, weights[0].device
+    plain = all(type(w) is nn.Parameter and w.device == device and w.dtype == dtype for w in weights)
+    if not plain or kind_for(device, dtype) is None or not _room(model, device):
         return False
     if dtype != torch.float32 and not model.config.rope_full_precision:
         return False
-    known = (nn.Linear, nn.Embedding, RMSNorm, LLaDABlock, nn.ModuleDict, nn.ModuleList)
+    known = (nn.Linear, Int8, nn.Embedding, RMSNorm, LLaDABlock, nn.ModuleDict, nn.ModuleList)
     return all(
         (type(module) in known or name in ("", "model"))
         and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
@@ -63,13 +68,21 @@ def _can_pack(model) -> bool:
     )
 
 
-def has_kernels(dtype: torch.dtype) -> bool:
-    """Whether oneDNN is there and quick at this type."""
-    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+def _room(model, device: torch.device) -> bool:
+    """Whether the copies fit beside the model; on a GPU those are the joined weights alone."""
+    if device.type == "cpu":
+        return sum(w.nbytes for w in model.parameters()) <= LARGEST
+    if model.config._attn_implementation != "sdpa":
         return False
-    if dtype == torch.bfloat16:
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return dtype == torch.float32 and torch.cpu._is_avx2_supported()
+    if model in _COPIES:
+        return True
+    blocks = model.model.transformer.blocks
+    joined = sum(
+        linear.weight.nbytes
+        for block in blocks
+        for linear in (block.q_proj, block.k_proj, block.v_proj, block.ff_proj, block.up_proj)
+    )
+    return joined <= SPARE * torch.cuda.mem_get_info(device)[0]
 
 
 @torch.no_grad()
@@ -77,36 +90,18 @@ def _fingerprint(model: nn.Module) -> list[tuple[int, int]]:
     """Where every weight lies and the sum of its bits, read as integers: what changes with it however it was
     written (`weight.data` leaves version counters as they were)."""
     found, table = [], model.get_input_embeddings().weight
-    for weight in model.parameters():
+    for weight in (*model.parameters(), *model.buffers()):
         if weight is table and not model.config.weight_tying:
-            found.append((weight.data_ptr(), 0))  # it is not copied
+            found.append((weight.data_ptr(), torch.zeros((), dtype=torch.int64, device=weight.device)))  # not copied
             continue
-        bits = weight.view(torch.int64) if weight.stride(-1) == 1 and weight.shape[-1] % 4 == 0 else weight.double()
-        found.append((weight.data_ptr(), bits.sum().item()))
-    return found
+        even = weight.is_contiguous() and weight.shape[-1] * weight.itemsize % 8 == 0
+        bits = weight.view(torch.int64).sum() if even else weight.double().sum().view(torch.int64)
+        found.append((weight.data_ptr(), bits))
+    sums = torch.stack([bits for _, bits in found]).tolist()  # one wait for the device
+    return [(place, bits) for (place, _), bits in zip(found, sums, strict=True)]
 
 
 # ---------------------------------------------------------------- the copy
-
-
-@dataclass(frozen=True)
-class Linear:
-    """y = x W^T + b, W blocked for oneDNN; V rows may come from several layers of the checkpoint."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    @classmethod
-    def of(cls, weights: list[Tensor], biases: list[Tensor | None]) -> Linear:
-        weight = torch.cat(weights) if len(weights) > 1 else weights[0].detach()
-        bias = None if biases[0] is None else torch.cat(biases).detach()
-        return cls(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 32), bias)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
 
 
 @dataclass(frozen=True)
@@ -134,27 +129,29 @@ def _interleave(rows: Tensor, size: int) -> Tensor:
 
 
 def _pack_layer(block: LLaDABlock, last: bool) -> _Layer:
-    size = block.config.head_dim
-    parts = {}
-    for name, linear in (("q", block.q_proj), ("k", block.k_proj), ("v", block.v_proj)):
-        weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
-        if name != "v":
-            weight, bias = _interleave(weight, size), None if bias is None else _interleave(bias, size)
-        parts[name] = (weight, bias)
+    size, kind = block.config.head_dim, kind_for(block.attn_norm.weight.device, block.attn_norm.weight.dtype)
+    turned = {block.q_proj, block.k_proj}
 
-    def joined(names: str) -> Linear:
-        return Linear.of([parts[name][0] for name in names], [parts[name][1] for name in names])
+    def joined(*linears: nn.Module) -> Linear:
+        def rows(name: str) -> list[Tensor | None]:
+            pieces = [getattr(linear, name) for linear in linears]
+            return [
+                _interleave(piece.detach(), size) if piece is not None and linear in turned else piece
+                for linear, piece in zip(linears, pieces, strict=True)
+            ]
+
+        if type(linears[0]) is Int8:
+            return Int8.of(rows("weight"), rows("scale"), rows("bias"))
+        return kind.of(rows("weight"), rows("bias"))
 
     normed = block.config.attention_layer_norm
     return _Layer(
-        q=joined("q") if last else None,
-        qkv=None if last else joined("qkv"),
-        kv=joined("kv") if last else None,
-        out=Linear.of([block.attn_out.weight], [block.attn_out.bias]),
-        gate_up=Linear.of(
-            [block.ff_proj.weight.detach(), block.up_proj.weight.detach()], [block.ff_proj.bias, block.up_proj.bias]
-        ),
-        down=Linear.of([block.ff_out.weight], [block.ff_out.bias]),
+        q=joined(block.q_proj) if last else None,
+        qkv=None if last else joined(block.q_proj, block.k_proj, block.v_proj),
+        kv=joined(block.k_proj, block.v_proj) if last else None,
+        out=joined(block.attn_out),
+        gate_up=joined(block.ff_proj, block.up_proj),
+        down=joined(block.ff_out),
         attn_norm=block.attn_norm.weight.detach(),
         ff_norm=block.ff_norm.weight.detach(),
         q_norm=_interleave(block.q_norm.weight.detach(), size) if normed else None,
@@ -183,10 +180,10 @@ class Packed:
         self.layers = [_pack_layer(block, block is blocks[-1]) for block in blocks]
         self.last_norm = transformer.ln_f.weight.detach()
         tied = config.weight_tying
-        self.head = Linear.of(
+        self.head = kind_for(self.embedding.device, self.embedding.dtype).of(
             [transformer.wte.weight if tied else transformer.ff_out.weight], [None if tied else transformer.ff_out.bias]
         )
-        self.turns = torch.empty(0, self.size // 2, dtype=torch.complex64)
+        self.turns = torch.empty(0, self.size // 2, dtype=torch.complex64, device=self.embedding.device)
 
     @torch.no_grad()
     def __call__(
@@ -207,8 +204,8 @@ class Packed:
         x = F.embedding(tokens, self.embedding)
         if self.scale_in is not None:
             x = x * self.scale_in
-        turns = self._turns(positions, queries)  # (B or 1, Q, 1, D / 2)
         keys = queries if cache is None else cache.length
+        turns = self._turns(positions, keys if cache is not None or positions is None else int(positions.max()) + 1)
         slots = None if cache is None else positions
         mask = attention_mask("sdpa", visible, valid, slots, (batch, queries, keys), tokens.device)
         asked = logits_to_keep if logits_to_keep is not None and logits_to_keep.dtype != torch.bool else None
@@ -254,13 +251,13 @@ class Packed:
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self.eps)
 
-    def _turns(self, positions: Tensor | None, queries: int) -> Tensor:
-        """exp(i angle) for the rotary angles of these slots, (B or 1, Q, 1, D / 2), from a table that grows."""
-        most = queries if positions is None else int(positions.max()) + 1
-        if most > len(self.turns):
-            cos, sin = rotary_angles(torch.arange(2 * most), self.config, torch.float32)
+    def _turns(self, positions: Tensor | None, slots: int) -> Tensor:
+        """exp(i angle) for the rotary angles of these positions, or of all `slots`, (B or 1, Q, 1, D / 2), from a
+        table that grows."""
+        if slots > len(self.turns):
+            cos, sin = rotary_angles(torch.arange(2 * slots, device=self.turns.device), self.config, torch.float32)
             self.turns = torch.complex(cos, sin)[:, 0]
-        return (self.turns[None, :queries] if positions is None else self.turns[positions])[:, :, None]
+        return (self.turns[None, :slots] if positions is None else self.turns[positions])[:, :, None]
 
     def _rotated(self, x: Tensor, turns: Tensor) -> Tensor:
         """x (B, Q, H * D) with its pairs turned, (B, Q, H, D); in fp32, where it can, in place."""
@@ -271,8 +268,8 @@ class Packed:
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(D)) v for q (B, Q, H, D) and k, v (B, T, H_kv, D), heads joined: (B, Q, H * D).
 
-    The queries of a group of heads are rows of one product with the keys they share, so that none is repeated. In
-    bf16 two products take half the time of the fused kernel, which computes its scores in fp32 there.
+    The queries of a group of heads are rows of one product with the keys they share, so that none is repeated. On a
+    CPU in bf16 two products take half the time of the fused kernel, which computes its scores in fp32 there.
     """
     batch, queries, heads, size = q.shape
     groups = heads // k.shape[2]
@@ -280,7 +277,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if groups > 1:
         q = q.reshape(batch, -1, groups * queries, size)
         mask = mask if mask is None else mask.repeat(1, 1, groups, 1)
-    if q.dtype == torch.float32 or q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] > WIDEST:
+    fused = q.device.type != "cpu" or q.dtype == torch.float32
+    if fused or q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] > WIDEST:
         out = F.scaled_dot_product_attention(q, k, v, mask)
     else:
         scores = q * size**-0.5 @ k.transpose(2, 3)

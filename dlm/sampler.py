@@ -6,6 +6,7 @@ Every decoding method is a row of `cache.METHODS`, every commit rule an entry of
 knows their names. Rows keep their own pace: at each turn the rows that plan alike share one forward pass.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,7 +20,7 @@ from .inputs import prepare
 from .models.attention import full
 from .models.packed import packed
 from .sampling import SamplingConfig
-from .step import Request, denoise_step
+from .step import Request, denoise_step, refuse_nan, run_step
 from .unmasking import COMMITS, Step, coarse_block, schedule
 
 __all__ = ["DenoiseState", "GenerationOutput", "denoise", "denoise_step", "generate"]
@@ -112,6 +113,7 @@ class _Run:
         self.left = [sizes[0] if sizes else 0 for sizes in self.sizes]  # ... and the places still masked in it
         self.nfe, self.computed = [0] * rows, [0] * rows
         self._plans: dict[Planner, tuple] = {}
+        self._unchecked: deque[tuple[int, Tensor, Request]] = deque()
 
     def _lay_out(self) -> tuple[Tensor, list[list[int]]]:
         """(B, T) the block of every slot, -1 outside of the region, and the masked places of every row's blocks.
@@ -145,18 +147,30 @@ class _Run:
             for planner, rows in ((self.method.first, first), (self.method.later, later)):
                 if not rows:
                     continue
-                try:
-                    place, token, certain = self._pass(planner, rows)
-                except FloatingPointError as error:
-                    raise FloatingPointError(f"pass {step}: {error}") from None
-                tokens[place], committed[place], confidence[place] = token, True, certain.float()
+                where, chosen, token, certain = self._pass(planner, rows, step)
+                tokens[where] = torch.where(chosen, token, tokens[where])
+                committed[where] = chosen
+                confidence[where] = torch.where(chosen, certain.float(), 0.0)
             self.canvas = replace(self.canvas, tokens=tokens)
+            # A GPU is asked about this turn while it works on the next one.
+            self._refuse_nan(before=step + (self.device.type == "cpu"))
             self._advance(active, committed)
             nfe, computed = torch.tensor(self.nfe), torch.tensor(self.computed)
             yield DenoiseState(self.canvas, committed, confidence, block, step, nfe, computed)
+        self._refuse_nan(before=step + 1)
 
-    def _pass(self, planner: Planner, rows: list[int]) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
-        """One forward pass for `rows`: the places it commits as an index into (B, T), their tokens and confidences."""
+    def _refuse_nan(self, before: int) -> None:
+        """FloatingPointError if the logits of a turn before that one were not numbers."""
+        while self._unchecked and self._unchecked[0][0] < before:
+            step, largest, request = self._unchecked.popleft()
+            try:
+                refuse_nan(largest, request)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"pass {step}: {error}") from None
+
+    def _pass(self, planner: Planner, rows: list[int], step: int) -> tuple[tuple, Tensor, Tensor, Tensor]:
+        """One forward pass for `rows`: the places asked about as an index (R, M) into (B, T), and at each whether it
+        is committed, its token and its confidence."""
         whole = len(rows) == len(self.sizes)
         index, current, span, positions = self._plan_for(planner, rows)
         canvas = self.canvas if whole else self.canvas.rows(index)
@@ -168,7 +182,7 @@ class _Run:
         ragged = any(self.lengths[row] < canvas.tokens.shape[1] for row in rows)
         slots = _leading(asked, max(counts))
         request = Request(None if whole else index, positions, slots, counts, canvas.valid if ragged else None)
-        token, confidence = denoise_step(
+        token, confidence, largest = run_step(
             self.model,
             canvas,
             request,
@@ -179,6 +193,7 @@ class _Run:
             suppressed=self.eos if self.config.suppress_eos else (),
             generators=[self.generators[row] for row in rows],
         )
+        self._unchecked.append((step, largest, request))
         eligible, certain = request.eligible, confidence
         if self.config.delay_eos:
             certain = confidence.masked_fill(_is_any(token, self.eos), -torch.inf)
@@ -192,7 +207,7 @@ class _Run:
         chosen = COMMITS[config.commit](certain, eligible, rule)
         for row in rows:
             self.nfe[row] += 1
-        return (index[:, None].expand_as(slots)[chosen], slots[chosen]), token[chosen], confidence[chosen]
+        return (index[:, None], slots), chosen, token, confidence
 
     def _plan_for(self, planner: Planner, rows: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """For a pass of these rows (R,): their numbers, their blocks (R, 1), the blocks' slots bool (R, T), and the
@@ -277,9 +292,9 @@ def generate(model, inputs, config: SamplingConfig | None = None, *, tokenizer=N
     """
     config = config or SamplingConfig()
     canvas, settings = prepare(model, inputs, config.gen_length, tokenizer)
-    state, committed = None, torch.zeros(len(canvas.tokens), dtype=torch.int64)
+    state, committed = None, torch.zeros(len(canvas.tokens), dtype=torch.int64, device=canvas.tokens.device)
     for state in denoise(model, canvas, config, **settings):
-        committed += state.committed.sum(dim=1).cpu()
+        committed += state.committed.sum(dim=1)
     if state is None:
         raise ValueError("the canvas has no masked place: there is nothing to generate")
     ids = config.eos_ids or settings["eos_token_ids"]
@@ -287,6 +302,6 @@ def generate(model, inputs, config: SamplingConfig | None = None, *, tokenizer=N
         sequences=state.canvas.region(pad_id=ids[0] if ids else 0),
         canvas=state.canvas,
         nfe=state.nfe,
-        tokens_per_forward=committed / state.nfe.clamp_min(1),
+        tokens_per_forward=committed.cpu() / state.nfe.clamp_min(1),
         positions_computed=state.positions_computed,
     )

@@ -16,7 +16,7 @@ from .models.attention import Visible, full
 from .sampling import SamplingConfig
 from .unmasking import propose
 
-__all__ = ["Request", "denoise_step"]
+__all__ = ["Request", "denoise_step", "refuse_nan", "run_step"]
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,34 @@ def denoise_step(
 ) -> tuple[Tensor, Tensor]:
     """Runs the model once and proposes a token and its confidence for every slot asked about: (R, M), (R, M).
 
+    As `run_step`. Raises FloatingPointError where the logits are not numbers.
+    """
+    token, confidence, largest = run_step(
+        model, canvas, request, config, visible=visible, cache=cache, vocab_size=vocab_size, suppressed=suppressed,
+        generators=generators,
+    )  # fmt: skip
+    refuse_nan(largest, request)
+    return token, confidence
+
+
+def run_step(
+    model,
+    canvas: Canvas,
+    request: Request,
+    config: SamplingConfig,
+    *,
+    visible: Visible,
+    cache: KVCache | None,
+    vocab_size: int | None,
+    suppressed: Sequence[int],
+    generators: Sequence[torch.Generator],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`denoise_step` that does not wait for the device: token, confidence and largest logit, (R, M) each, the last for
+    `refuse_nan`.
+
     `canvas` holds the request's rows. `suppressed` ids, those from `vocab_size` on and the mask token are not proposed.
     With guidance the model's batch holds every row twice, the second time with what is given masked, and the
-    cache has rows for both. Raises FloatingPointError where the logits are not numbers.
+    cache has rows for both.
     """
     tokens, positions, valid, rows = canvas.tokens, request.positions, request.valid, request.rows
     kept = request.slots
@@ -76,8 +101,7 @@ def denoise_step(
         for part, other in _parts(logits, config)
     ]
     token, confidence, largest = (torch.cat(x, dim=1).view(request.slots.shape) for x in zip(*found, strict=True))
-    _refuse_nan(largest, request)
-    return token, confidence
+    return token, confidence, largest
 
 
 # Numbers of logits that one call of `decide` sees on a CPU: what it computes of them stays in the processor's cache.
@@ -128,7 +152,8 @@ def _forbidden(logits: Tensor, vocab_size: int | None, ids: Sequence[int]) -> Te
     return torch.tensor(sorted(ids), dtype=torch.int64, device=logits.device)
 
 
-def _refuse_nan(largest: Tensor, request: Request) -> None:
+def refuse_nan(largest: Tensor, request: Request) -> None:
+    """Raises FloatingPointError where the largest logit (R, M) of a place that was asked about is not a number."""
     bad = request.eligible & ~(largest < torch.inf)
     if bool(bad.any()):
         row, place = bad.nonzero()[0].tolist()

@@ -110,6 +110,8 @@ class Parser(argparse.ArgumentParser):
             "--attn-implementation", metavar="NAME", help="eager, sdpa, flash_attention_2 or flex_attention"
         )
 
+        group.add_argument("--cuda-graphs", action="store_true", help="replay passes on a GPU: a launch for each")
+
     def add_sampling(self, defaults, leave_out: Sequence[str] = ()) -> None:
         """One option for each field of SamplingConfig; not given it is None, so that the checkpoint's counts.
 

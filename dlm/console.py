@@ -104,7 +104,7 @@ def open_checkpoint(args, check: bool = True) -> Opened:
         defaults = own_defaults(path, args.revision) if local else {}
         if check:
             settings(args, defaults)
-        options = {"dtype": args.dtype, "device": args.device, "attn_implementation": args.attn_implementation}
+        options = {name: getattr(args, name) for name in ("dtype", "device", "attn_implementation", "cuda_graphs")}
         with hub_errors(path):
             model, tokenizer = dlm.load(path, revision=args.revision, **options)
         if tokenizer is None:

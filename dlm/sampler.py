@@ -102,7 +102,7 @@ class _Run:
                 "shorten the prompt or gen_length"
             )
         self.branches = 2 if config.cfg_scale else 1
-        self.cache = KVCache(rows * self.branches, slots) if self.method.cached else None
+        self.cache: KVCache | None = None
         self.generators = [torch.Generator(self.device).manual_seed(seed) for seed in config.row_seeds(rows)]
         self.lengths = canvas.valid.sum(dim=1).tolist()
         self.layout, self.sizes = self._lay_out()
@@ -133,6 +133,18 @@ class _Run:
         return torch.full_like(layout, -1) if self.method.coarse else layout, sizes
 
     def turns(self) -> Iterator[DenoiseState]:
+        """Denoises to the end, with a cache where the method has one: the model's own, where it lends one."""
+        if not self.method.cached:
+            yield from self._turns()
+            return
+        rows, slots = self.canvas.tokens.shape
+        self.cache = getattr(self.model, "borrow", KVCache)(rows * self.branches, slots)
+        try:
+            yield from self._turns()
+        finally:
+            getattr(self.model, "give_back", lambda cache: None)(self.cache)
+
+    def _turns(self) -> Iterator[DenoiseState]:
         step = 0
         while active := [row for row, sizes in enumerate(self.sizes) if self.block[row] < len(sizes)]:
             step += 1
@@ -177,10 +189,12 @@ class _Run:
         choosing = self.method.coarse and self.turn[rows[0]] == 0
         if choosing:
             asked, counts = canvas.masked, [sum(self.sizes[row][self.block[row] :]) for row in rows]
+            most = max(sum(self.sizes[row]) for row in rows)
         else:
             asked, counts = canvas.masked & span, [self.left[row] for row in rows]
+            most = max(self.sizes[row][self.block[row]] for row in rows)
         ragged = any(self.lengths[row] < canvas.tokens.shape[1] for row in rows)
-        slots = _leading(asked, max(counts))
+        slots = _leading(asked, most if getattr(self.model, "fixed_shapes", False) else max(counts))
         request = Request(None if whole else index, positions, slots, counts, canvas.valid if ragged else None)
         token, confidence, largest = run_step(
             self.model,

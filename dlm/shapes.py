@@ -89,6 +89,7 @@ def workload_options(parser: Parser) -> None:
     add("--batch", type=int, default=1, metavar="N", help="prompts at a time (default: 1)")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16", *QUANTIZED))
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU where there is one")
+    add("--cuda-graphs", action="store_true", help="replay passes on a GPU")
     add("--threads", type=int, metavar="N", help="of torch on a CPU")
     add("--repeats", type=int, default=3, metavar="N", help="timed generations a cell (default: 3)")
     add("--seed", type=int, default=0, metavar="N", help="of the weights and of the prompts")
@@ -121,6 +122,9 @@ def open_workload(args: Namespace) -> Workload:
         model = random_model(args.config, dtype=whole, device=args.device, seed=args.seed)
         if args.dtype in QUANTIZED:
             quantize_(model, args.dtype)
+    if args.cuda_graphs and model.device.type != "cuda":
+        raise ValueError(f"--cuda-graphs needs a GPU, and the model is on {model.device}: leave it out")
+    model.cuda_graphs = args.cuda_graphs
     generator = torch.Generator().manual_seed(args.seed)
     most = max(1, model.config.vocab_size - 8)
     prompts = torch.randint(0, most, (args.batch, args.prompt_length), generator=generator)

@@ -39,14 +39,16 @@ def load(
     attn_implementation: str | None = None,
     device_map=None,
     revision: str | None = None,
+    cuda_graphs: bool = False,
 ):
     """(model, tokenizer) from a folder or a hub id; without one, the model that ships with dlm.
 
     dtype: "auto" is the checkpoint's, but float32 for half-precision weights of up to a billion numbers on a CPU:
     every processor is quick at that, and gives the same text; "int8" keeps the layers' weights in eight bits, for
     speed, at a small cost in quality (`linear.Int8`; on CPUs). device: by default a GPU if there is one; device_map,
-    as in transformers, instead of it. attn_implementation: eager, sdpa, flash_attention_2 or flex_attention. No
-    remote code is run. The tokenizer is None where the folder has none.
+    as in transformers, instead of it. attn_implementation: eager, sdpa, flash_attention_2 or flex_attention.
+    cuda_graphs: replay the passes of generation (`graphs`), on one GPU with sdpa. No remote code is run. The tokenizer
+    is None where the folder has none.
     Raises ValueError, in one line that names the folder and the reason, for a folder that is no checkpoint, another
     family, damaged weights, or tensors missing or left over; OSError where the hub cannot be reached.
     """
@@ -61,9 +63,12 @@ def load(
     bits = str(dtype).removeprefix("torch.")
     if bits in QUANTIZED:
         dtype = "auto"
+    place = _usable(device) if device_map is None else None
+    if cuda_graphs and (place is None or place.type != "cuda"):
+        raise ValueError(f"cuda_graphs need one GPU, and the model goes to {place or 'a device_map'}: leave them out")
     options = {"config": config, "dtype": dtype, "revision": revision or "main"}
     # A device as a device_map: the weights go straight there.
-    options["device_map"] = {"": _usable(device)} if device_map is None else device_map
+    options["device_map"] = {"": place} if device_map is None else device_map
     if attn_implementation is not None:
         check_name("attn_implementation", attn_implementation, ATTENTION)
         options["attn_implementation"] = attn_implementation
@@ -78,7 +83,7 @@ def load(
         model = model.float()
     if bits in QUANTIZED:
         quantize_(model, bits)
-    model.objective = read_objective(path)
+    model.objective, model.cuda_graphs = read_objective(path), cuda_graphs
     return model, tokenizer
 
 

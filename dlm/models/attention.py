@@ -8,6 +8,7 @@ a GPU and a dense mask for SDPA on a CPU.
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ def causal(b: Tensor, q: Tensor, k: Tensor) -> Tensor:
     return k <= q
 
 
+@cache
 def block_causal(block_length: int) -> Visible:
     """Slots see their own block of `block_length` slots, counted from slot 0, and every earlier one (BD3-LM)."""
     if block_length < 1:

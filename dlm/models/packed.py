@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import Visible, attention_mask, block_causal, full
+from .graphs import Graphs
 from .linear import Blocked, Int8, Plain, kind_for
 from .transformer import LLaDABlock, LLaDAModelLM, RMSNorm, rotary_angles
 
@@ -29,7 +30,7 @@ WIDEST = 2**24  # scores that attention in bf16 holds at once; beyond it the fus
 
 Linear = Plain | Blocked | Int8
 
-_COPIES: WeakKeyDictionary[LLaDAModelLM, tuple[list, Packed]] = WeakKeyDictionary()
+_COPIES: WeakKeyDictionary[LLaDAModelLM, tuple[list, Packed | Graphs]] = WeakKeyDictionary()
 
 
 def packed(model):
@@ -37,16 +38,18 @@ def packed(model):
 
     A copy is made of a plain `LLaDAModelLM` in evaluation mode with SDPA attention, on a CPU in float32 or (where the
     processor multiplies it) bfloat16, on a GPU where there is memory for it; linear layers may be `Int8`. Adapters,
-    hooks and others' layers keep the model as it is. The copy is kept with the model, and made again when any weight
-    differs from what was copied.
+    hooks and others' layers keep the model as it is. With `model.cuda_graphs` set its passes are replayed (`Graphs`).
+    The copy is kept with the model, and made again when any weight differs from what was copied.
     """
     if not _can_pack(model):
         return model
-    seen = _fingerprint(model)
+    graphs = model.cuda_graphs and model.device.type == "cuda"
+    seen = [(graphs, 0), *_fingerprint(model)]
     found = _COPIES.get(model)
     if found is None or found[0] != seen:
         _COPIES.pop(model, None)  # the old copy goes first
-        _COPIES[model] = found = (seen, Packed(model))
+        copy = Packed(model)
+        _COPIES[model] = found = (seen, Graphs(copy) if graphs else copy)
     return found[1]
 
 

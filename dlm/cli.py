@@ -99,8 +99,8 @@ class Parser(argparse.ArgumentParser):
             )
         return args
 
-    def add_model(self) -> None:
-        """Options that choose the model and where it runs."""
+    def add_model(self):
+        """Options that choose the model and where it runs; returns their group."""
         group = self.add_argument_group("model")
         group.add_argument("--model", metavar="PATH", help="folder or hub id (default: the model that ships)")
         group.add_argument("--revision", help="branch, tag or commit of a hub id")
@@ -111,6 +111,7 @@ class Parser(argparse.ArgumentParser):
         )
 
         group.add_argument("--cuda-graphs", action="store_true", help="replay passes on a GPU: a launch for each")
+        return group
 
     def add_sampling(self, defaults, leave_out: Sequence[str] = ()) -> None:
         """One option for each field of SamplingConfig; not given it is None, so that the checkpoint's counts.

@@ -31,7 +31,9 @@ def add_common(parser: Parser, argv: Sequence[str], leave_out: Sequence[str] = (
     parser.add_argument("--prompts", metavar="FILE", help='one a line, or JSONL with "prompt"; - is standard input')
     parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="texts for each prompt (default: 1)")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="texts at a time (default: 8)")
-    parser.add_model()
+    parser.add_model().add_argument(
+        "--tensor-parallel", action="store_true", help="share layers out over torchrun's processes, a GPU each"
+    )
     parser.add_sampling(shown_defaults(argv), leave_out)
     parser.add_output()
 

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import gc
 import json
+import os
 import re
 import sys
 import time
@@ -105,6 +106,10 @@ def open_checkpoint(args, check: bool = True) -> Opened:
         if check:
             settings(args, defaults)
         options = {name: getattr(args, name) for name in ("dtype", "device", "attn_implementation", "cuda_graphs")}
+        if getattr(args, "tensor_parallel", False):
+            options["tensor_parallel"] = True
+            if int(os.environ.get("RANK", 0)):  # the first process speaks for all
+                sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
         with hub_errors(path):
             model, tokenizer = dlm.load(path, revision=args.revision, **options)
         if tokenizer is None:

@@ -13,6 +13,7 @@ from transformers.utils import logging as hf_logging
 from ..names import check_name
 from .configuration import LLaDAConfig
 from .linear import QUANTIZED, quantize_
+from .parallel import shared_out
 from .transformer import LLaDAModelLM
 
 __all__ = ["SHIPPED", "TWIN", "LLaDAConfig", "LLaDAModelLM", "load", "quiet", "read_config", "read_objective"]
@@ -40,6 +41,7 @@ def load(
     device_map=None,
     revision: str | None = None,
     cuda_graphs: bool = False,
+    tensor_parallel: bool = False,
 ):
     """(model, tokenizer) from a folder or a hub id; without one, the model that ships with dlm.
 
@@ -47,8 +49,9 @@ def load(
     every processor is quick at that, and gives the same text; "int8" keeps the layers' weights in eight bits, for
     speed, at a small cost in quality (`linear.Int8`; on CPUs). device: by default a GPU if there is one; device_map,
     as in transformers, instead of it. attn_implementation: eager, sdpa, flash_attention_2 or flex_attention.
-    cuda_graphs: replay the passes of generation (`graphs`), on one GPU with sdpa. No remote code is run. The tokenizer
-    is None where the folder has none.
+    cuda_graphs: replay the passes of generation (`graphs`), on one GPU with sdpa. tensor_parallel: share every layer
+    out over the processes that torchrun started, each with a GPU (`LLaDAConfig.base_model_tp_plan`); all must then make
+    the same calls. No remote code is run. The tokenizer is None where the folder has none.
     Raises ValueError, in one line that names the folder and the reason, for a folder that is no checkpoint, another
     family, damaged weights, or tensors missing or left over; OSError where the hub cannot be reached.
     """
@@ -63,12 +66,17 @@ def load(
     bits = str(dtype).removeprefix("torch.")
     if bits in QUANTIZED:
         dtype = "auto"
-    place = _usable(device) if device_map is None else None
-    if cuda_graphs and (place is None or place.type != "cuda"):
-        raise ValueError(f"cuda_graphs need one GPU, and the model goes to {place or 'a device_map'}: leave them out")
     options = {"config": config, "dtype": dtype, "revision": revision or "main"}
-    # A device as a device_map: the weights go straight there.
-    options["device_map"] = {"": place} if device_map is None else device_map
+    if tensor_parallel:
+        place, more = "several", shared_out(config, bits)
+    elif device_map is not None:
+        place, more = "a device_map", {"device_map": device_map}
+    else:
+        place = _usable(device)
+        more = {"device_map": {"": place}}  # a device as a device_map: the weights go straight there
+    if cuda_graphs and getattr(place, "type", None) != "cuda":
+        raise ValueError(f"cuda_graphs need one GPU, and the model goes to {place}: leave them out")
+    options |= more
     if attn_implementation is not None:
         check_name("attn_implementation", attn_implementation, ATTENTION)
         options["attn_implementation"] = attn_implementation

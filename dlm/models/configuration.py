@@ -40,6 +40,13 @@ class LLaDAConfig(PretrainedConfig):
         "tie_word_embeddings": "weight_tying",
     }
 
+    # Who holds what of a layer when several devices share it (Megatron-LM, arXiv:1909.08053, section 3): heads and
+    # columns of the MLP are each one's own, and two sums a layer join them.
+    base_model_tp_plan = {
+        **{f"transformer.blocks.*.{name}": "colwise" for name in ("q_proj", "k_proj", "v_proj", "ff_proj", "up_proj")},
+        **{f"transformer.blocks.*.{name}": "rowwise" for name in ("attn_out", "ff_out")},
+    }
+
     d_model: int = 4096
     n_heads: int = 32
     n_kv_heads: int | None = None

@@ -3,9 +3,10 @@
 Shapes: T slots of the canvas, R rows of this pass, Q slots it computes, M masked slots asked about, V vocabulary.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -95,7 +96,7 @@ def run_step(
         tokens = tokens.gather(1, positions)
     cache = None if cache is None else cache.at(rows)
     logits = model(tokens, positions, visible=visible, cache=cache, valid=valid, logits_to_keep=kept)  # (R, M, V)
-    forbidden = _forbidden(logits, vocab_size, (canvas.mask_id, *suppressed))
+    forbidden = _forbidden(logits.shape[-1], vocab_size, (canvas.mask_id, *suppressed), logits.device)
     found = [
         decide(part, other, request.counts, config, suppressed, forbidden, generators)
         for part, other in _parts(logits, config)
@@ -123,6 +124,11 @@ def _parts(logits: Tensor, config: SamplingConfig) -> list[tuple[Tensor, Tensor 
 def decide(logits, other, counts, config: SamplingConfig, suppressed, forbidden, generators):
     """Token, confidence and largest logit at every place of logits (R, M, V): (R, M) each. other: the logits with
     what is given masked, for guidance."""
+    if other is None and _greedy(config) and fused(logits):
+        from . import kernels
+
+        found = kernels.summarise(logits, forbidden, suppressed)
+        return found.token, found.confidence(config.ordering), found.largest
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if other is not None:
         other = other.to(logits.dtype)
@@ -145,11 +151,38 @@ def decide(logits, other, counts, config: SamplingConfig, suppressed, forbidden,
     return token, confidence, most
 
 
-def _forbidden(logits: Tensor, vocab_size: int | None, ids: Sequence[int]) -> Tensor:
-    """(N,) the ids that are not proposed."""
-    size = logits.shape[-1]
+def _greedy(config: SamplingConfig) -> bool:
+    """Whether a proposal is the argmax and a confidence of the model's own prediction."""
+    return config.temperature == 0 and not config.tempered_confidence and config.ordering != "random"
+
+
+def fused(logits: Tensor) -> bool:
+    """Whether `kernels` reads these logits in one pass; elsewhere torch makes the same proposal in several."""
+    plain = type(logits) is Tensor and logits.is_cuda and logits.dtype != torch.float64
+    return plain and _triton_works(logits.device)
+
+
+@cache
+def _triton_works(device: torch.device) -> bool:
+    """Whether Triton is installed and runs on this GPU: it compiles when it is first called, with a C compiler."""
+    try:
+        from . import kernels
+
+        kernels.summarise(torch.zeros(1, 1, device=device), torch.zeros(0, dtype=torch.int64, device=device))
+    except ImportError:
+        return False
+    except Exception as error:  # whatever its compiler, the machine's or the driver raises
+        warnings.warn(f"Triton does not run on {device}, so torch does its work, more slowly: {error}", stacklevel=2)
+        return False
+    return True
+
+
+@lru_cache(maxsize=16)  # a copy from the host waits for the GPU
+def _forbidden(size: int, vocab_size: int | None, ids: tuple[int, ...], device: torch.device) -> Tensor:
+    """(N,) the ids of `size` that are not proposed."""
     ids = {token for token in ids if token < size} | set(range(size if vocab_size is None else vocab_size, size))
-    return torch.tensor(sorted(ids), dtype=torch.int64, device=logits.device)
+    with torch.inference_mode(False):  # it outlives the caller's mode
+        return torch.tensor(sorted(ids), dtype=torch.int64, device=device)
 
 
 def refuse_nan(largest: Tensor, request: Request) -> None:

@@ -1,6 +1,7 @@
 """Shared fixtures: one thread (results and times do not depend on the machine), tiny models, recorded checkpoints."""
 
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -11,6 +12,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))  # toys.py and oracle.py, whatever the import mode
 
 FIXTURES = Path(__file__).parent / "fixtures"
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported, whoever does it
 
 
 def pytest_configure(config):

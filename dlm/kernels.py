@@ -1,12 +1,12 @@
-"""The greedy proposal on a GPU: token, confidence and the check for NaN from one reading of the logits, in Triton.
+"""What a GPU does in one pass in Triton and torch in many: the greedy proposal, and rounding activations to float8.
 
-Shapes: N places asked about, V vocabulary, C chunks that a row is cut into.
+Shapes: N places asked about, V vocabulary, C chunks that a row is cut into; K inputs of a linear layer.
 
 In torch a proposal reads or writes the logits about ten times, most of them in fp32. Here `_chunk` reads each logit
 once, in the type it has, and keeps eight numbers of every chunk of a row: a row for each program would leave most of a
 GPU idle where few places are asked about. `_merge` joins a row's chunks by the online softmax (Milakov and
 Gimelshein, arXiv:1805.02867, sec. 3). All arithmetic is in fp32, no order of it depends on timing, and the host waits
-for nothing. This file imports Triton: `step.fused` says where it can be used.
+for nothing. This file imports Triton: `machine.triton_kernels` says where it can be used.
 """
 
 from collections.abc import Sequence
@@ -17,12 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["Summary", "summarise"]
+__all__ = ["Summary", "quantise", "summarise"]
 
 CHUNK = 4096  # logits that one program reads
 
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 NOWHERE = tl.constexpr(2**31 - 1)  # above every id
+SMALLEST = tl.constexpr(torch.finfo(torch.float32).tiny)
+LARGEST = tl.constexpr(torch.finfo(torch.float8_e4m3fn).max)
 # What an id may be.
 PROPOSED, COUNTED, SUPPRESSED = tl.constexpr(2), tl.constexpr(1), tl.constexpr(0)
 
@@ -141,3 +143,29 @@ def _merge(index, parts, token, found, chunks, WIDTH: tl.constexpr):
     tl.store(found + row + rows, tl.div_rn(tl.exp(best - top), total))
     tl.store(found + row + 2 * rows, tl.div_rn(tl.exp(runner_up - top), total))
     tl.store(found + row + 3 * rows, tl.div_rn(moment, total) - tl.log(total))
+
+
+# ---------------------------------------------------------------- activations in float8
+
+
+def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`models.fp8.quantise` of x (..., K), in one kernel in place of seven: a layer waits for each of them."""
+    rows = x.reshape(-1, x.shape[-1])
+    count, size = rows.shape
+    numbers = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        _quantise[(count,)](rows, rows.stride(0), rows.stride(1), numbers, scale, size, triton.next_power_of_2(size))
+    return numbers, scale
+
+
+@triton.jit
+def _quantise(x, row_stride, stride, numbers, scale, size, WIDTH: tl.constexpr):
+    """Program n: row n of x (N, K), K at most WIDTH, as float8 and its scale."""
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, WIDTH)
+    inside = lane < size
+    values = tl.load(x + row * row_stride + lane.to(tl.int64) * stride, mask=inside, other=0.0).to(tl.float32)
+    step = tl.maximum(tl.div_rn(tl.max(tl.abs(values), axis=0), LARGEST), SMALLEST)
+    tl.store(numbers + row * size + lane, tl.div_rn(values, step).to(tl.float8e4nv), mask=inside)
+    tl.store(scale + row, step)

@@ -1,10 +1,13 @@
-"""The machine a number was measured on, and what a measurement needs of it: waiting for the device, peak memory."""
+"""The machine a number was measured on, what a measurement needs of it (waiting for the device, peak memory), and
+whether Triton runs on it."""
 
 from __future__ import annotations
 
 import os
 import platform
 import subprocess
+import warnings
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -51,6 +54,24 @@ def versions() -> dict[str, str]:
         "transformers": transformers.__version__,
         "tokenizers": tokenizers.__version__,
     }
+
+
+@cache
+def triton_kernels(device: torch.device):
+    """The module `dlm.kernels` where Triton is installed and runs on this GPU, else None, with a warning where it
+    fails: it compiles when it is first called, with a C compiler."""
+    if device.type != "cuda":
+        return None
+    try:
+        from . import kernels
+
+        kernels.summarise(torch.zeros(1, 1, device=device), torch.zeros(0, dtype=torch.int64, device=device))
+    except ImportError:
+        return None
+    except Exception as error:  # whatever its compiler, the machine's or the driver raises
+        warnings.warn(f"Triton does not run on {device}, so torch does its work, more slowly: {error}", stacklevel=2)
+        return None
+    return kernels
 
 
 def synchronise(device: torch.device) -> None:

@@ -3,16 +3,16 @@
 Shapes: T slots of the canvas, R rows of this pass, Q slots it computes, M masked slots asked about, V vocabulary.
 """
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
 from .cache import KVCache
 from .canvas import Canvas
+from .machine import triton_kernels
 from .models.attention import Visible, full
 from .sampling import SamplingConfig
 from .unmasking import propose
@@ -124,9 +124,7 @@ def _parts(logits: Tensor, config: SamplingConfig) -> list[tuple[Tensor, Tensor 
 def decide(logits, other, counts, config: SamplingConfig, suppressed, forbidden, generators):
     """Token, confidence and largest logit at every place of logits (R, M, V): (R, M) each. other: the logits with
     what is given masked, for guidance."""
-    if other is None and _greedy(config) and fused(logits):
-        from . import kernels
-
+    if other is None and _greedy(config) and (kernels := fused(logits)):
         found = kernels.summarise(logits, forbidden, suppressed)
         return found.token, found.confidence(config.ordering), found.largest
     logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -156,25 +154,10 @@ def _greedy(config: SamplingConfig) -> bool:
     return config.temperature == 0 and not config.tempered_confidence and config.ordering != "random"
 
 
-def fused(logits: Tensor) -> bool:
-    """Whether `kernels` reads these logits in one pass; elsewhere torch makes the same proposal in several."""
-    plain = type(logits) is Tensor and logits.is_cuda and logits.dtype != torch.float64
-    return plain and _triton_works(logits.device)
-
-
-@cache
-def _triton_works(device: torch.device) -> bool:
-    """Whether Triton is installed and runs on this GPU: it compiles when it is first called, with a C compiler."""
-    try:
-        from . import kernels
-
-        kernels.summarise(torch.zeros(1, 1, device=device), torch.zeros(0, dtype=torch.int64, device=device))
-    except ImportError:
-        return False
-    except Exception as error:  # whatever its compiler, the machine's or the driver raises
-        warnings.warn(f"Triton does not run on {device}, so torch does its work, more slowly: {error}", stacklevel=2)
-        return False
-    return True
+def fused(logits: Tensor):
+    """`dlm.kernels` where it can read these logits in one pass, else None: torch makes the same proposal in several."""
+    plain = type(logits) is Tensor and logits.dtype != torch.float64
+    return triton_kernels(logits.device) if plain else None
 
 
 @lru_cache(maxsize=16)  # a copy from the host waits for the GPU

@@ -4,9 +4,9 @@ Shapes: N places asked about, V vocabulary, C chunks that a row is cut into; K i
 
 In torch a proposal reads or writes the logits about ten times, most of them in fp32. Here `_chunk` reads each logit
 once, in the type it has, and keeps seven numbers of every chunk of a row: a row for each program would leave most of a
-GPU idle where few places are asked about. `_merge` joins a row's chunks by the online softmax (Milakov and
-Gimelshein, arXiv:1805.02867, sec. 3). All arithmetic is in fp32, no order of it depends on timing, and the host waits
-for nothing. This file imports Triton: `machine.triton_kernels` says where it can be used.
+GPU idle where few places are asked about. `_merge` joins a row's chunks as the parallel online normaliser does (Milakov
+and Gimelshein, arXiv:1805.02867). All arithmetic is in fp32, no order of it depends on timing, and the host waits for
+nothing. This file imports Triton: `machine.triton_kernels` says where it can be used.
 """
 
 from collections.abc import Sequence

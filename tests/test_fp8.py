@@ -7,9 +7,11 @@ import math
 
 import pytest
 import torch
+from torch import nn
+from toys import tiny_model
 
 from dlm.models import fp8
-from dlm.models.fp8 import Float8Linear, quantise
+from dlm.models.fp8 import Float8, quantise
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -17,6 +19,15 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def random(*shape, seed=0, spread=1.0):
     values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * spread
     return values.to(DEVICE, torch.bfloat16)
+
+
+def layer(weight, bias=None):
+    """The linear layer in float8."""
+    linear = nn.Linear(*weight.shape[::-1], bias=bias is not None, device=DEVICE, dtype=weight.dtype)
+    linear.weight.data = weight
+    if bias is not None:
+        linear.bias.data = bias
+    return Float8.from_linear(linear)
 
 
 def exact(x, weight, bias=None):
@@ -58,7 +69,7 @@ def test_zeros_and_what_is_no_number():
 def test_a_product_is_near(spread, measured):
     """Two relative errors of up to 1/16, evenly spread below it, add up over K like a random walk: about 4%."""
     x, weight = random(50, 512, spread=spread), random(96, 512, seed=1, spread=0.02)
-    found = Float8Linear.of([weight], [None])(x)
+    found = layer(weight)(x)
     assert found.dtype == torch.bfloat16 and found.shape == (50, 96)
     measured(f"float8 product at scale {spread:g}: error", error(found, exact(x, weight)), 0.045)
 
@@ -67,7 +78,7 @@ def test_outputs_have_scales_of_their_own():
     """A large output or token does not cost a small one its digits."""
     x, weight = random(8, 256), random(32, 256, seed=1)
     x[3], weight[5] = 1e4 * x[3], 1e-4 * weight[5]
-    found, want = Float8Linear.of([weight], [None])(x), exact(x, weight)
+    found, want = layer(weight)(x), exact(x, weight)
     assert error(found[0], want[0]) < 0.06 and error(found[:, 5], want[:, 5]) < 0.06
     for row in range(8):
         assert abs(found[row, 5].double() - want[row, 5]) < 0.2 * want[row].abs().max() * 1e-4
@@ -76,8 +87,8 @@ def test_outputs_have_scales_of_their_own():
 def test_bias_layers_and_residual():
     x, one, two = random(2, 3, 64), random(32, 64, seed=1), random(16, 64, seed=2)
     biases = [random(32, seed=3, spread=9), random(16, seed=4, spread=9)]
-    joined = Float8Linear.of([one, two], biases)
-    apart = [Float8Linear.of([w], [b]) for w, b in zip((one, two), biases, strict=True)]
+    apart = [layer(w, b) for w, b in zip((one, two), biases, strict=True)]
+    joined = Float8.of(*([getattr(part, name) for part in apart] for name in ("weight", "scale", "bias")))
     assert joined.weight.dtype == torch.float8_e4m3fn and joined.weight.nbytes == 48 * 64
     found = joined(x)
     assert found.shape == (2, 3, 48)
@@ -85,11 +96,12 @@ def test_bias_layers_and_residual():
     assert error(found, exact(x, torch.cat([one, two]), torch.cat(biases))) < 0.03
     residual = random(2, 3, 48, seed=5)
     assert torch.equal(joined.plus(x, residual), residual + found)
+    assert torch.equal(joined(x.float()), found.float())  # what bf16 holds, in the type that was given
 
 
 def test_a_token_does_not_depend_on_the_others():
     x, weight = random(6, 128), random(32, 128, seed=1)
-    linear = Float8Linear.of([weight], [None])
+    linear = layer(weight)
     before = linear(x)
     x[1:], x[3, 7] = 1e6 * random(5, 128, seed=2), math.nan
     after = linear(x)
@@ -98,18 +110,18 @@ def test_a_token_does_not_depend_on_the_others():
 
 
 def test_no_tokens():
-    assert Float8Linear.of([random(32, 64)], [None])(random(2, 0, 64)).shape == (2, 0, 32)
+    assert layer(random(32, 64))(random(2, 0, 64)).shape == (2, 0, 32)
 
 
 def test_sizes_that_a_gpu_cannot_take():
     with pytest.raises(ValueError, match=r"48 to 40 wide.*multiples of 16.*bfloat16"):
-        Float8Linear.of([random(40, 48)], [None])
+        layer(random(40, 48))
 
 
 def test_the_product_is_what_is_emulated(monkeypatch):
     """torch's own scaled product, which a CPU has too, from the same arguments: apart by one rounding to bf16."""
     x, weight, bias = random(20, 256), random(48, 256, seed=1), random(48, seed=2)
-    linear = Float8Linear.of([weight], [bias])
+    linear = layer(weight, bias)
     results = []
     for use in (False, True):
         monkeypatch.setattr(fp8, "has_kernel", lambda device, use=use: use)
@@ -117,6 +129,20 @@ def test_the_product_is_what_is_emulated(monkeypatch):
     torch.testing.assert_close(results[1], results[0], rtol=2**-7, atol=0.05)
 
 
+@torch.no_grad()
+def test_a_model_predicts_nearly_the_same(measured):
+    """All linear layers of the blocks: the logits keep their direction."""
+    model = tiny_model(1, dtype=torch.bfloat16, sharp=1.0, embedding_size=48).to(DEVICE)
+    tokens = torch.randint(0, 39, (4, 24), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    want = model(tokens).double()
+    for block in model.model.transformer.blocks:
+        for name, linear in list(block.named_children()):
+            if isinstance(linear, nn.Linear):
+                setattr(block, name, Float8.from_linear(linear))
+    measured("float8 weights of a tiny model: error of the logits", error(model(tokens), want), 0.1)
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
 def test_a_cpu_has_no_kernel():
     assert not fp8.has_kernel(torch.device("cpu"))
+    assert "H100" in fp8.refusal(torch.device("cpu")) and "not cpu" in fp8.refusal(torch.device("cpu"))

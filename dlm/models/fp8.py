@@ -7,15 +7,15 @@ and one for each token of the activations, found when it is multiplied, so that 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..machine import triton_kernels
 
-__all__ = ["Float8Linear", "has_kernel", "quantise"]
+__all__ = ["Float8", "has_kernel", "quantise", "refusal"]
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 MULTIPLE = 16  # of K and O, for the tensor cores
@@ -62,38 +62,51 @@ def _product(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Te
     )
 
 
-@dataclass(frozen=True)
-class Float8Linear:
-    """y = x W^T + b for x (..., K) in bf16, W (O, K) in float8 with scale (O,), b in bf16; O may be of several layers.
+class Float8(nn.Module):
+    """A linear layer y = x W^T + b, W (O, K) in float8 with scale (O,), and what it reads in float8 with one a token.
 
-    Where `has_kernel` says no, the same products are added up in fp32: slower than bf16, for tests of quality alone.
+    Where `has_kernel` says no, the same numbers are multiplied in fp32: slower than bf16, for tests of quality alone.
     """
 
-    weight: Tensor
-    scale: Tensor
-    bias: Tensor | None
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None):
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", bias)
 
     @classmethod
-    def of(cls, weights: list[Tensor], biases: list[Tensor | None]) -> Float8Linear:
-        """Raises ValueError where the sizes are no multiples of 16."""
-        for weight in weights:
-            if weight.shape[0] % MULTIPLE or weight.shape[1] % MULTIPLE:
-                raise ValueError(
-                    f"a linear layer is {weight.shape[1]} to {weight.shape[0]} wide: float8 products take multiples "
-                    f"of {MULTIPLE}; keep this model in bfloat16"
-                )
-        parts = [quantise(weight.detach()) for weight in weights]  # one by one: each passes through fp32
-        bias = None if biases[0] is None else torch.cat(biases).detach().bfloat16()
-        return cls(torch.cat([part for part, _ in parts]), torch.cat([scale for _, scale in parts])[:, 0], bias)
+    @torch.no_grad()
+    def from_linear(cls, linear: nn.Linear) -> Float8:
+        """Raises ValueError where a size is no multiple of 16."""
+        outputs, inputs = linear.weight.shape
+        if outputs % MULTIPLE or inputs % MULTIPLE:
+            raise ValueError(
+                f"a linear layer is {inputs} to {outputs} wide: float8 products take multiples of {MULTIPLE}; "
+                "use bfloat16 for this model"
+            )
+        weight, scale = quantise(linear.weight)
+        return cls(weight, scale[:, 0], None if linear.bias is None else linear.bias.detach().bfloat16())
 
-    def __call__(self, x: Tensor) -> Tensor:
+    @classmethod
+    def of(cls, weights: Sequence[Tensor], scales: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Float8:
+        """Several layers that read the same input, one below the other."""
+        return cls(torch.cat(list(weights)), torch.cat(list(scales)), None if biases[0] is None else torch.cat(biases))
+
+    def forward(self, x: Tensor) -> Tensor:
         rows, x_scale = quantise(x.reshape(-1, x.shape[-1]))
         if has_kernel(x.device):
-            out = _product(rows, x_scale, self.weight, self.scale, self.bias)
+            y = _product(rows, x_scale, self.weight, self.scale, self.bias)
         else:
-            out = rows.float() @ self.weight.float().t() * x_scale * self.scale
-            out = (out if self.bias is None else out + self.bias).bfloat16()
-        return out.view(*x.shape[:-1], len(self.weight))
+            y = rows.float() @ self.weight.float().t() * x_scale * self.scale
+            y = (y if self.bias is None else y + self.bias).bfloat16()
+        return y.to(x.dtype).view(*x.shape[:-1], len(self.weight))
 
     def plus(self, x: Tensor, residual: Tensor) -> Tensor:
-        return residual + self(x)
+        return self(x).add_(residual)
+
+
+def refusal(device: torch.device) -> str | None:
+    """Why models on this device have no use for float8, None where they do."""
+    if has_kernel(device):
+        return None
+    return f"fp8 weights need an NVIDIA GPU of compute capability 9.0 (H100) or later, not {device}: use bfloat16"

@@ -105,7 +105,7 @@ class Parser(argparse.ArgumentParser):
         group.add_argument("--model", metavar="PATH", help="folder or hub id (default: the model that ships)")
         group.add_argument("--revision", help="branch, tag or commit of a hub id")
         group.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: a GPU where there is one)")
-        group.add_argument("--dtype", default="auto", help="float32, bfloat16, float16, int8 (default: as saved)")
+        group.add_argument("--dtype", default="auto", help="float32, bfloat16, float16, int8, fp8 (default: as saved)")
         group.add_argument(
             "--attn-implementation", metavar="NAME", help="eager, sdpa, flash_attention_2 or flex_attention"
         )

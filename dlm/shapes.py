@@ -118,7 +118,8 @@ def open_workload(args: Namespace) -> Workload:
     if args.model:
         model, _ = load(args.model, dtype=args.dtype, device=args.device)
     else:
-        whole = torch.float32 if args.dtype in QUANTIZED else getattr(torch, args.dtype)
+        base = QUANTIZED[args.dtype].base if args.dtype in QUANTIZED else args.dtype
+        whole = torch.float32 if base == "auto" else getattr(torch, base)
         model = random_model(args.config, dtype=whole, device=args.device, seed=args.seed)
         if args.dtype in QUANTIZED:
             quantize_(model, args.dtype)

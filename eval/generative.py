@@ -45,7 +45,7 @@ def parse(argv: list[str]):
     add("--seed", type=int, default=0, metavar="N", help="of the first text")
     add("--batch-size", type=int, default=16, metavar="N", help="texts at a time (default: 16)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: a GPU where there is one)")
-    add("--dtype", default="auto", help="float32, bfloat16, float16, int8 (default: as saved)")
+    add("--dtype", default="auto", help="float32, bfloat16, float16, int8, fp8 (default: as saved)")
     add("--out", metavar="FILE", help="write results and texts there as JSON, and go on from what is done")
     return parser.parse(argv)
 

@@ -60,7 +60,7 @@ def parse(argv: list[str]):
     add = group.add_argument
     add("--batch-size", type=int, default=16, metavar="N", help="windows of a forward pass (default: 16)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: a GPU where there is one)")
-    add("--dtype", default="auto", help="float32, bfloat16, float16, int8 (default: as saved)")
+    add("--dtype", default="auto", help="float32, bfloat16, float16, int8, fp8 (default: as saved)")
     return parser.parse(argv)
 
 

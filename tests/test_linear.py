@@ -1,5 +1,7 @@
 """Linear layers for inference: eight-bit weights against their definition, and every kind inside of the model."""
 
+from dataclasses import replace
+
 import commandline
 import pytest
 import torch
@@ -11,7 +13,7 @@ from dlm import SamplingConfig
 from dlm.cache import KVCache
 from dlm.models import linear
 from dlm.models import packed as packing
-from dlm.models.linear import Blocked, Int8, Plain, has_kernels, quantize_
+from dlm.models.linear import QUANTIZED, Blocked, Int8, Plain, has_kernels, quantize_
 from dlm.models.packed import Packed, packed
 
 SHAPES = [
@@ -99,16 +101,17 @@ def test_joined_layers_are_the_layers(kind):
 # ---------------------------------------------------------------- inside of the model
 
 
-@pytest.fixture(params=["plain", pytest.param("int8", marks=vnni)])
+@pytest.fixture(params=["plain", pytest.param("int8", marks=vnni), "fp8"])
 def made(request, monkeypatch):
     """shape -> a model whose packed copy has this kind of layers; `plain` is what a GPU gets."""
 
     def make(seed, **changes):
         model = tiny_model(seed, dtype=torch.float32, **changes)
-        if request.param == "int8":
-            return quantize_(model, "int8")
-        monkeypatch.setattr(packing, "kind_for", lambda *_: Plain)
-        return model
+        if request.param == "plain":
+            monkeypatch.setattr(packing, "kind_for", lambda *_: Plain)
+            return model
+        monkeypatch.setitem(QUANTIZED, "fp8", replace(QUANTIZED["fp8"], refusal=lambda device: None))
+        return quantize_(model, request.param)
 
     return make
 
@@ -179,10 +182,12 @@ def test_the_model_that_ships_in_eight_bits():
 
 
 def test_refusals(monkeypatch):
-    with pytest.raises(ValueError, match="give auto, float32, bfloat16, float16 or int8"):
+    with pytest.raises(ValueError, match="give auto, float32, bfloat16, float16, int8 or fp8"):
         dlm.load(dtype="int9")
     with pytest.raises(ValueError, match="int8"):
         quantize_(tiny_model(), "int7")
+    with pytest.raises(ValueError, match=r"fp8 weights need an NVIDIA GPU.*not cpu: use bfloat16"):
+        dlm.load(dtype="fp8", device="cpu")
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     with pytest.raises(ValueError, match="VNNI, which this one lacks: use bfloat16"):
         dlm.load(dtype="int8")

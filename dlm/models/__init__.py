@@ -46,12 +46,13 @@ def load(
     """(model, tokenizer) from a folder or a hub id; without one, the model that ships with dlm.
 
     dtype: "auto" is the checkpoint's, but float32 for half-precision weights of up to a billion numbers on a CPU:
-    every processor is quick at that, and gives the same text; "int8" keeps the layers' weights in eight bits, for
-    speed, at a small cost in quality (`linear.Int8`; on CPUs). device: by default a GPU if there is one; device_map,
-    as in transformers, instead of it. attn_implementation: eager, sdpa, flash_attention_2 or flex_attention.
-    cuda_graphs: replay the passes of generation (`graphs`), on one GPU with sdpa. tensor_parallel: share every layer
-    out over the processes that torchrun started, each with a GPU (`LLaDAConfig.base_model_tp_plan`); all must then make
-    the same calls. No remote code is run. The tokenizer is None where the folder has none.
+    every processor is quick at that, and gives the same text; "int8" (CPUs) and "fp8" (GPUs) keep the layers' weights
+    in eight bits, for speed, at a small cost in quality (`linear.QUANTIZED`). device: by default a GPU if there is one;
+    device_map, as in transformers, instead of it. attn_implementation: eager, sdpa, flash_attention_2 or
+    flex_attention. cuda_graphs: replay the passes of generation (`graphs`), on one GPU with sdpa. tensor_parallel:
+    share every layer out over the processes that torchrun started, each with a GPU
+    (`LLaDAConfig.base_model_tp_plan`); all must then make the same calls. No remote code is run. The tokenizer is None
+    where the folder has none.
     Raises ValueError, in one line that names the folder and the reason, for a folder that is no checkpoint, another
     family, damaged weights, or tensors missing or left over; OSError where the hub cannot be reached.
     """
@@ -59,13 +60,13 @@ def load(
 
     path = os.fspath(SHIPPED if path is None else path)
     config = read_config(path, revision)
-    if isinstance(dtype, str) and dtype != "auto":
-        if not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise ValueError(f"dtype is {dtype!r}: give auto, float32, bfloat16, float16 or int8")
-        dtype = getattr(torch, dtype)
     bits = str(dtype).removeprefix("torch.")
     if bits in QUANTIZED:
-        dtype = "auto"
+        dtype = QUANTIZED[bits].base
+    if isinstance(dtype, str) and dtype != "auto":
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"dtype is {dtype!r}: give auto, float32, bfloat16, float16, {' or '.join(QUANTIZED)}")
+        dtype = getattr(torch, dtype)
     options = {"config": config, "dtype": dtype, "revision": revision or "main"}
     if tensor_parallel:
         place, more = "several", shared_out(config, bits)

@@ -8,7 +8,7 @@ a residual. `kind_for` says which class suits a device and a type.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..names import check_name
+from . import fp8
+from .fp8 import Float8
 
 __all__ = ["QUANTIZED", "Blocked", "Int8", "Plain", "has_kernels", "kind_for", "quantize_"]
 
@@ -125,14 +127,22 @@ class Int8(nn.Module):
 
 def _int8_refusal(device: torch.device) -> str | None:
     if device.type != "cpu":
-        return f"int8 weights are for processors, and the model is on {device}: use bfloat16 there"
+        return f"int8 weights are for processors, and the model is on {device}: use fp8 or bfloat16"
     if not torch.cpu._is_vnni_supported():
         return "int8 weights need a processor with AVX512-VNNI, which this one lacks: use bfloat16 or float32"
     return None
 
 
-# name: (the class, why it cannot be used on a device or None)
-QUANTIZED = {"int8": (Int8, _int8_refusal)}
+@dataclass(frozen=True)
+class Quantized:
+    """layer: the class of the linear layers; base: the type of all else; refusal: why a device cannot do it."""
+
+    layer: type[Int8] | type[Float8]
+    base: str
+    refusal: Callable[[torch.device], str | None]
+
+
+QUANTIZED = {"int8": Quantized(Int8, "auto", _int8_refusal), "fp8": Quantized(Float8, "bfloat16", fp8.refusal)}
 
 
 @torch.no_grad()
@@ -143,11 +153,11 @@ def quantize_(model: nn.Module, name: str) -> nn.Module:
     Raises ValueError for an unknown name, or one that the model's device cannot do.
     """
     check_name("dtype", name, QUANTIZED)
-    kind, refusal = QUANTIZED[name]
-    if reason := refusal(model.device):
+    kind = QUANTIZED[name]
+    if reason := kind.refusal(model.device):
         raise ValueError(reason)
     for block in model.model.transformer.blocks:
         for child, linear in list(block.named_children()):
             if isinstance(linear, nn.Linear):
-                setattr(block, child, kind.from_linear(linear))
+                setattr(block, child, kind.layer.from_linear(linear))
     return model

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .attention import Visible, attention_mask, block_causal, full
 from .graphs import Graphs
-from .linear import Blocked, Int8, Plain, kind_for
+from .linear import QUANTIZED, Blocked, Float8, Int8, Plain, kind_for
 from .transformer import LLaDABlock, LLaDAModelLM, RMSNorm, rotary_angles
 
 __all__ = ["Packed", "packed"]
@@ -28,7 +28,8 @@ LARGEST = 4e9  # bytes of weights on a CPU; a copy of a larger model may not fit
 SPARE = 0.8  # of a GPU's free memory, which the copies may take
 WIDEST = 2**24  # scores that attention in bf16 holds at once; beyond it the fused kernel, which holds none
 
-Linear = Plain | Blocked | Int8
+Linear = Plain | Blocked | Int8 | Float8
+FEW_BITS = tuple(kind.layer for kind in QUANTIZED.values())
 
 _COPIES: WeakKeyDictionary[LLaDAModelLM, tuple[list, Packed | Graphs]] = WeakKeyDictionary()
 
@@ -37,9 +38,9 @@ def packed(model):
     """The model's packed copy where there can be one, else the model itself: a mask predictor either way.
 
     A copy is made of a plain `LLaDAModelLM` in evaluation mode with SDPA attention, on a CPU in float32 or (where the
-    processor multiplies it) bfloat16, on a GPU where there is memory for it; linear layers may be `Int8`. Adapters,
-    hooks and others' layers keep the model as it is. With `model.cuda_graphs` set its passes are replayed (`Graphs`).
-    The copy is kept with the model, and made again when any weight differs from what was copied.
+    processor multiplies it) bfloat16, on a GPU where there is memory for it; linear layers may be of few bits.
+    Adapters, hooks and others' layers keep the model as it is. With `model.cuda_graphs` set its passes are replayed
+    (`Graphs`). The copy is kept with the model, and made again when any weight differs from what was copied.
     """
     if not _can_pack(model):
         return model
@@ -63,7 +64,7 @@ def _can_pack(model) -> bool:
         return False
     if dtype != torch.float32 and not model.config.rope_full_precision:
         return False
-    known = (nn.Linear, Int8, nn.Embedding, RMSNorm, LLaDABlock, nn.ModuleDict, nn.ModuleList)
+    known = (nn.Linear, *FEW_BITS, nn.Embedding, RMSNorm, LLaDABlock, nn.ModuleDict, nn.ModuleList)
     return all(
         (type(module) in known or name in ("", "model"))
         and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
@@ -143,8 +144,8 @@ def _pack_layer(block: LLaDABlock, last: bool) -> _Layer:
                 for linear, piece in zip(linears, pieces, strict=True)
             ]
 
-        if type(linears[0]) is Int8:
-            return Int8.of(rows("weight"), rows("scale"), rows("bias"))
+        if (few := type(linears[0])) in FEW_BITS:
+            return few.of(rows("weight"), rows("scale"), rows("bias"))
         return kind.of(rows("weight"), rows("bias"))
 
     normed = block.config.attention_layer_norm

@@ -138,6 +138,9 @@ class _Run:
             self.model, *self.optimizers = accelerator.prepare(model, *optimizers)
         self.plain = accelerator.unwrap_model(self.model)
         self.sharded = any(checkpoint.is_sharded(parameter) for parameter in self.plain.parameters())
+        vocabulary = getattr(getattr(model, "config", None), "embedding_size", 0)
+        self.micro_batch = config.batch_size // (accelerator.num_processes * config.accumulation)
+        self.chunk = config.chunk(self.micro_batch * train.length, vocabulary)
         self.ema = EMA(self.plain, config.ema) if config.ema > 0 else None
         self.stream = train.stream(config.seed, config.packing)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
@@ -288,7 +291,7 @@ class _Run:
             noise = draw_noise(batch, config.noise(), config.seed, strata=strata).to(accelerator.device)
             accelerator.sync_gradients = last = number == len(batches) - 1  # DeepSpeed steps in this backward pass
             with nullcontext() if last else accelerator.no_sync(self.model):
-                loss = objective.loss(self.model, batch.to(accelerator.device), noise, self.mask_id)
+                loss = objective.loss(self.model, batch.to(accelerator.device), noise, self.mask_id, self.chunk)
                 # DDP averages gradients over processes: times `world` makes the average a sum.
                 accelerator.backward(loss.total * (world / max(count, 1)))
             value = float(loss.total.detach())
@@ -344,8 +347,9 @@ class _Run:
             "mask_id": self.mask_id,
             "pad_id": self.pad_id,
             "seed": 0,
-            "micro_batch": config.batch_size // (self.accelerator.num_processes * config.accumulation),
+            "micro_batch": self.micro_batch,
             "rows": rows,
+            "chunk": self.chunk,
         }
         self.model.eval()
         raw = averaged = validate(self.model, self.valid, self.accelerator, **settings)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import Visible, attention_mask, block_causal, full
+from .head import Head
 from .transformer import LLaDABlock, LLaDAModelLM, RMSNorm, rotary_angles
 
 __all__ = ["Packed", "packed"]
@@ -55,7 +56,7 @@ def _can_pack(model) -> bool:
         return False
     if dtype != torch.float32 and not model.config.rope_full_precision:
         return False
-    known = (nn.Linear, nn.Embedding, RMSNorm, LLaDABlock, nn.ModuleDict, nn.ModuleList)
+    known = (nn.Linear, Head, nn.Embedding, RMSNorm, LLaDABlock, nn.ModuleDict, nn.ModuleList)
     return all(
         (type(module) in known or name in ("", "model"))
         and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))

@@ -26,9 +26,8 @@ def test_growth_command(tmp_path, capsys, monkeypatch):
         both = (pass_flops(config, slots, slots, 3) + pass_flops(config, slots, slots, 2)) / 2
         assert row["full_floor"] == pytest.approx(both / 1e9)
     out = capsys.readouterr().out
-    assert (
-        "16 slots" in out and f"4x the slots: block pass {long['block_seconds'] / short['block_seconds']:.1f}x" in out
-    )
+    assert "16 slots" in out
+    assert f"block pass: 4x the slots, {long['block_seconds'] / short['block_seconds']:.1f}x the time" in out
     picture = plot.read_text()
     ElementTree.fromstring(picture)
     assert picture.count('stroke-dasharray="5 4"') == 4  # two floors, and both in the legend
@@ -52,6 +51,21 @@ def test_what_is_timed(monkeypatch):
     asked.clear()
     growth.turns(model, 20, 4, "none", 3, ticks.__next__, 0)
     assert [(computed, places) for computed, _, places in asked] == [(20, 4), (20, 3), (20, 2)]
+
+
+def test_a_straight_line_fits_a_block_and_not_everything():
+    """Costs of 5 ms and 2 for every 1,000 slots; and of the square of the slots."""
+    rows = [
+        {"canvas": t, "block_seconds": 5e-3 + 2e-6 * t, "full_seconds": 1e-6 * t**2, "block_floor": 1, "full_floor": 2}
+        for t in (250, 1000, 8000)
+    ]
+    assert growth.straight(rows, "block_seconds") == pytest.approx((5, 2, 0), abs=1e-9)
+    assert growth.straight(rows, "full_seconds")[2] > 0.3
+    block, full = growth.summary(rows).splitlines()
+    assert block == (
+        "block pass: 32x the slots, 3.8x the time (floor 1.0x); 5.00 ms and 2.00 ms for every 1,000 slots, within 0%"
+    )
+    assert "1024.0x the time" in full
 
 
 @pytest.mark.parametrize(("words", "said"), [

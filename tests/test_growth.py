@@ -53,6 +53,19 @@ def test_what_is_timed(monkeypatch):
     assert [(computed, places) for computed, _, places in asked] == [(20, 4), (20, 3), (20, 2)]
 
 
+def test_the_first_pass_of_each_does_not_count(monkeypatch):
+    """The one that fills the cache, and the one that meets cold memory; medians of the others."""
+    told = {"dual": [100, 1, 2, 6], "none": [50, 7, 8]}
+
+    def turns(model, slots, block, method, passes, clock, seed):
+        assert passes == len(told[method])
+        return told[method]
+
+    monkeypatch.setattr(growth, "turns", turns)
+    row = growth.measure(random_model("small"), 20, 4, 2, 1e9, 1e9, None)
+    assert (row["block_seconds"], row["full_seconds"]) == (2, 7.5)
+
+
 def test_a_straight_line_fits_a_block_and_not_everything():
     """Costs of 5 ms and 2 for every 1,000 slots; and of the square of the slots."""
     rows = [

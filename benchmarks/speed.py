@@ -14,8 +14,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -24,15 +22,13 @@ import torch
 import dlm
 from dlm import cache, step, unmasking
 from dlm.cli import Parser
+from dlm.floor import Pass, bandwidth, floor, matmul_rate
 from dlm.flops import parameters, pass_bytes, pass_flops
 from dlm.models import packed as packing
 from dlm.models import transformer
-from dlm.models.linear import kind_for
 from dlm.results import write_json
 from dlm.scripts import guarded
-from dlm.shapes import open_workload, workload_options
-
-# ---------------------------------------------------------------- what the machine can do
+from dlm.shapes import NUMBERS, open_workload, workload_options
 
 
 def _wait(device: torch.device) -> None:
@@ -40,55 +36,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _best(work: Callable[[], object], device: torch.device, clock, seconds: float = 0.2) -> float:
-    """The shortest of many runs: what the machine does when nothing is in the way."""
-    work()
-    _wait(device)
-    shortest, until = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < until:
-        began = clock()
-        work()
-        _wait(device)
-        shortest = min(shortest, clock() - began)
-    return shortest
-
-
-@torch.inference_mode()
-def matmul_rate(dtype: torch.dtype, device: torch.device, clock=time.perf_counter) -> float:
-    """Operations a second of the fastest matrix product found, in torch's own way and in the packed model's; for
-    torch.int8 of 8-bit integers."""
-    sizes = [(8192, 8192, 8192)] if device.type == "cuda" else [(288, 384, 1536), (288, 1536, 384), (512, 1024, 1024)]
-    rate = 0.0
-    for m, k, n in sizes:
-        x, weight = torch.randn(m, k, device=device).to(dtype), torch.randn(n, k, device=device).to(dtype)
-        if dtype == torch.int8:
-            ways = [partial(torch._int_mm, x, weight.t())]
-        else:
-            ways = [partial(torch.nn.functional.linear, x, weight)]
-            if kind := kind_for(device, dtype):
-                ways.append(partial(kind.of([weight], [None]), x))
-        rate = max([rate, *(2 * m * k * n / _best(way, device, clock) for way in ways)])
-    return rate
-
-
-@torch.inference_mode()
-def bandwidth(device: torch.device, clock=time.perf_counter) -> float:
-    """Bytes a second read from memory by a sum over 256 MiB (1 GiB on a GPU), more than a cache holds."""
-    numbers = torch.ones((2**27 if device.type == "cuda" else 2**25), dtype=torch.int64, device=device)
-    return numbers.nbytes / _best(numbers.sum, device, clock)
-
-
 # ---------------------------------------------------------------- one cell
-
-
-@dataclass(frozen=True)
-class Pass:
-    """What one forward pass was asked: rows, slots computed and keys seen by each, places asked about by each."""
-
-    rows: int
-    computed: int
-    keys: int
-    asked: int
 
 
 class Recorder:
@@ -102,17 +50,6 @@ class Recorder:
         asked = computed if logits_to_keep is None else logits_to_keep.shape[1]
         self.passes.append(Pass(rows, computed, computed if cache is None else cache.length, asked))
         return self.inner(tokens, positions, cache=cache, logits_to_keep=logits_to_keep, **more)
-
-
-def floor(config, passes: Sequence[Pass], itemsize: int, rate: float, width: float) -> float:
-    """Seconds that these passes take at least, at `rate` operations and `width` bytes a second."""
-    return sum(
-        max(
-            each.rows * pass_flops(config, each.computed, each.keys, each.asked) / rate,
-            pass_bytes(config, each.rows, each.keys, itemsize) / width,
-        )
-        for each in passes
-    )
 
 
 def measure(model, prompts, config, repeats: int, rate: float, width: float, itemsize: int, clock) -> dict:
@@ -248,7 +185,7 @@ def run(argv: Sequence[str]) -> int:
     args = parser.parse(argv)
     work = open_workload(args)
     model, prompts, clock = work.model, work.prompts.tolist(), work.clock
-    dtype, device = getattr(torch, args.dtype), torch.device(args.device)
+    dtype, device = NUMBERS.get(args.dtype) or getattr(torch, args.dtype), torch.device(args.device)
     rate, width = matmul_rate(dtype, device, clock), bandwidth(device, clock)
     print(
         f"{parameters(model.config) / 1e6:.0f}M parameters, {args.dtype}, {device}, {torch.get_num_threads()} threads: "

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dlm.flops import PEAKS, parameters, peak_flops, training_flops
 from dlm.models.configuration import LLaDAConfig
+from dlm.models.head import loss_chunk
 from dlm.names import nearest
 
 LLADA_8B = {"d_model": 4096, "n_layers": 32, "n_heads": 32, "mlp_hidden_size": 12288, "vocab_size": 126464}
@@ -42,16 +43,18 @@ class Estimate:
         return self.weights + self.gradients + self.optimizer + self.average + self.activations
 
 
-def activation_bytes(config, tokens: int, predicted: int, *, checkpointing: bool) -> float:
+def activation_bytes(config, tokens: int, predicted: int, *, checkpointing: bool, chunk: int | None = None) -> float:
     """What a forward pass in bf16 keeps for the backward pass of `tokens` tokens, with logits at `predicted` of them.
 
     A layer keeps 30 bytes a column of the residual stream, 4 of the keys and values and 8 of the MLP (counted with
     saved-tensor hooks under autocast; fused attention); with checkpointing its fp32 input alone, and one layer at a
-    time the rest. Logits: bf16, fp32 and their softmax.
+    time the rest. Logits: bf16, fp32 and their softmax; where the loss takes a chunk of places at a time, of that
+    chunk, and the softmax in place of the fp32 ones.
     """
     layer = 30 * config.d_model + 4 * config.n_kv_heads * config.head_dim + 8 * config.mlp_hidden_size
     kept = 4 * config.d_model * config.n_layers + layer if checkpointing else layer * config.n_layers
-    return tokens * kept + predicted * config.embedding_size * (2 + 4 + 4)
+    logits = predicted * (2 + 4 + 4) if chunk is None else min(predicted, chunk) * (2 + 4)
+    return tokens * kept + logits * config.embedding_size
 
 
 def estimate(
@@ -79,7 +82,11 @@ def estimate(
         optimizer=size * held / states,
         average=size * 4 / weights if ema else 0.0,
         activations=activation_bytes(
-            config, rows * width * copies, int(rows * width * predicted), checkpointing=checkpointing
+            config,
+            rows * width * copies,
+            int(rows * width * predicted),
+            checkpointing=checkpointing,
+            chunk=loss_chunk(rows * width, config.embedding_size),
         ),
         tokens_per_second=tokens / seconds,
         seconds=seconds,

@@ -4,6 +4,7 @@ Shapes: B batch, T row length, E examples in the batch, N tokens that carry loss
 
 A Loss is a sum, never a mean: the trainer divides by the number of target tokens of the whole optimizer step, over
 all micro-batches and processes, which is what makes the gradient independent of how the step was cut up.
+chunk: places whose logits are held at a time; None: all of them, until the backward pass.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dlm.data import Batch
 from dlm.diffusion import Noise, corrupt
 from dlm.models import attention
 from dlm.models.attention import both, causal, document
+from dlm.models.head import Targets, weighted_sum
 
 
 @dataclass(frozen=True)
@@ -38,19 +39,17 @@ class Loss:
     rate: Tensor
 
 
-def masked_diffusion(model, batch: Batch, noise: Noise, mask_id: int) -> Loss:
+def masked_diffusion(model, batch: Batch, noise: Noise, mask_id: int, chunk: int | None = None) -> Loss:
     """The masked diffusion bound: weighted CE of the masked tokens given the others.
 
     Logits are computed at masked places only, and the softmax in fp32 on them alone (LLaDA eq. 3).
     """
     xt = corrupt(batch.tokens, noise.masked, mask_id)
-    logits = model(
-        xt, batch.positions, visible=document(batch.segments), logits_to_keep=noise.masked
-    )  # (N, V), row-major over (B, T)
-    return _masked_loss(logits, batch, noise)
+    asked = {"visible": document(batch.segments), "logits_to_keep": noise.masked}
+    return _masked_loss(model, (xt, batch.positions), asked, batch, noise, chunk)
 
 
-def block_diffusion(model, batch: Batch, noise: Noise, mask_id: int) -> Loss:
+def block_diffusion(model, batch: Batch, noise: Noise, mask_id: int, chunk: int | None = None) -> Loss:
     """The bound of block diffusion: each block's masked tokens given the rest of it and the clean blocks before.
 
     All blocks in one forward of [x_t ; x_0] with repeated positions (BD3-LM, arXiv:2503.09573).
@@ -58,13 +57,15 @@ def block_diffusion(model, batch: Batch, noise: Noise, mask_id: int) -> Loss:
     """
     assert noise.block_length is not None, "noise of whole examples: draw it with NoiseSettings(block_length=...)"
     xt = corrupt(batch.tokens, noise.masked, mask_id)
-    logits = model(
-        torch.cat([xt, batch.tokens], dim=1),  # (B, 2T)
+    both_copies = (
+        torch.cat([xt, batch.tokens], dim=1),
         torch.cat([batch.positions, batch.positions], dim=1),
-        visible=attention.block_diffusion(batch.segments, batch.positions, noise.block_length),
-        logits_to_keep=torch.cat([noise.masked, torch.zeros_like(noise.masked)], dim=1),
-    )  # (N, V)
-    return _masked_loss(logits, batch, noise)
+    )  # (B, 2T)
+    asked = {
+        "visible": attention.block_diffusion(batch.segments, batch.positions, noise.block_length),
+        "logits_to_keep": torch.cat([noise.masked, torch.zeros_like(noise.masked)], dim=1),
+    }
+    return _masked_loss(model, both_copies, asked, batch, noise, chunk)
 
 
 def next_token_targets(batch: Batch) -> Tensor:
@@ -75,21 +76,23 @@ def next_token_targets(batch: Batch) -> Tensor:
     return predicted
 
 
-def autoregressive(model, batch: Batch, noise: Noise | None = None, mask_id: int | None = None) -> Loss:
+def autoregressive(
+    model, batch: Batch, noise: Noise | None = None, mask_id: int | None = None, chunk: int | None = None
+) -> Loss:
     """The causal twin: CE of each target token given those before it in its example (noise is not used)."""
     predicted = next_token_targets(batch)
     predicting = torch.zeros_like(predicted)
     predicting[:, :-1] = predicted[:, 1:]  # the place before
-    visible = both(causal, document(batch.segments))
-    logits = model(batch.tokens, batch.positions, visible=visible, logits_to_keep=predicting)
+    asked = {"visible": both(causal, document(batch.segments)), "logits_to_keep": predicting}
     example = batch.segments[predicted]
     ones = torch.ones(example.shape, device=example.device)
-    return _loss(logits, batch.tokens[predicted], ones, example, ones, predicted, batch)
+    total, ce = _cross_entropies(model, (batch.tokens, batch.positions), asked, batch.tokens[predicted], ones, chunk)
+    return _loss(total, ce, ones, example, ones, predicted, batch)
 
 
 @dataclass(frozen=True)
 class Objective:
-    """loss(model, batch, noise, mask_id) -> Loss; targets(batch) -> (B, T) bool: the tokens that count."""
+    """loss(model, batch, noise, mask_id, chunk=None) -> Loss; targets(batch) -> (B, T) bool: the tokens that count."""
 
     loss: Callable[..., Loss]
     targets: Callable[[Batch], Tensor]
@@ -102,24 +105,30 @@ OBJECTIVES = {
 }
 
 
-def _masked_loss(logits: Tensor, batch: Batch, noise: Noise) -> Loss:
+def _masked_loss(model, inputs, asked, batch: Batch, noise: Noise, chunk: int | None) -> Loss:
     masked = noise.masked
     units = batch.segments if noise.units is None else noise.units
-    example, rate = batch.segments[masked], noise.rate[units[masked]]
-    return _loss(logits, batch.tokens[masked], noise.weight[masked], example, rate, batch.target, batch)
+    example, weight, rate = batch.segments[masked], noise.weight[masked], noise.rate[units[masked]]
+    total, ce = _cross_entropies(model, inputs, asked, batch.tokens[masked], weight, chunk)
+    return _loss(total, ce, weight, example, rate, batch.target, batch)
 
 
-def _loss(logits, tokens, weight, example, rate, target, batch) -> Loss:
-    ce = F.cross_entropy(logits.float(), tokens, reduction="none")  # (N,)
-    weighted = ce * weight
+def _cross_entropies(model, inputs, asked, truth: Tensor, weight: Tensor, chunk) -> tuple[Tensor, Tensor]:
+    """(weighted sum (), cross entropies (N,)) at the places asked about, N in row-major order over (B, T)."""
+    if chunk is None:
+        return weighted_sum(model(*inputs, **asked), truth, weight)
+    return model(*inputs, **asked, targets=Targets(truth, weight, chunk))
+
+
+def _loss(total, ce, weight, example, rate, target, batch) -> Loss:
     size = len(batch.index)
-    examples = torch.zeros(size, device=ce.device).index_add_(0, example, weighted.detach())
+    examples = torch.zeros(size, device=ce.device).index_add_(0, example, ce * weight)
     owners = batch.segments[target]
     return Loss(
-        total=weighted.sum(),
+        total=total,
         count=int(target.sum()),
         examples=examples,
         lengths=torch.bincount(owners, minlength=size),
-        ce=ce.detach(),
+        ce=ce,
         rate=rate,
     )

@@ -69,6 +69,9 @@ def random_model(name: str, *, dtype=torch.float32, device="cpu", seed: int = 0,
     return model
 
 
+NUMBERS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # what the weights of few bits are made of
+
+
 def parse_cell(text: str) -> tuple[str, int, int]:
     """`dual:32:64` -> ("dual", 32, 64): method, block length, steps. Raises ValueError for anything else."""
     method, *numbers = text.split(":")

@@ -93,15 +93,15 @@ def fit(
     if not resume and checkpoint.checkpoints(config.output):
         raise ValueError(f"{config.output} holds checkpoints of a run: resume it, or choose another output folder")
     report = report if accelerator.is_main_process else (lambda line: None)
-    run = _Run(model, tokenizer, train, valid, config, mask_id, accelerator, report)
+    run = Run(model, tokenizer, train, valid, config, mask_id, accelerator, report)
     if resume:
         run.load_newest()
     with StopSignal() as stop:
         return run.loop(stop)
 
 
-class _Run:
-    """One run's moving parts: model, optimizers, EMA, stream of rows, counters."""
+class Run:
+    """One run's moving parts: model, optimizers, EMA, stream of rows, counters. `train_step` is one optimizer step."""
 
     def __init__(self, model, tokenizer, train, valid, config, mask_id, accelerator, report):
         self.tokenizer, self.train, self.valid, self.config = tokenizer, train, valid, config
@@ -138,6 +138,9 @@ class _Run:
             self.model, *self.optimizers = accelerator.prepare(model, *optimizers)
         self.plain = accelerator.unwrap_model(self.model)
         self.sharded = any(checkpoint.is_sharded(parameter) for parameter in self.plain.parameters())
+        vocabulary = getattr(getattr(model, "config", None), "embedding_size", 0)
+        self.micro_batch = config.batch_size // (accelerator.num_processes * config.accumulation)
+        self.chunk = config.chunk(self.micro_batch * train.length, vocabulary)
         self.ema = EMA(self.plain, config.ema) if config.ema > 0 else None
         self.stream = train.stream(config.seed, config.packing)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
@@ -282,13 +285,13 @@ class _Run:
         )  # fmt: skip
         set_learning_rates(self.optimizers, factor)
         self.model.train()
-        self.work = self._work(batches[0].tokens.shape[1], count) if self.peak else 0.0
+        self.work = self.operations(batches[0].tokens.shape[1], count) if self.peak else 0.0
         total, bad = 0.0, []
         for number, batch in enumerate(batches):
             noise = draw_noise(batch, config.noise(), config.seed, strata=strata).to(accelerator.device)
             accelerator.sync_gradients = last = number == len(batches) - 1  # DeepSpeed steps in this backward pass
             with nullcontext() if last else accelerator.no_sync(self.model):
-                loss = objective.loss(self.model, batch.to(accelerator.device), noise, self.mask_id)
+                loss = objective.loss(self.model, batch.to(accelerator.device), noise, self.mask_id, self.chunk)
                 # DDP averages gradients over processes: times `world` makes the average a sum.
                 accelerator.backward(loss.total * (world / max(count, 1)))
             value = float(loss.total.detach())
@@ -306,7 +309,7 @@ class _Run:
             self.ema.update(self.plain, self.step)
         return total / max(count, 1), count, norm, stops > 0
 
-    def _work(self, width: int, count: int) -> float:
+    def operations(self, width: int, count: int) -> float:
         """Operations of this step over all processes; half of the targets are predicted on average in diffusion."""
         copies = 2 if self.config.objective == "block_diffusion" else 1
         predicted = count if self.config.objective == "autoregressive" else count / 2
@@ -344,8 +347,9 @@ class _Run:
             "mask_id": self.mask_id,
             "pad_id": self.pad_id,
             "seed": 0,
-            "micro_batch": config.batch_size // (self.accelerator.num_processes * config.accumulation),
+            "micro_batch": self.micro_batch,
             "rows": rows,
+            "chunk": self.chunk,
         }
         self.model.eval()
         raw = averaged = validate(self.model, self.valid, self.accelerator, **settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dlm.diffusion import ESTIMATORS, NOISE_SCHEDULES, NoiseSettings
+from dlm.models.head import loss_chunk
 from dlm.names import check_name
 from dlm.objective import OBJECTIVES
 from dlm.optim import SCHEDULES
@@ -25,8 +26,9 @@ class TrainingConfig:
     eos_padding: `longest` ends every example with end-of-text tokens, which carry loss, up to the longest of its
     optimizer step (LLaDA's rule for fine-tuning). dropout_prompt: share of the examples whose prompt is all masks.
     activation_checkpointing: keep only each layer's input and compute the rest again in the backward pass: less memory,
-    a third more arithmetic, the same gradient. tracker: beside metrics.jsonl; `auto` is TensorBoard, if it
-    is installed.
+    a third more arithmetic, the same gradient. loss_chunk: places whose logits are held at a time, 0 for all of them;
+    None: as many as `models.head.loss_chunk` says; the gradient is the same to rounding. tracker: beside metrics.jsonl;
+    `auto` is TensorBoard, if it is installed.
     """
 
     output: str
@@ -61,6 +63,7 @@ class TrainingConfig:
     precision: str = "bf16"
     activation_checkpointing: bool = False
     compile: bool = False
+    loss_chunk: int | None = None
     seed: int = 0
     valid_every: int = 500
     valid_rows: int = 128
@@ -124,6 +127,13 @@ class TrainingConfig:
                 "precision fp16 scales the loss, and Accelerate undoes that for one optimizer alone; muon is two with "
                 "the AdamW beside it: use optimizer adamw, or precision bf16"
             )
+        if self.loss_chunk is not None and self.loss_chunk < 0:
+            raise ValueError(f"loss_chunk is {self.loss_chunk}: give a number of places, 0 for all of them, or none")
+        if self.loss_chunk and self.precision == "fp16":
+            raise ValueError(
+                f"loss_chunk {self.loss_chunk} computes gradients before the loss is scaled, too small for precision "
+                f"fp16: use bf16, or loss_chunk 0"
+            )
         if self.dropout_prompt and self.objective == "autoregressive":
             raise ValueError("dropout_prompt puts masks in place of prompts, which an autoregressive model never meets")
         self.noise()
@@ -134,3 +144,9 @@ class TrainingConfig:
             self.estimator, self.noise_schedule, self.noise_exponent, self.diffusion_steps,
             self.lowest_rate, self.highest_rate, self.block_length,
         )  # fmt: skip
+
+    def chunk(self, places: int, vocabulary: int) -> int | None:
+        """Of how many places logits are held at a time in a micro-batch of `places`; None: of all that are asked."""
+        if self.loss_chunk is None and self.precision != "fp16":
+            return loss_chunk(places, vocabulary)
+        return self.loss_chunk or None

@@ -33,9 +33,11 @@ class Validation:
 def validate(
     model, data: Examples, accelerator, *, objective: str, estimator: str | NoiseSettings,
     mask_id: int, pad_id: int, seed: int, micro_batch: int, rows: int | None = None, passes: int = 1,
+    chunk: int | None = None,
 ) -> Validation:  # fmt: skip
     """Evaluate the bound on the first `rows` packed rows (None: all), `passes` draws of noise for each example.
 
+    chunk: places whose logits are held at a time (None: all of a batch).
     The noise is a function of (seed, pass, example), so that two models, or one model at two times, meet the same.
     The error is that of a ratio of sums over documents (pieces of a document are not independent).
     """
@@ -45,15 +47,16 @@ def validate(
     sums = torch.zeros(documents, 2, dtype=torch.float64)
     counts = torch.zeros(BUCKETS, 2, dtype=torch.float64)
     examples = 0
-    chunks = [numbered[i : i + micro_batch] for i in range(0, len(numbered), micro_batch)]
+    parts = [numbered[i : i + micro_batch] for i in range(0, len(numbered), micro_batch)]
     world = accelerator.num_processes
-    chunks += [[]] * (-len(chunks) % world)  # sharded models need every process in every forward
-    for chunk in chunks[accelerator.process_index :: world]:
-        chunk = chunk + [[]] * (micro_batch - len(chunk))  # same shape every time: nothing is compiled again
-        batch = fetch(data, chunk, pad_id)
+    parts += [[]] * (-len(parts) % world)  # sharded models need every process in every forward
+    for part in parts[accelerator.process_index :: world]:
+        part = part + [[]] * (micro_batch - len(part))  # same shape every time: nothing is compiled again
+        batch = fetch(data, part, pad_id)
         noise = draw_noise(batch, estimator, seed, stream=VALIDATION)
         owners = torch.from_numpy(data.owners[batch.index.numpy()])
-        loss = OBJECTIVES[objective].loss(model, batch.to(accelerator.device), noise.to(accelerator.device), mask_id)
+        on_device = batch.to(accelerator.device), noise.to(accelerator.device)
+        loss = OBJECTIVES[objective].loss(model, *on_device, mask_id, chunk)
         sums[:, 0].index_add_(0, owners, loss.examples.double().cpu())
         sums[:, 1].index_add_(0, owners, loss.lengths.double().cpu())
         bucket = (loss.rate.double().cpu() * BUCKETS).ceil().long().clamp(1, BUCKETS) - 1

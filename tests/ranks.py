@@ -34,6 +34,7 @@ KINDS = {
     "d3pm": {"estimator": "d3pm", "diffusion_steps": 8},
     "autoregressive": {"objective": "autoregressive"},
     "streamed": {"streamed": True},
+    "in chunks": {"loss_chunk": 5},
 }
 
 

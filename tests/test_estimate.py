@@ -85,6 +85,15 @@ def test_activations_of_a_layer_are_what_autograd_keeps(checkpointing):
     assert counted[1] - counted[0] == pytest.approx(seen, rel=0.05)
 
 
+def test_logits_of_a_large_vocabulary_are_held_for_a_chunk_of_places():
+    config = LLaDAConfig(**LLADA_8B)
+    base = activation_bytes(config, 4096, 0, checkpointing=False)
+    assert activation_bytes(config, 4096, 2048, checkpointing=False) - base == 2048 * 126_464 * 10
+    assert activation_bytes(config, 4096, 2048, checkpointing=False, chunk=1061) - base == 1061 * 126_464 * 6
+    found = estimate(config, tokens=1e9, gpus=1, peak=1e15, mfu=0.3, width=4096, rows=1)
+    assert found.activations - base == 1061 * 126_464 * 6
+
+
 def test_llada_8b_costs_what_was_published():
     """2.3T tokens in 0.13 million H800 hours (arXiv:2502.09992, section 3.1), within a quarter."""
     config = LLaDAConfig(**LLADA_8B)

@@ -103,7 +103,7 @@ def test_text_becomes_a_model_that_loads_and_writes(tmp_path, arguments, capsys)
 
 def test_interrupt_exits_130_and_the_printed_command_goes_on_bit_for_bit(tmp_path, arguments, capsys, monkeypatch):
     assert main(arguments("whole")) == 0
-    take, steps = training._Run.train_step, []
+    take, steps = training.Run.train_step, []
 
     def interrupted_once(self, stop):
         steps.append(self.step)
@@ -111,7 +111,7 @@ def test_interrupt_exits_130_and_the_printed_command_goes_on_bit_for_bit(tmp_pat
             os.kill(os.getpid(), signal.SIGINT)
         return take(self, stop)
 
-    monkeypatch.setattr(training._Run, "train_step", interrupted_once)
+    monkeypatch.setattr(training.Run, "train_step", interrupted_once)
     AcceleratorState._reset_state(reset_partial_state=True)
     capsys.readouterr()
     assert main(arguments("parts")) == 130

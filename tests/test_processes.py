@@ -72,11 +72,11 @@ def assert_same_run(one, other, measured, what):
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_fsdp2_trains_resumes_and_exports_the_same_model(tmp_path, measured, tied):
-    """Two sharded processes; with tied weights also resumed there, and what they export generates."""
+    """Two sharded processes, loss in chunks; with tied weights also resumed, without; what they export generates."""
     one, two_parts = tmp_path / "one", tmp_path / "two"
     assert pretrain.main(options(tmp_path, "one", weight_tying=tied)) == 0
     script = Path(__file__).parent / "sharded.py"
-    two([script, *options(tmp_path, "two", weight_tying=tied, tracker="auto", accumulation=2)])
+    two([script, *options(tmp_path, "two", weight_tying=tied, tracker="auto", accumulation=2, loss_chunk=7)])
     assert_same_run(one, two_parts, measured, f"1 process and 2 under FSDP2, {'tied' if tied else 'untied'}")
     if not tied:
         return

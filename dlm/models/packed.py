@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .attention import Visible, attention_mask, block_causal, full
 from .graphs import Graphs
+from .head import Head
 from .linear import QUANTIZED, Blocked, Float8, Int8, Plain, kind_for
 from .transformer import LLaDABlock, LLaDAModelLM, RMSNorm, rotary_angles
 
@@ -64,7 +65,7 @@ def _can_pack(model) -> bool:
         return False
     if dtype != torch.float32 and not model.config.rope_full_precision:
         return False
-    known = (nn.Linear, *FEW_BITS, nn.Embedding, RMSNorm, LLaDABlock, nn.ModuleDict, nn.ModuleList)
+    known = (nn.Linear, Head, *FEW_BITS, nn.Embedding, RMSNorm, LLaDABlock, nn.ModuleDict, nn.ModuleList)
     return all(
         (type(module) in known or name in ("", "model"))
         and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))

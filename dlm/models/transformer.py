@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention import Visible, attention_mask, block_causal, full, usable_kernel
 from .configuration import LLaDAConfig
+from .head import Head, Targets, weighted_cross_entropy, weighted_sum
 
 __all__ = ["LLaDAModel", "LLaDAModelLM"]
 
@@ -173,7 +174,7 @@ class LLaDAModel(LLaDAPreTrainedModel):
             }
         )
         if not config.weight_tying:
-            self.transformer["ff_out"] = nn.Linear(config.d_model, config.embedding_size, bias=config.include_bias)
+            self.transformer["ff_out"] = Head(config.d_model, config.embedding_size, bias=config.include_bias)
         for block in self.transformer.blocks:
             block.attn_out._residual_layer = block.ff_out._residual_layer = block.layer
         self.gradient_checkpointing = False
@@ -240,14 +241,17 @@ class LLaDAModelLM(LLaDAPreTrainedModel):
         cache=None,
         valid: Tensor | None = None,
         logits_to_keep: Tensor | None = None,
-    ) -> Tensor:
-        """Logits at the places asked for.
+        targets: Targets | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits at the places asked for, or with `targets` the loss there.
 
         tokens (B, Q) ids; positions (B, Q) their slots, by default 0..Q-1; visible: a rule of `attention`, by
         default the one that the checkpoint was trained with (full, or block-causal where config.block_length is
         set); cache: a `KVCache`, and then attention reads all its slots; valid (B, T) which slots exist.
         logits_to_keep: None for all, (B, Q, V); a bool (B, Q) for those, flat in row order, (N, V); int64 (B, M)
         indices into Q for those, (B, M, V). V is config.embedding_size; the type is that of the weights.
+        targets: of the N places asked for, in row order; gives (sum of weighted cross entropies (), cross entropies
+        (N,) without a gradient), both fp32, and holds the logits of `targets.chunk` places at a time.
         """
         x = self.model(tokens, positions, visible=visible, cache=cache, valid=valid)
         if logits_to_keep is not None:
@@ -255,9 +259,17 @@ class LLaDAModelLM(LLaDAPreTrainedModel):
                 x = x[logits_to_keep]  # (N, D)
             else:
                 x = x.gather(1, logits_to_keep[..., None].expand(-1, -1, x.shape[-1]))  # (B, M, D)
-        transformer = self.model.transformer
-        logits = F.linear(x, transformer.wte.weight) if self.config.weight_tying else transformer.ff_out(x)
-        return logits * self.config.d_model**-0.5 if self.config.scale_logits else logits
+        scale = self.config.d_model**-0.5 if self.config.scale_logits else 1.0
+        table, head = self.model.transformer.wte, None if self.config.weight_tying else self.model.transformer.ff_out
+        if targets is not None and head is None:
+            return weighted_cross_entropy(x, table.weight, None, targets, scale)
+        if targets is not None and isinstance(head, Head):
+            return head(x, targets, scale)
+        logits = F.linear(x, table.weight) if head is None else head(x)
+        logits = logits * scale if self.config.scale_logits else logits
+        if targets is not None:  # the head was replaced, by an adapter or a quantised layer: it knows logits alone
+            return weighted_sum(logits.flatten(0, -2), targets.tokens, targets.weight)
+        return logits
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):

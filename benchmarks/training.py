@@ -1,0 +1,188 @@
+"""Tokens per second and share of the machine's peak (MFU) of training steps, for a shape with random weights.
+
+    dlm bench training --config 25m --length 256 --batch 16 --precision bf16 --loss-chunk auto 0 --threads 2
+
+A step is the trainer's own: rows fetched, noise drawn, forward, backward, gradients clipped, optimizer (and moving
+average with --ema). MFU counts what the model needs (`flops.training_flops`), not what activation checkpointing
+computes again, against the data sheet's peak on a GPU that has one, else against the rate of matrix products measured
+in the same run. A line for each pair of --compile and --loss-chunk; times are medians over --steps after --warm-up.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import statistics
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dlm.cli import Parser
+from dlm.data import Examples
+from dlm.documents import Documents
+from dlm.floor import matmul_rate
+from dlm.flops import peak_flops
+from dlm.machine import PeakMemory, synchronise
+from dlm.models import ATTENTION
+from dlm.names import check_name
+from dlm.objective import OBJECTIVES
+from dlm.results import write_json
+from dlm.scripts import guarded
+from dlm.shapes import SHAPES, random_model
+from dlm.training import Run
+from dlm.training_config import OPTIMIZERS, PRECISIONS, TrainingConfig
+
+COMPILE = {"off": (False,), "on": (True,), "both": (False, True)}
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def options() -> Parser:
+    """The command line."""
+    parser = Parser("bench training", "[options]", __doc__)
+    add = parser.add_argument
+    add("--config", default="25m", metavar="NAME", help=f"{', '.join(SHAPES)} (default: 25m)")
+    add("--objective", default="diffusion", metavar="NAME", help=f"{', '.join(OBJECTIVES)} (default: diffusion)")
+    add("--block-length", type=int, default=32, metavar="N", help="of block_diffusion (default: 32)")
+    add("--length", type=int, default=256, metavar="N", help="tokens in a row (default: 256)")
+    add("--batch", type=int, default=8, metavar="N", help="rows in a step (default: 8)")
+    add("--accumulation", type=int, default=1, metavar="N", help="micro-batches in a step (default: 1)")
+    add("--precision", default="no", metavar="NAME", help=f"{', '.join(PRECISIONS)} (default: no, which is fp32)")
+    add("--optimizer", default="adamw", metavar="NAME", help=f"{', '.join(OPTIMIZERS)} (default: adamw)")
+    add("--ema", type=float, default=0.0, metavar="X", help="decay of a moving average (default: 0, none)")
+    add("--compile", default="off", metavar="NAME", help="off, on or both: torch.compile of each layer (default: off)")
+    add("--loss-chunk", nargs="+", default=["auto"], metavar="N", help="places with logits at a time; auto, 0 for all")
+    add("--activation-checkpointing", action="store_true", help="compute each layer again in the backward pass")
+    add("--attn-implementation", default="sdpa", metavar="NAME", help=f"{', '.join(ATTENTION)} (default: sdpa)")
+    add("--steps", type=int, default=10, metavar="N", help="timed steps (default: 10)")
+    add("--warm-up", type=int, default=2, metavar="N", help="steps after the first that are not timed (default: 2)")
+    add("--threads", type=int, metavar="N", help="of torch on a CPU")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU where there is one")
+    add("--seed", type=int, default=0, metavar="N", help="of the weights, the tokens and the noise")
+    add("--json", metavar="FILE", help="write the rows there")
+    return parser
+
+
+def check(args: Namespace) -> None:
+    """Errors (ValueError): names that are none, numbers below 1, a device that is not there."""
+    for name, allowed in (("config", SHAPES), ("compile", COMPILE), ("attn_implementation", ATTENTION)):
+        check_name(name, getattr(args, name), allowed)
+    for name in ("length", "steps", "threads", "batch"):
+        if (value := getattr(args, name)) is not None and value < (2 if name == "length" else 1):
+            raise ValueError(f"--{name} is {value}: give {2 if name == 'length' else 1} or more")
+    if args.warm_up < 0:
+        raise ValueError(f"--warm-up is {args.warm_up}: give 0 or more")
+    for value in args.loss_chunk:
+        if value != "auto" and not value.isdigit():
+            raise ValueError(f"--loss-chunk has {value!r}: give auto, 0 for all places, or a number of them")
+    if args.device not in ("cpu", "cuda") or (args.device == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"--device {args.device} cannot be used here: give cpu, or cuda where there is a GPU")
+
+
+def settings(args: Namespace, folder: str, compiled: bool, chunk: str) -> TrainingConfig:
+    """The trainer's settings of one variant."""
+    return TrainingConfig(
+        output=folder, max_steps=args.steps + args.warm_up + 1, batch_size=args.batch, accumulation=args.accumulation,
+        learning_rate=1e-4, optimizer=args.optimizer, ema=args.ema, objective=args.objective,
+        block_length=args.block_length if args.objective == "block_diffusion" else None, precision=args.precision,
+        activation_checkpointing=args.activation_checkpointing, compile=compiled, seed=args.seed,
+        loss_chunk=None if chunk == "auto" else int(chunk),
+    )  # fmt: skip
+
+
+def random_rows(vocabulary: int, rows: int, length: int, seed: int) -> Examples:
+    """Examples of exactly `length` random tokens, each a row; the last ids are special ones and left out."""
+    tokens = np.random.default_rng(seed).integers(0, max(1, vocabulary - 8), rows * length).astype(np.uint32)
+    starts = np.arange(rows + 1) * length
+    return Examples([Documents(tokens, starts, np.ones(len(tokens), dtype=bool), None, len(tokens))], length)
+
+
+def measure(args: Namespace, config: TrainingConfig, peak: float) -> dict:
+    """One variant: seconds of its first step (with compilation), the median of the others, and what follows."""
+    from accelerate import Accelerator
+
+    device = torch.device(args.device)
+    accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=config.precision)
+    model = random_model(args.config, device=device, seed=args.seed, length=args.length)
+    model.set_attn_implementation(args.attn_implementation)
+    data = random_rows(model.config.vocab_size, 4 * config.batch_size, args.length, args.seed)
+    run = Run(model, None, data, None, config, model.config.mask_token_id, accelerator, lambda line: None)
+    times, operations = [], []
+    with PeakMemory(device) as memory:
+        for _ in range(1 + args.warm_up + args.steps):
+            synchronise(device)
+            began = time.perf_counter()
+            _, count, _, _ = run.train_step(False)
+            synchronise(device)
+            times.append(time.perf_counter() - began)
+            operations.append(run.operations(args.length, count))
+            run.step += 1
+    seconds = statistics.median(times[1 + args.warm_up :])
+    return {
+        "seconds": seconds, "tokens_per_second": config.batch_size * args.length / seconds,
+        "mfu": statistics.mean(operations) / seconds / peak, "peak_memory": memory.bytes, "first_step": times[0],
+        "chunk": run.chunk,
+    }  # fmt: skip
+
+
+def line(row: dict) -> str:
+    """A variant for people."""
+    at_a_time = "all logits" if row.get("chunk") is None else f"logits of {row['chunk']:,}"
+    name = f"compile {'on' if row['compile'] else 'off':<3}  loss chunk {row['loss_chunk']:>5}"
+    if "error" in row:
+        return f"{name}  {row['error']}"
+    memory = "" if row["peak_memory"] is None else f"{row['peak_memory'] / 1e9:6.2f} GB  "
+    return (
+        f"{name} ({at_a_time})  {row['tokens_per_second']:>10,.0f} tokens/s  {1e3 * row['seconds']:9.1f} ms a step  "
+        f"{row['mfu']:6.1%} MFU  {memory}first step {row['first_step']:.1f} s"
+    )
+
+
+def run(argv: Sequence[str]) -> int:
+    """Measure the variants and print a line for each; the rows are on the disk before the next one begins."""
+    args = options().parse(argv)
+    check(args)
+    variants = list(itertools.product(COMPILE[args.compile], dict.fromkeys(args.loss_chunk)))
+    with tempfile.TemporaryDirectory() as folder:
+        configs = [settings(args, folder, *variant) for variant in variants]  # all are checked before any runs
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        device = torch.device(args.device)
+        peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        source = "measured in matrix products" if peak is None else "by the data sheet"
+        peak = peak or matmul_rate(DTYPES[args.precision], device)
+        print(
+            f"{args.config}, {args.objective}, {args.batch} rows of {args.length}, precision {args.precision}, "
+            f"{args.optimizer}, {device}, {torch.get_num_threads()} threads: {peak / 1e9:,.0f} GFLOP/s {source}",
+            flush=True,
+        )
+        rows = []
+        for (compiled, chunk), config in zip(variants, configs, strict=True):
+            row = {"compile": compiled, "loss_chunk": chunk}
+            try:
+                row |= measure(args, config, peak)
+            except torch.OutOfMemoryError:
+                row["error"] = "out of memory"
+            torch.compiler.reset()
+            gc.collect()  # a run and its model refer to each other
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            print(line(row), flush=True)
+            rows.append(row)
+            if args.json:
+                write_json(Path(args.json), {"options": vars(args), "peak": peak, "rows": rows}, indent=1)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; a user's mistake is one line and exit code 2."""
+    return guarded("dlm bench training", run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

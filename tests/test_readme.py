@@ -55,6 +55,7 @@ def options_of(command, capsys):
 
 
 LM_EVAL = {"--tasks", "--model_args"}  # options of lm_eval itself, which is an extra
+TORCHRUN = {"--nproc-per-node"}
 SHOWN = sorted({line.split("#")[0].strip() for _, kind, text in BLOCKS if kind == "sh" for line in text.splitlines()})
 SHOWN = [line for line in SHOWN if re.match(r"dlm \w+ .*--\w", line)]
 
@@ -69,7 +70,7 @@ def test_options_of_a_command_exist(line, capsys):
 def test_options_exist(capsys):
     commands = [[command, name] for command in scripts.FOLDERS for name in scripts.scripts(command)]
     commands += [[word] for word in ("generate", "infill", "chat", "info")] + [["train", "--estimate"]]
-    known = set().union(*(options_of(command, capsys) for command in commands)) | {"--estimate"}
+    known = set().union(*(options_of(command, capsys) for command in commands)) | {"--estimate"} | TORCHRUN
     assert set(re.findall(r"--[a-z][a-z_-]+", README)) <= known
 
 

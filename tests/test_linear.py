@@ -11,9 +11,10 @@ from toys import tiny_model
 import dlm
 from dlm import SamplingConfig
 from dlm.cache import KVCache
-from dlm.models import linear
+from dlm.models import int8
 from dlm.models import packed as packing
-from dlm.models.linear import QUANTIZED, Blocked, Int8, Plain, has_kernels, quantize_
+from dlm.models.int8 import Int8
+from dlm.models.linear import QUANTIZED, Blocked, Plain, has_kernels, quantize_
 from dlm.models.packed import Packed, packed
 
 SHAPES = [
@@ -191,7 +192,7 @@ def test_refusals(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     with pytest.raises(ValueError, match="VNNI, which this one lacks: use bfloat16"):
         dlm.load(dtype="int8")
-    assert "are for processors, and the model is on cuda" in linear._int8_refusal(torch.device("cuda"))
+    assert "are for processors, and the model is on cuda" in int8.refusal(torch.device("cuda"))
 
 
 @vnni

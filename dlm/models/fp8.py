@@ -7,13 +7,13 @@ and one for each token of the activations, found when it is multiplied, so that 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 
 import torch
 from torch import Tensor, nn
 
 from ..machine import triton_kernels
+from .int8 import FewBits
 
 __all__ = ["Float8", "has_kernel", "quantise", "refusal"]
 
@@ -62,17 +62,11 @@ def _product(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Te
     )
 
 
-class Float8(nn.Module):
+class Float8(FewBits):
     """A linear layer y = x W^T + b, W (O, K) in float8 with scale (O,), and what it reads in float8 with one a token.
 
     Where `has_kernel` says no, the same numbers are multiplied in fp32: slower than bf16, for tests of quality alone.
     """
-
-    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None):
-        super().__init__()
-        self.register_buffer("weight", weight)
-        self.register_buffer("scale", scale)
-        self.register_buffer("bias", bias)
 
     @classmethod
     @torch.no_grad()
@@ -87,11 +81,6 @@ class Float8(nn.Module):
         weight, scale = quantise(linear.weight)
         return cls(weight, scale[:, 0], None if linear.bias is None else linear.bias.detach().bfloat16())
 
-    @classmethod
-    def of(cls, weights: Sequence[Tensor], scales: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Float8:
-        """Several layers that read the same input, one below the other."""
-        return cls(torch.cat(list(weights)), torch.cat(list(scales)), None if biases[0] is None else torch.cat(biases))
-
     def forward(self, x: Tensor) -> Tensor:
         rows, x_scale = quantise(x.reshape(-1, x.shape[-1]))
         if has_kernel(x.device):
@@ -100,9 +89,6 @@ class Float8(nn.Module):
             y = rows.float() @ self.weight.float().t() * x_scale * self.scale
             y = (y if self.bias is None else y + self.bias).bfloat16()
         return y.to(x.dtype).view(*x.shape[:-1], len(self.weight))
-
-    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self(x).add_(residual)
 
 
 def refusal(device: torch.device) -> str | None:

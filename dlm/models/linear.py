@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..names import check_name
-from . import fp8
+from . import fp8, int8
 from .fp8 import Float8
+from .int8 import FewBits, Int8, joined
 
-__all__ = ["QUANTIZED", "Blocked", "Int8", "Plain", "has_kernels", "kind_for", "quantize_"]
+__all__ = ["QUANTIZED", "Blocked", "FewBits", "Plain", "has_kernels", "kind_for", "quantize_"]
 
 
 def has_kernels(dtype: torch.dtype) -> bool:
@@ -31,13 +32,6 @@ def has_kernels(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and torch.cpu._is_avx2_supported()
 
 
-def _joined(pieces: Sequence[Tensor | None]) -> Tensor | None:
-    """Rows of several layers in one tensor; one layer's own is not copied."""
-    if pieces[0] is None:
-        return None
-    return torch.cat([piece.detach() for piece in pieces]) if len(pieces) > 1 else pieces[0].detach()
-
-
 @dataclass(frozen=True)
 class Plain:
     """torch's own product: what a GPU's library is quick at."""
@@ -47,7 +41,7 @@ class Plain:
 
     @classmethod
     def of(cls, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Plain:
-        return cls(_joined(weights), _joined(biases))
+        return cls(joined(weights), joined(biases))
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
@@ -65,8 +59,8 @@ class Blocked:
 
     @classmethod
     def of(cls, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Blocked:
-        weight = _joined(weights).contiguous()
-        return cls(torch.ops.mkldnn._reorder_linear_weight(weight, 32), _joined(biases))
+        weight = joined(weights).contiguous()
+        return cls(torch.ops.mkldnn._reorder_linear_weight(weight, 32), joined(biases))
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
@@ -85,64 +79,16 @@ def kind_for(device: torch.device, dtype: torch.dtype) -> type[Plain] | type[Blo
 # ---------------------------------------------------------------- eight bits
 
 
-class Int8(nn.Module):
-    """A linear layer with weights of eight bits: W = scale q, one scale for each output (O,), q int8 (O, I).
-
-    The input is rounded to eight bits too, with one scale for each token, its largest number over 127, and the
-    product is summed in 32-bit integers (as LLM.int8's vector-wise part, arXiv:2208.07339, section 3.1; symmetric,
-    without its outliers). A token's result does not depend on the others. For processors with VNNI.
-    """
-
-    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None):
-        super().__init__()
-        self.register_buffer("weight", weight)
-        self.register_buffer("scale", scale)
-        self.register_buffer("bias", bias)
-
-    @classmethod
-    def of(cls, weights: Sequence[Tensor], scales: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Int8:
-        return cls(_joined(weights), _joined(scales), _joined(biases))
-
-    @classmethod
-    @torch.no_grad()
-    def from_linear(cls, linear: nn.Linear) -> Int8:
-        """Rounded to nearest; a row of zeros stays one."""
-        wide = linear.weight.detach().float()
-        scale = wide.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / 127
-        bias = None if linear.bias is None else linear.bias.detach()
-        return cls((wide / scale[:, None]).round().to(torch.int8), scale, bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        scale = rows.abs().amax(dim=1, keepdim=True).float().clamp_min(torch.finfo(torch.float32).tiny).div_(127)
-        product = torch._int_mm((rows / scale).round_().to(torch.int8), self.weight.t())  # (N, O) int32
-        y = product.float().mul_(self.scale).mul_(scale).to(x.dtype)
-        if self.bias is not None:
-            y += self.bias
-        return y.view(*x.shape[:-1], -1)
-
-    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self(x).add_(residual)
-
-
-def _int8_refusal(device: torch.device) -> str | None:
-    if device.type != "cpu":
-        return f"int8 weights are for processors, and the model is on {device}: use fp8 or bfloat16"
-    if not torch.cpu._is_vnni_supported():
-        return "int8 weights need a processor with AVX512-VNNI, which this one lacks: use bfloat16 or float32"
-    return None
-
-
 @dataclass(frozen=True)
-class Quantized:
+class Kind:
     """layer: the class of the linear layers; base: the type of all else; refusal: why a device cannot do it."""
 
-    layer: type[Int8] | type[Float8]
+    layer: type[FewBits]
     base: str
     refusal: Callable[[torch.device], str | None]
 
 
-QUANTIZED = {"int8": Quantized(Int8, "auto", _int8_refusal), "fp8": Quantized(Float8, "bfloat16", fp8.refusal)}
+QUANTIZED = {"int8": Kind(Int8, "auto", int8.refusal), "fp8": Kind(Float8, "bfloat16", fp8.refusal)}
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .attention import Visible, attention_mask, block_causal, full
 from .graphs import Graphs
 from .head import Head
-from .linear import QUANTIZED, Blocked, Float8, Int8, Plain, kind_for
+from .linear import QUANTIZED, Blocked, FewBits, Plain, kind_for
 from .transformer import LLaDABlock, LLaDAModelLM, RMSNorm, rotary_angles
 
 __all__ = ["Packed", "packed"]
@@ -29,7 +29,7 @@ LARGEST = 4e9  # bytes of weights on a CPU; a copy of a larger model may not fit
 SPARE = 0.8  # of a GPU's free memory, which the copies may take
 WIDEST = 2**24  # scores that attention in bf16 holds at once; beyond it the fused kernel, which holds none
 
-Linear = Plain | Blocked | Int8 | Float8
+Linear = Plain | Blocked | FewBits
 FEW_BITS = tuple(kind.layer for kind in QUANTIZED.values())
 
 _COPIES: WeakKeyDictionary[LLaDAModelLM, tuple[list, Packed | Graphs]] = WeakKeyDictionary()

@@ -6,6 +6,7 @@ A step is the trainer's own: rows fetched, noise drawn, forward, backward, gradi
 average with --ema). MFU counts what the model needs (`flops.training_flops`), not what activation checkpointing
 computes again, against the data sheet's peak on a GPU that has one, else against the rate of matrix products measured
 in the same run. A line for each pair of --compile and --loss-chunk; times are medians over --steps after --warm-up.
+Peak memory on a CPU is the process's, which keeps some of what the line before took: compare it one line at a time.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ Shapes: N rows (tokens), I inputs, O outputs.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -58,11 +59,27 @@ class Int8(FewBits):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         scale = rows.abs().amax(dim=1, keepdim=True).float().clamp_min(torch.finfo(torch.float32).tiny).div_(127)
-        product = torch._int_mm((rows / scale).round_().to(torch.int8), self.weight.t())  # (N, O) int32
+        product = _scratch(len(rows), len(self.weight))
+        torch._int_mm((rows / scale).round_().to(torch.int8), self.weight.t(), out=product)
         y = product.float().mul_(self.scale).mul_(scale).to(x.dtype)
         if self.bias is not None:
             y += self.bias
         return y.view(*x.shape[:-1], -1)
+
+
+_KEPT = threading.local()
+
+
+def _scratch(rows: int, columns: int) -> Tensor:
+    """int32 (rows, columns) to be used at once: the same memory at every call of a thread.
+
+    Asked for anew, these megabytes go back to the system after every layer, and each page of them costs a fault.
+    """
+    size = rows * columns
+    if not hasattr(_KEPT, "numbers") or len(_KEPT.numbers) < size:
+        with torch.inference_mode(False):
+            _KEPT.numbers = torch.empty(size, dtype=torch.int32)
+    return _KEPT.numbers[:size].view(rows, columns)
 
 
 def refusal(device: torch.device) -> str | None:

@@ -30,6 +30,7 @@ from dlm.console import Opened, as_options, hub_errors, open_checkpoint, setting
 from dlm.grid import GridConfig, Runner, plan, powers_of_two
 from dlm.judge import Judge, identify, open_judge
 from dlm.models import SHIPPED, TWIN
+from dlm.models.linear import number_type
 from dlm.results import Journal, check_output, journal_path, read_journals, remove_results
 from dlm.sampling import SamplingConfig
 from dlm.sweep import Sharing, sweep, told_apart, write_results
@@ -136,7 +137,7 @@ def fixed_settings(args, opened: Opened, config: GridConfig, questions: list[Que
         "dlm": dlm.__version__,
         "model": opened.name,
         "revision": identify(str(args.model or SHIPPED), args.revision, model.config),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": number_type(model),
         "device": model.device.type,
         "attn_implementation": model.config._attn_implementation,
         **{name: value for name, value in dataclasses.asdict(config).items() if name != "sampling"},

@@ -21,7 +21,7 @@ from torch import Tensor
 from dlm.metrics import perplexity
 from dlm.models import TWIN, LLaDAConfig, load, quiet, read_objective
 from dlm.models.attention import causal
-from dlm.models.linear import QUANTIZED
+from dlm.models.linear import QUANTIZED, number_type
 from dlm.tokenizer import load_tokenizer
 
 BATCH_TOKENS = 4096  # of a forward pass, padding included
@@ -165,7 +165,7 @@ def open_judge(
         "revision": identify(path, revision, config),
         "kind": config.model_type,
         "parameters": model.num_parameters(),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": number_type(model),
         "tokenizer": "its own" if own is not None else "the model's",
     }
     return Judge(logits, own or tokenizer, model.device, limit, facts)

@@ -25,6 +25,7 @@ from dlm.data import Example
 from dlm.judge import identify, open_judge
 from dlm.likelihood import Bound, LikelihoodConfig, bound
 from dlm.models import SHIPPED, load, read_config
+from dlm.models.linear import number_type
 from dlm.progress import duration
 from dlm.tokenizer import mask_id
 from dlm.validation import ratio
@@ -38,6 +39,7 @@ class Scorer:
     """A model that scores windows. exact: autoregressive, -log p itself; otherwise a bound with an error.
 
     score(examples, config, first_draw) -> a Bound each. limit: most tokens that it reads. digest: of its weights.
+    dtype: of the numbers that it computes with.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Scorer:
     tokenizer: object
     limit: int | None
     digest: str
+    dtype: str
 
 
 def open_scorer(path: str | None = None, *, device=None, dtype: str = "auto", revision: str | None = None) -> Scorer:
@@ -61,7 +64,7 @@ def open_scorer(path: str | None = None, *, device=None, dtype: str = "auto", re
         def exactly(examples, config, first_draw):
             return likelihood(judge.logits, examples, device=judge.device, batch_size=config.batch_size)
 
-        return Scorer(name, True, exactly, judge.tokenizer, judge.limit, judge.facts["revision"])
+        return Scorer(name, True, exactly, judge.tokenizer, judge.limit, judge.facts["revision"], judge.facts["dtype"])
     model, tokenizer = load(path, device=device, dtype=dtype, revision=revision)
     if tokenizer is None:
         raise ValueError(f"{path} has no tokenizer, and text cannot be scored without one: put its files there")
@@ -71,7 +74,7 @@ def open_scorer(path: str | None = None, *, device=None, dtype: str = "auto", re
         return bound(model, examples, config, mask_id=mask, first_draw=first_draw)
 
     digest = identify(path, revision, read_config(path, revision))
-    return Scorer(name, False, bounded, tokenizer, model.config.max_sequence_length, digest)
+    return Scorer(name, False, bounded, tokenizer, model.config.max_sequence_length, digest, number_type(model))
 
 
 # ------------------------------------------------------------------------------------------------------------ result
@@ -177,11 +180,11 @@ class Store:
 
 
 def store_folder(base: str | None, scorer: Scorer, corpus: Corpus, config: LikelihoodConfig) -> Path | None:
-    """The folder of what is done of exactly this: the weights, the tokens, and the settings that change numbers."""
+    """The folder of what is done of exactly this: weights, their type, tokens, and the settings that change numbers."""
     if base is None:
         return None
     settings = replace(config, batch_size=1)  # which changes nothing
-    digest = hashlib.sha256(repr((scorer.digest, None if scorer.exact else settings)).encode())
+    digest = hashlib.sha256(repr((scorer.digest, scorer.dtype, None if scorer.exact else settings)).encode())
     for example in corpus.examples:
         digest.update(example.tokens.tobytes() + example.target.tobytes())
     return Path(f"{base}.parts") / digest.hexdigest()[:24]

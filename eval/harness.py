@@ -35,6 +35,7 @@ from dlm.exact import greedy
 from dlm.flops import parameters
 from dlm.likelihood import LikelihoodConfig, answer, bound
 from dlm.models import SHIPPED
+from dlm.models.linear import number_type
 from dlm.names import nearest
 from dlm.sampling import SamplingConfig
 from dlm.tokenizer import decode, encode_prompt, mask_id
@@ -256,7 +257,7 @@ class Answers:
         """What lm_eval writes beside the results."""
         return {
             "model_num_parameters": parameters(self.model.config),
-            "model_dtype": str(self.model.dtype),
+            "model_dtype": number_type(self.model),
             "sampling": dataclasses.asdict(self._sampling),
             "bounds": dataclasses.asdict(self._bounds),
             "truncated": dict(self.truncated),

@@ -98,6 +98,7 @@ def run(args, argv: list[str]) -> int:
             size = corpus.bytes - unscored_bytes(scorer, corpus)
             score = summarise(bounds, corpus, size, time.perf_counter() - began)
             own = {"corpus": str(path), "model": scorer.name, "exact": scorer.exact, "weights": scorer.digest}
+            own["dtype"] = scorer.dtype
             shape = {"documents": corpus.documents, "windows": len(corpus.examples), "bos": corpus.bos}
             rows.append(own | score.record() | shape)
             folders.append(store.folder)

@@ -1,5 +1,6 @@
 """Linear layers for inference: eight-bit weights against their definition, and every kind inside of the model."""
 
+import json
 from dataclasses import replace
 
 import commandline
@@ -11,11 +12,14 @@ from toys import tiny_model
 import dlm
 from dlm import SamplingConfig
 from dlm.cache import KVCache
+from dlm.corpus import CorpusConfig, load_corpus
+from dlm.likelihood import LikelihoodConfig
 from dlm.models import int8
 from dlm.models import packed as packing
 from dlm.models.int8 import Int8
-from dlm.models.linear import QUANTIZED, Blocked, Plain, has_kernels, quantize_
+from dlm.models.linear import QUANTIZED, Blocked, Plain, has_kernels, number_type, quantize_
 from dlm.models.packed import Packed, packed
+from dlm.scoring import open_scorer, store_folder
 
 SHAPES = [
     {},
@@ -204,3 +208,32 @@ def test_on_the_command_line(run):
     assert code == 0 and "int8" in out, err
     code, out, err = run("generate", "Once", "--dtype", "int9")
     assert code == 2 and "dtype is 'int9'" in err
+
+
+@vnni
+def test_results_say_which_numbers_made_them(checkpoint, run, tmp_path):
+    """A run that was killed does not go on with numbers of another type."""
+    model = tiny_model(dtype=torch.bfloat16)
+    assert number_type(model) == "bfloat16" and number_type(quantize_(model, "int8")) == "int8"
+    (tmp_path / "text.txt").write_text(commandline.STORY * 3)
+    for dtype in ("float32", "int8"):
+        words = ["--data", tmp_path / "text.txt", "--model", checkpoint, "--dtype", dtype]
+        code, _, error = run("eval", "perplexity", *words, "--out", tmp_path / f"{dtype}.json")
+        assert code == 0, error
+    rows = {dtype: json.loads((tmp_path / f"{dtype}.json").read_text())["results"][0] for dtype in ("float32", "int8")}
+    assert [row["dtype"] for row in rows.values()] == ["float32", "int8"]
+    scorers = [open_scorer(checkpoint, dtype=dtype) for dtype in rows]
+    corpus = load_corpus(tmp_path / "text.txt", scorers[0].tokenizer, CorpusConfig(64))
+    folders = {store_folder("out", scorer, corpus, LikelihoodConfig()) for scorer in scorers}
+    assert len(folders) == 2
+
+
+@vnni
+def test_a_grid_does_not_go_on_with_other_numbers(checkpoint, run, tmp_path):
+    (tmp_path / "prompts.txt").write_text("Once upon a time\n")
+    words = ["bench", "grid", "--model", checkpoint, "--judge", "none", "--prompts", tmp_path / "prompts.txt"]
+    words += ["--gen-length", "8", "--block-lengths", "8", "--steps", "2", "--methods", "none", "--repeats", "1"]
+    words += ["--out", tmp_path / "grid.json"]
+    assert run(*words, "--dtype", "float32")[0] == 0
+    code, _, error = run(*words, "--dtype", "int8")
+    assert code == 2 and "dtype" in error and "--fresh" in error

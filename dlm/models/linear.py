@@ -20,7 +20,7 @@ from . import fp8, int8
 from .fp8 import Float8
 from .int8 import FewBits, Int8, joined
 
-__all__ = ["QUANTIZED", "Blocked", "FewBits", "Plain", "has_kernels", "kind_for", "quantize_"]
+__all__ = ["QUANTIZED", "Blocked", "FewBits", "Plain", "has_kernels", "kind_for", "number_type", "quantize_"]
 
 
 def has_kernels(dtype: torch.dtype) -> bool:
@@ -107,3 +107,10 @@ def quantize_(model: nn.Module, name: str) -> nn.Module:
             if isinstance(linear, nn.Linear):
                 setattr(block, child, kind.layer.from_linear(linear))
     return model
+
+
+def number_type(model: nn.Module) -> str:
+    """The type of a model's layers, as --dtype names it: float32, bfloat16, ... or one of `QUANTIZED`."""
+    layers = {type(module) for module in model.modules()}
+    few = next((name for name, kind in QUANTIZED.items() if kind.layer in layers), None)
+    return few or str(model.dtype).removeprefix("torch.")

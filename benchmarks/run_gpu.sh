@@ -20,7 +20,7 @@ git log -1 --format='commit %h' || true
 
 if [ "$device" = cuda ]; then
     graphs=--cuda-graphs few=fp8
-    timeout 50 "$python" -m pytest -q tests/test_kernels.py tests/test_fp8.py || true  # what a processor cannot show
+    timeout 40 "$python" -m pytest -q tests/test_kernels.py tests/test_fp8.py || true  # what a processor cannot show
 else
     graphs="" few=int8
 fi

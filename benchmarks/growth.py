@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import statistics
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from dlm.machine import hardware, synchronise
 from dlm.names import check_name
 from dlm.results import write_json
 from dlm.scripts import guarded
-from dlm.shapes import SHAPES, random_model
+from dlm.shapes import SHAPES, clock_of, open_model
 
 NAMES = {"block": "block pass", "full": "full pass"}
 
@@ -147,14 +146,8 @@ def run(argv: Sequence[str]) -> int:
     """Measure the canvases, the shortest first; rows and chart are on the disk before the next one begins."""
     args = options().parse(argv)
     check(args)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     dtype, device, lengths = getattr(torch, args.dtype), torch.device(args.device), sorted(set(args.canvas))
-    if args.model:
-        model, _ = dlm.load(args.model, dtype=dtype, device=args.device)
-    else:
-        model = random_model(args.config, dtype=dtype, device=device, seed=args.seed, length=lengths[-1])
-    clock = time.process_time if args.clock == "cpu" else time.perf_counter
+    model, clock = open_model(args, lengths[-1]), clock_of(args)
     rate, width = matmul_rate(dtype, device, clock), bandwidth(device, clock)
     name = args.model or args.config
     about = f"{args.dtype}, {torch.get_num_threads()} threads, {rate / 1e9:.0f} GFLOP/s, {width / 1e9:.1f} GB/s"

@@ -24,17 +24,13 @@ from dlm import cache, step, unmasking
 from dlm.cli import Parser
 from dlm.floor import Pass, bandwidth, floor, matmul_rate
 from dlm.flops import parameters, pass_bytes, pass_flops
+from dlm.machine import synchronise
 from dlm.models import packed as packing
 from dlm.models import transformer
+from dlm.models.linear import QUANTIZED
 from dlm.results import write_json
 from dlm.scripts import guarded
-from dlm.shapes import NUMBERS, open_workload, workload_options
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
+from dlm.shapes import open_workload, workload_options
 
 # ---------------------------------------------------------------- one cell
 
@@ -63,10 +59,10 @@ def measure(model, prompts, config, repeats: int, rate: float, width: float, ite
         torch.cuda.reset_peak_memory_stats(device)
     times = []
     for _ in range(repeats):
-        _wait(device)
+        synchronise(device)
         began = clock()
         dlm.generate(model, prompts, config)
-        _wait(device)
+        synchronise(device)
         times.append(clock() - began)
     seconds, passes = statistics.median(times), recorder.passes
     flops = sum(p.rows * pass_flops(model.config, p.computed, p.keys, p.asked) for p in passes)
@@ -102,13 +98,13 @@ class Stopwatch:
 
     @contextmanager
     def timing(self, name: str) -> Iterator[None]:
-        _wait(self.device)
+        synchronise(self.device)
         began = self.clock()
         self._stack.append(0.0)
         try:
             yield
         finally:
-            _wait(self.device)
+            synchronise(self.device)
             took = self.clock() - began
             inside = self._stack.pop()
             self.seconds[name] = self.seconds.get(name, 0.0) + took - inside
@@ -185,7 +181,8 @@ def run(argv: Sequence[str]) -> int:
     args = parser.parse(argv)
     work = open_workload(args)
     model, prompts, clock = work.model, work.prompts.tolist(), work.clock
-    dtype, device = NUMBERS.get(args.dtype) or getattr(torch, args.dtype), torch.device(args.device)
+    few, device = QUANTIZED.get(args.dtype), torch.device(args.device)
+    dtype = few.numbers if few else getattr(torch, args.dtype)
     rate, width = matmul_rate(dtype, device, clock), bandwidth(device, clock)
     print(
         f"{parameters(model.config) / 1e6:.0f}M parameters, {args.dtype}, {device}, {torch.get_num_threads()} threads: "

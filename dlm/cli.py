@@ -109,7 +109,6 @@ class Parser(argparse.ArgumentParser):
         group.add_argument(
             "--attn-implementation", metavar="NAME", help="eager, sdpa, flash_attention_2 or flex_attention"
         )
-
         group.add_argument("--cuda-graphs", action="store_true", help="replay passes on a GPU: a launch for each")
         return group
 

@@ -18,7 +18,16 @@ from dlm.models import LLaDAConfig, LLaDAModelLM, load
 from dlm.models.linear import QUANTIZED, quantize_
 from dlm.names import check_name
 
-__all__ = ["SHAPES", "Workload", "open_workload", "parse_cell", "random_model", "workload_options"]
+__all__ = [
+    "SHAPES",
+    "Workload",
+    "clock_of",
+    "open_model",
+    "open_workload",
+    "parse_cell",
+    "random_model",
+    "workload_options",
+]
 
 # name: (d_model, n_heads, n_kv_heads, n_layers, mlp_hidden_size, vocabulary)
 SHAPES = {
@@ -69,9 +78,6 @@ def random_model(name: str, *, dtype=torch.float32, device="cpu", seed: int = 0,
     return model
 
 
-NUMBERS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # what the weights of few bits are made of
-
-
 def parse_cell(text: str) -> tuple[str, int, int]:
     """`dual:32:64` -> ("dual", 32, 64): method, block length, steps. Raises ValueError for anything else."""
     method, *numbers = text.split(":")
@@ -116,21 +122,29 @@ def open_workload(args: Namespace) -> Workload:
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}: give 1 or more")
     cells = [parse_cell(cell) for cell in args.cells]
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    if args.model:
-        model, _ = load(args.model, dtype=args.dtype, device=args.device)
-    else:
-        base = QUANTIZED[args.dtype].base if args.dtype in QUANTIZED else args.dtype
-        whole = torch.float32 if base == "auto" else getattr(torch, base)
-        model = random_model(args.config, dtype=whole, device=args.device, seed=args.seed)
-        if args.dtype in QUANTIZED:
-            quantize_(model, args.dtype)
+    model = open_model(args)
     if args.cuda_graphs and model.device.type != "cuda":
         raise ValueError(f"--cuda-graphs needs a GPU, and the model is on {model.device}: leave it out")
     model.cuda_graphs = args.cuda_graphs
     generator = torch.Generator().manual_seed(args.seed)
     most = max(1, model.config.vocab_size - 8)
     prompts = torch.randint(0, most, (args.batch, args.prompt_length), generator=generator)
-    clock = time.process_time if args.clock == "cpu" else time.perf_counter
-    return Workload(model, prompts.to(args.device), cells, clock)
+    return Workload(model, prompts.to(args.device), cells, clock_of(args))
+
+
+def open_model(args: Namespace, length: int = 16_384) -> LLaDAModelLM:
+    """The model of --model, or random weights of --config for canvases of up to `length`, in --dtype on --device, with
+    --threads in force. Errors: as `dlm.load`, `random_model`, `quantize_`."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.model:
+        return load(args.model, dtype=args.dtype, device=args.device)[0]
+    base = QUANTIZED[args.dtype].base if args.dtype in QUANTIZED else args.dtype
+    whole = torch.float32 if base == "auto" else getattr(torch, base)
+    model = random_model(args.config, dtype=whole, device=args.device, seed=args.seed, length=length)
+    return quantize_(model, args.dtype) if args.dtype in QUANTIZED else model
+
+
+def clock_of(args: Namespace) -> Callable[[], float]:
+    """The clock of --clock, in seconds."""
+    return time.process_time if args.clock == "cpu" else time.perf_counter

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FewBits", "Int8", "joined", "refusal"]
+__all__ = ["FewBits", "Int8", "joined", "quantise", "refusal"]
 
 
 def joined(pieces: Sequence[Tensor | None]) -> Tensor | None:
@@ -19,6 +19,12 @@ def joined(pieces: Sequence[Tensor | None]) -> Tensor | None:
     if pieces[0] is None:
         return None
     return torch.cat([piece.detach() for piece in pieces]) if len(pieces) > 1 else pieces[0].detach()
+
+
+def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (N, I) as int8 (N, I) and fp32 scales (N, 1), x = int8 * scale: the largest of a row becomes 127."""
+    scale = x.abs().amax(dim=1, keepdim=True).float().clamp_min(torch.finfo(torch.float32).tiny).div_(127)
+    return (x / scale).round_().to(torch.int8), scale
 
 
 class FewBits(nn.Module):
@@ -51,16 +57,13 @@ class Int8(FewBits):
     @torch.no_grad()
     def from_linear(cls, linear: nn.Linear) -> Int8:
         """Rounded to nearest; a row of zeros stays one."""
-        wide = linear.weight.detach().float()
-        scale = wide.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / 127
-        bias = None if linear.bias is None else linear.bias.detach()
-        return cls((wide / scale[:, None]).round().to(torch.int8), scale, bias)
+        weight, scale = quantise(linear.weight.detach())
+        return cls(weight, scale[:, 0], None if linear.bias is None else linear.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        scale = rows.abs().amax(dim=1, keepdim=True).float().clamp_min(torch.finfo(torch.float32).tiny).div_(127)
+        rows, scale = quantise(x.reshape(-1, x.shape[-1]))
         product = _scratch(len(rows), len(self.weight))
-        torch._int_mm((rows / scale).round_().to(torch.int8), self.weight.t(), out=product)
+        torch._int_mm(rows, self.weight.t(), out=product)
         y = product.float().mul_(self.scale).mul_(scale).to(x.dtype)
         if self.bias is not None:
             y += self.bias

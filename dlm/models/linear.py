@@ -81,14 +81,19 @@ def kind_for(device: torch.device, dtype: torch.dtype) -> type[Plain] | type[Blo
 
 @dataclass(frozen=True)
 class Kind:
-    """layer: the class of the linear layers; base: the type of all else; refusal: why a device cannot do it."""
+    """layer: the class of the linear layers; numbers: of their weights; base: of all else; refusal: why a device cannot
+    do it."""
 
     layer: type[FewBits]
+    numbers: torch.dtype
     base: str
     refusal: Callable[[torch.device], str | None]
 
 
-QUANTIZED = {"int8": Kind(Int8, "auto", int8.refusal), "fp8": Kind(Float8, "bfloat16", fp8.refusal)}
+QUANTIZED = {
+    "int8": Kind(Int8, torch.int8, "auto", int8.refusal),
+    "fp8": Kind(Float8, torch.float8_e4m3fn, "bfloat16", fp8.refusal),
+}
 
 
 @torch.no_grad()

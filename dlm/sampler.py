@@ -114,6 +114,7 @@ class _Run:
         self.nfe, self.computed = [0] * rows, [0] * rows
         self._plans: dict[Planner, tuple] = {}
         self._unchecked: deque[tuple[int, Tensor, Request]] = deque()
+        self.lag = int(self.device.type != "cpu")  # a GPU is asked about a turn while it works on the next one
 
     def _lay_out(self) -> tuple[Tensor, list[list[int]]]:
         """(B, T) the block of every slot, -1 outside of the region, and the masked places of every row's blocks.
@@ -164,8 +165,7 @@ class _Run:
                 committed[where] = chosen
                 confidence[where] = torch.where(chosen, certain.float(), 0.0)
             self.canvas = replace(self.canvas, tokens=tokens)
-            # A GPU is asked about this turn while it works on the next one.
-            self._refuse_nan(before=step + (self.device.type == "cpu"))
+            self._refuse_nan(before=step + 1 - self.lag)
             self._advance(active, committed)
             nfe, computed = torch.tensor(self.nfe), torch.tensor(self.computed)
             yield DenoiseState(self.canvas, committed, confidence, block, step, nfe, computed)

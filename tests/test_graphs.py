@@ -128,3 +128,25 @@ def test_a_processor_has_no_cuda_graphs():
     model = tiny_model(9, dtype=torch.float32)
     model.cuda_graphs = True
     assert not isinstance(packed(model), Graphs)
+
+
+@pytest.mark.parametrize("bad", [2, 4])
+def test_a_check_that_lags_a_turn_names_the_pass_and_misses_none(bad):
+    """As on a GPU: what is no number at pass 2 of 4 is said a turn later, and at the last pass at the end."""
+    passes = 0
+
+    def predictor(tokens, positions=None, *, logits_to_keep, **_):
+        nonlocal passes
+        passes += 1
+        logits = torch.randn(*logits_to_keep.shape, 40)
+        return logits * float("nan") if passes == bad else logits
+
+    config = SamplingConfig(gen_length=4, block_length=4, steps=4)
+    run = sampler._Run(predictor, dlm.Canvas.from_prompts([[1, 2]], 4, 39), config, None, ())
+    assert run.lag == 0
+    run.lag, turns = 1, run.turns()
+    for _ in range(bad):
+        next(turns)
+    with pytest.raises(FloatingPointError, match=f"pass {bad}: "):
+        next(turns)
+    assert passes == min(bad + 1, 4)

@@ -31,9 +31,10 @@ from dlm.grid import GridConfig, Runner, plan, powers_of_two
 from dlm.judge import Judge, identify, open_judge
 from dlm.models import SHIPPED, TWIN
 from dlm.models.linear import number_type
+from dlm.processes import Sharing, leave_processes
 from dlm.results import Journal, check_output, journal_path, read_journals, remove_results
 from dlm.sampling import SamplingConfig
-from dlm.sweep import Sharing, sweep, told_apart, write_results
+from dlm.sweep import sweep, told_apart, write_results
 from dlm.tasks import Question, open_task, prompts, tell_apart
 
 PROMPTS = Path(__file__).parent / "prompts.txt"
@@ -191,8 +192,7 @@ def main(argv: Sequence[str]) -> int:
             )
         else:
             print(f"wrote {out}: {done} cells, {len(left_out)} settings left out. Now: dlm bench plot {out}")
-    if code == 0:
-        sharing.leave()
+    leave_processes(failed=code != 0)
     return code
 
 

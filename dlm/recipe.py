@@ -29,6 +29,7 @@ from dlm.machine import commit, hardware
 from dlm.models import ATTENTION, quiet
 from dlm.models.transformer import LLaDAModelLM
 from dlm.names import check_name, nearest
+from dlm.processes import leave_processes
 from dlm.reading import parse_sources
 from dlm.runtime import make_accelerator
 from dlm.streaming import StreamedExamples, StreamedSource
@@ -309,8 +310,10 @@ def main(
     """Run a recipe; a user's mistake is one line and exit code 2."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        return run(parse(kind, argv, prog, text), argv, prog, prepare)
+        code = run(parse(kind, argv, prog, text), argv, prog, prepare)
     except (ValueError, OSError) as error:
         full = isinstance(error, OSError) and error.errno == errno.ENOSPC
         print(f"{prog}: {error}{': make room, then go on with --resume' if full else ''}", file=sys.stderr)
-        return 2
+        code = 2
+    leave_processes(failed=code == 2)
+    return code

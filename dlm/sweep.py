@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import sys
 import time
@@ -11,12 +10,11 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from dlm.appraisal import FIELDS, Appraiser, assemble, aup_by_curve, finished
 from dlm.grid import Cell, Runner, reference_cell
 from dlm.machine import commit, hardware, versions
 from dlm.metrics import DEGENERATE_RULE
+from dlm.processes import Sharing
 from dlm.progress import duration
 from dlm.results import FORMAT, Journal, meta_path, read_grid, write_json
 from dlm.tasks import Question
@@ -24,40 +22,6 @@ from dlm.tasks import Question
 REFERENCE_SECONDS = 15.0  # between measurements of the reference cell
 JUDGED_TOGETHER = 16  # cells in a batch of the judge
 SAID_SECONDS = 10.0  # between lines of progress where there is no terminal
-
-
-class Sharing:
-    """Which of several processes this is, and what they tell each other (`accelerate launch`); alone it is nothing.
-
-    cpu: whether they are to run on a CPU although there are GPUs. device: where this process's model belongs.
-    """
-
-    def __init__(self, cpu: bool = False) -> None:
-        self.rank, self.size, self.device = 0, 1, None
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            from accelerate import PartialState
-
-            state = PartialState(cpu=cpu or not torch.cuda.is_available())
-            self.rank, self.size, self.device = state.process_index, state.num_processes, str(state.device)
-
-    def gather(self, items: list) -> list:
-        """The items of all processes, in order of their rank; every process calls this."""
-        if self.size == 1:
-            return items
-        from accelerate.utils import gather_object
-
-        return gather_object(items)
-
-    def share(self, items: Sequence) -> list:
-        """This process's share of what all processes list in the same order."""
-        return list(items[self.rank :: self.size])
-
-    def leave(self) -> None:
-        """Take the process group down, so that nothing is left open at the end."""
-        if self.size > 1:
-            import torch.distributed
-
-            torch.distributed.destroy_process_group()
 
 
 def told_apart(records: Sequence[dict]) -> list[dict]:

@@ -12,6 +12,7 @@ import alone, so that its own command does not know this one.
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import hashlib
 import logging
@@ -37,6 +38,7 @@ from dlm.likelihood import LikelihoodConfig, answer, bound
 from dlm.models import SHIPPED
 from dlm.models.linear import number_type
 from dlm.names import nearest
+from dlm.processes import leave_processes
 from dlm.sampling import SamplingConfig
 from dlm.tokenizer import decode, encode_prompt, mask_id
 
@@ -64,6 +66,7 @@ class Answers:
         from accelerate import PartialState
 
         self.state = PartialState(cpu=str(device) == "cpu")
+        atexit.register(leave_processes)
         if (
             device is None
             or self.state.num_processes > 1

@@ -20,6 +20,7 @@ if __package__ in (None, ""):  # `accelerate launch eval/perplexity.py` from a c
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dlm.cli import Parser
+from dlm.processes import leave_processes
 from dlm.results import write_json
 from dlm.scripts import guarded
 
@@ -108,6 +109,7 @@ def run(args, argv: list[str]) -> int:
         write(args.out, argv, {"length": length} | {"likelihood": asdict(config)} | vars(args), rows)
         shutil.rmtree(f"{args.out}.parts", ignore_errors=True)
     state.wait_for_everyone()
+    leave_processes()
     return 0
 
 

@@ -21,6 +21,7 @@ from dlm.data import Examples
 from dlm.documents import Documents
 from dlm.models.configuration import LLaDAConfig
 from dlm.models.transformer import LLaDAModelLM
+from dlm.processes import leave_processes
 from dlm.streaming import StreamedExamples, StreamedSource
 from dlm.training import TrainingConfig
 
@@ -117,6 +118,7 @@ def two(command, timeout=240):
     environment = {
         **os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "PYTHONPATH": str(ROOT),
+        "PYTHONFAULTHANDLER": "1",
     }  # fmt: skip
     streams = {"cwd": ROOT, "stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
     ranks = [
@@ -138,3 +140,4 @@ if __name__ == "__main__":
     for number, (name, kind) in enumerate(KINDS.items()):
         made[name] = one_step(place / str(number), **kind)
     torch.save(made, place / f"rank{os.environ['RANK']}.pt")
+    leave_processes()

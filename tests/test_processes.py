@@ -87,6 +87,24 @@ def test_fsdp2_trains_resumes_and_exports_the_same_model(tmp_path, measured, tie
     assert cli.main(["generate", "The cat", "--model", str(two_parts / "model"), "--gen-length", "8"]) == 0
 
 
+LEAVING = """
+import os, time, torch
+from accelerate import PartialState
+from dlm.processes import leave_processes
+PartialState(cpu=True)
+time.sleep(float(os.environ["RANK"]))
+torch.distributed.all_reduce(torch.ones(3), async_op=True)  # in the first process it ends a second later
+leave_processes()
+leave_processes()
+assert not PartialState._shared_state
+"""
+
+
+def test_a_process_leaves_with_a_sum_under_way():
+    """Without leaving, Gloo's thread drops the tensor in an interpreter that is gone, and the process aborts."""
+    two(["-c", LEAVING])
+
+
 @pytest.mark.parametrize(
     ("kind", "version", "optimizers", "message"),
     [

@@ -5,8 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 
-import torch
-
+from ..processes import leave_processes
 from .configuration import LLaDAConfig
 from .linear import QUANTIZED
 
@@ -33,15 +32,10 @@ def shared_out(config: LLaDAConfig, dtype: str) -> dict:
             f"{processes} processes cannot share {config.n_kv_heads} key heads and an MLP of {config.mlp_hidden_size}: "
             "start a number that divides both"
         )
-    atexit.register(_leave)
+    atexit.register(leave_processes)
     try:
         from transformers.distributed import DistributedConfig
 
         return {"distributed_config": DistributedConfig(tp_plan="auto")}
     except (ImportError, TypeError):  # releases of transformers that take the plan itself
         return {"tp_plan": "auto"}
-
-
-def _leave() -> None:
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()

@@ -23,12 +23,13 @@ import torch
 import dlm
 from dlm.charts import Axis, Point, Series, scatter
 from dlm.cli import Parser
-from dlm.floor import Pass, bandwidth, floor, matmul_rate
-from dlm.machine import hardware, synchronise
+from dlm.floor import Limits, Pass, limits
+from dlm.flops import parameters
+from dlm.machine import synchronise
 from dlm.names import check_name
 from dlm.results import write_json
 from dlm.scripts import guarded
-from dlm.shapes import SHAPES, clock_of, open_model
+from dlm.shapes import SHAPES, clock_of, model_options, open_model
 
 NAMES = {"block": "block pass", "full": "full pass"}
 
@@ -36,19 +37,12 @@ NAMES = {"block": "block pass", "full": "full pass"}
 def options() -> Parser:
     """The command line."""
     parser = Parser("bench growth", "[options]", __doc__)
+    model_options(parser)
     add = parser.add_argument
-    add("--model", metavar="PATH", help="a checkpoint; without one, random weights of --config")
-    add("--config", default="25m", metavar="NAME", help=f"{', '.join(SHAPES)} (default: 25m)")
     add("--canvas", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192], metavar="T", help="slots in all")
     add("--block", type=int, default=32, metavar="K", help="slots of the block, 3 or more (default: 32)")
     add("--repeats", type=int, default=3, metavar="N", help="timed passes of the whole canvas (default: 3)")
-    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU where there is one")
-    add("--threads", type=int, metavar="N", help="of torch on a CPU")
-    add("--seed", type=int, default=0, metavar="N", help="of the weights and of the given tokens")
-    add("--clock", default="wall", choices=("wall", "cpu"), help="cpu: the process's own time, for a machine in use")
     add("--plot", metavar="FILE", help="write a chart there, an SVG")
-    add("--json", metavar="FILE", help="write the rows there")
     return parser
 
 
@@ -81,14 +75,14 @@ def turns(model, slots: int, block: int, method: str, passes: int, clock, seed: 
     return times
 
 
-def measure(model, slots: int, block: int, repeats: int, rate: float, width: float, clock, seed: int = 0) -> dict:
+def measure(model, slots: int, block: int, repeats: int, limit: Limits, clock, seed: int = 0) -> dict:
     """One canvas: median seconds of a later pass of the block and of a pass of everything, and their floors."""
     later = turns(model, slots, block, "dual", block, clock, seed)[1:]  # the first fills the cache
     repeats = min(repeats, block - 1)
     whole = turns(model, slots, block, "none", repeats + 1, clock, seed)[1:]  # the first meets cold memory
 
     def least(computed: int, asked: int) -> float:
-        return floor(model.config, [Pass(1, computed, slots, asked)], model.dtype.itemsize, rate, width)
+        return limit.floor(model.config, [Pass(1, computed, slots, asked)])
 
     return {
         "canvas": slots, "computed": block, "keys": slots,
@@ -146,25 +140,23 @@ def run(argv: Sequence[str]) -> int:
     """Measure the canvases, the shortest first; rows and chart are on the disk before the next one begins."""
     args = options().parse(argv)
     check(args)
-    dtype, device, lengths = getattr(torch, args.dtype), torch.device(args.device), sorted(set(args.canvas))
-    model, clock = open_model(args, lengths[-1]), clock_of(args)
-    rate, width = matmul_rate(dtype, device, clock), bandwidth(device, clock)
+    lengths, clock, device = sorted(set(args.canvas)), clock_of(args), torch.device(args.device)
+    model, limit = open_model(args, lengths[-1]), limits(args.dtype, device, clock)
     name = args.model or args.config
-    about = f"{args.dtype}, {torch.get_num_threads()} threads, {rate / 1e9:.0f} GFLOP/s, {width / 1e9:.1f} GB/s"
     print(
-        f"{name}: {model.num_parameters() / 1e6:.0f}M parameters, block of {args.block}, {device}, {about}", flush=True
+        f"{name}: {parameters(model.config) / 1e6:.0f}M parameters, block of {args.block}, {device}, {limit}",
+        flush=True,
     )
     turns(model, args.block + 1, args.block, "dual", args.block, clock, args.seed)  # what is made once
     rows = []
     for slots in lengths:
-        rows.append(measure(model, slots, args.block, args.repeats, rate, width, clock, args.seed))
+        rows.append(measure(model, slots, args.block, args.repeats, limit, clock, args.seed))
         print(line(rows[-1]), flush=True)
         if args.json:
-            machine = {"matmul_rate": rate, "bandwidth": width, "hardware": hardware(), "dtype": args.dtype}
-            write_json(Path(args.json), {"machine": machine, "rows": rows}, indent=1)
+            write_json(Path(args.json), {"machine": limit.record(), "rows": rows}, indent=1)
         if args.plot:
             title = f"{name}: a block of {args.block} with a cache, and the whole canvas"
-            Path(args.plot).write_text(chart(rows, title, about), encoding="utf-8")
+            Path(args.plot).write_text(chart(rows, title, str(limit)), encoding="utf-8")
     if len(rows) > 1:
         print(summary(rows))
     return 0

@@ -3,6 +3,7 @@
 # 32 prompts at a time, and training steps of the 1B shape; each part with a time limit of its own.
 #
 #   benchmarks/run_gpu.sh                                      results in benchmarks/gpu/
+#   PART=grid benchmarks/run_gpu.sh                            instead the 165 cells of a question of a grid (see below)
 #   FAST_DLLM=path/to/clone benchmarks/run_gpu.sh              Fast-dLLM beside it (two models: 32 GB of weights)
 #   DEVICE=cpu CONFIG=small DTYPE=float32 TRAIN=small ROW=64 PRECISION=no COMPILE=off benchmarks/run_gpu.sh
 #                                                              the same commands where there is no GPU
@@ -23,6 +24,17 @@ if [ "$device" = cuda ]; then
     timeout 40 "$python" -m pytest -q tests/test_kernels.py tests/test_fp8.py || true  # what a processor cannot show
 else
     graphs="" few=int8
+fi
+if [ "${PART:-}" = grid ]; then  # every block length and number of steps that is a power of two and feasible
+    cells=()
+    for method in none dual c2f; do
+        for ((block = length; block >= 1; block /= 2)); do
+            for ((steps = length / block; steps <= length; steps *= 2)); do cells+=("$method:$block:$steps"); done
+        done
+    done
+    timeout 530 "$python" -m benchmarks.speed "${common[@]}" --dtype "$dtype" --repeats 1 --warm-up 0 $graphs \
+        --json "$out/grid.json" --cells "${cells[@]}"
+    exit
 fi
 cells=("none:32:$length" "dual:32:$length" "c2f:32:$length")
 timeout 110 "$python" -m benchmarks.speed "${common[@]}" --dtype "$dtype" --repeats 1 --profile \

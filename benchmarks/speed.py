@@ -4,7 +4,7 @@
 
 The limit ("floor") is what the passes of a generation need at least: for each the larger of its operations over the
 rate of matrix products and its bytes over the bandwidth, both measured in the same run, at this type and number of
-threads. Times are medians of `--repeats` runs after one that is not counted.
+threads. Times are medians of `--repeats` runs after `--warm-up` runs that are not counted.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ from unittest import mock
 import torch
 
 import dlm
-from dlm import cache, step, unmasking
+from dlm import cache, sampler, step, unmasking
 from dlm.cli import Parser
-from dlm.floor import Pass, bandwidth, floor, matmul_rate
+from dlm.floor import Limits, Pass, limits
 from dlm.flops import parameters, pass_bytes, pass_flops
-from dlm.machine import synchronise
+from dlm.machine import PeakMemory, synchronise
 from dlm.models import packed as packing
 from dlm.models import transformer
-from dlm.models.linear import QUANTIZED
 from dlm.results import write_json
 from dlm.scripts import guarded
 from dlm.shapes import open_workload, workload_options
@@ -36,10 +35,10 @@ from dlm.shapes import open_workload, workload_options
 
 
 class Recorder:
-    """The predictor that `denoise` would use, with a note of every call."""
+    """The predictor that `denoise` uses, with a note of every call in `passes`."""
 
-    def __init__(self, model):
-        self.inner, self.config, self.passes = packing.packed(model), model.config, []
+    def __init__(self, predictor, passes: list[Pass]):
+        self.inner, self.config, self.passes = predictor, predictor.config, passes
 
     def __call__(self, tokens, positions=None, *, cache=None, logits_to_keep=None, **more):
         rows, computed = tokens.shape
@@ -47,44 +46,36 @@ class Recorder:
         self.passes.append(Pass(rows, computed, computed if cache is None else cache.length, asked))
         return self.inner(tokens, positions, cache=cache, logits_to_keep=logits_to_keep, **more)
 
+    def __getattr__(self, name: str):
+        return getattr(self.inner, name)
 
-def measure(model, prompts, config, repeats: int, rate: float, width: float, itemsize: int, clock) -> dict:
-    """One cell: the median latency of `generate` and what it follows from. itemsize: bytes of a weight."""
-    device = model.device
-    recorder = Recorder(model)
-    out = dlm.generate(
-        recorder, dlm.Canvas.from_prompts(prompts, config.gen_length, model.config.mask_token_id, device=device), config
-    )
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    times = []
-    for _ in range(repeats):
-        synchronise(device)
-        began = clock()
+
+def measure(model, prompts, config, warm_up: int, repeats: int, limit: Limits, clock) -> dict:
+    """One cell: the median latency of `generate` and what it follows from."""
+    device, times, passes = model.device, [], []
+    for _ in range(warm_up):
         dlm.generate(model, prompts, config)
-        synchronise(device)
-        times.append(clock() - began)
-    seconds, passes = statistics.median(times), recorder.passes
+    watched = mock.patch.object(sampler, "packed", lambda model: Recorder(packing.packed(model), passes))
+    with PeakMemory(device) as memory, watched:
+        for _ in range(repeats):
+            passes.clear()
+            synchronise(device)
+            began = clock()
+            out = dlm.generate(model, prompts, config)
+            synchronise(device)
+            times.append(clock() - began)
+    seconds = statistics.median(times)
     flops = sum(p.rows * pass_flops(model.config, p.computed, p.keys, p.asked) for p in passes)
-    read = sum(pass_bytes(model.config, p.rows, p.keys, itemsize) for p in passes)
-    least = floor(model.config, passes, itemsize, rate, width)
+    read = sum(pass_bytes(model.config, p.rows, p.keys, limit.itemsize) for p in passes)
+    least = limit.floor(model.config, passes)
     return {
         "method": config.method, "block": config.block_length, "steps": config.steps, "batch": len(prompts),
         "seconds": seconds, "seconds_per_pass": seconds / len(passes), "passes": len(passes),
         "tokens_per_second": len(prompts) * config.gen_length / seconds,
         "positions_computed": int(out.positions_computed.sum()),
         "flops_per_second": flops / seconds, "bytes_per_second": read / seconds,
-        "floor": least, "ratio": seconds / least, "peak_memory": _peak_memory(device),
+        "floor": least, "ratio": seconds / least, "peak_memory": memory.bytes,
     }  # fmt: skip
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU since the cell began, of the process so far on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # ---------------------------------------------------------------- where the time goes
@@ -177,30 +168,31 @@ def run(argv: Sequence[str]) -> int:
     """Measure the cells and print a line for each; the rows are on the disk before the next one begins."""
     parser = Parser("bench speed", "[options]", __doc__)
     workload_options(parser)
+    parser.add_argument(
+        "--warm-up", type=int, default=1, metavar="N", help="generations a cell that are not counted (default: 1)"
+    )
     parser.add_argument("--profile", action="store_true", help="also where the time of each cell goes")
     args = parser.parse(argv)
+    if args.warm_up < 0:
+        raise ValueError(f"--warm-up is {args.warm_up}: give 0 or more")
     work = open_workload(args)
     model, prompts, clock = work.model, work.prompts.tolist(), work.clock
-    few, device = QUANTIZED.get(args.dtype), torch.device(args.device)
-    dtype = few.numbers if few else getattr(torch, args.dtype)
-    rate, width = matmul_rate(dtype, device, clock), bandwidth(device, clock)
-    print(
-        f"{parameters(model.config) / 1e6:.0f}M parameters, {args.dtype}, {device}, {torch.get_num_threads()} threads: "
-        f"{rate / 1e9:.0f} GFLOP/s in matrix products, {width / 1e9:.1f} GB/s",
-        flush=True,
-    )
-    machine = {"matmul_rate": rate, "bandwidth": width, "threads": torch.get_num_threads(), "dtype": args.dtype}
+    limit = limits(args.dtype, torch.device(args.device), clock)
+    print(f"{parameters(model.config) / 1e6:.0f}M parameters, {args.device}, {limit}", flush=True)
     rows = []
     for method, block, steps in work.cells:
         config = dlm.SamplingConfig(gen_length=args.gen_length, block_length=block, steps=steps, method=method)
-        row = measure(model, prompts, config, args.repeats, rate, width, dtype.itemsize, clock)
+        row = measure(model, prompts, config, args.warm_up, args.repeats, limit, clock)
         print(_line(row), flush=True)
         if args.profile:
             row["profile"] = profile(model, prompts, config, clock)
             print("    " + "  ".join(f"{name} {share:.0%}" for name, share in row["profile"].items()), flush=True)
         rows.append(row)
         if args.json:
-            write_json(Path(args.json), {"machine": machine, "rows": rows}, indent=1)
+            write_json(Path(args.json), {"machine": limit.record(), "rows": rows}, indent=1)
+    if len(rows) > 1:
+        seconds, least = sum(row["seconds"] for row in rows), sum(row["floor"] for row in rows)
+        print(f"{len(rows)} cells: {seconds:.3f} s   floor {least:.3f} s, {seconds / least:.2f}x")
     return 0
 
 

@@ -13,11 +13,11 @@ from functools import partial
 import torch
 
 from dlm.flops import pass_bytes, pass_flops
-from dlm.machine import synchronise
+from dlm.machine import commit, hardware, synchronise
 from dlm.models.fp8 import Float8
-from dlm.models.linear import kind_for
+from dlm.models.linear import QUANTIZED, kind_for
 
-__all__ = ["Pass", "bandwidth", "floor", "matmul_rate"]
+__all__ = ["Limits", "Pass", "bandwidth", "limits", "matmul_rate"]
 
 
 def _best(work: Callable[[], object], device: torch.device, clock, seconds: float = 0.2) -> float:
@@ -72,12 +72,42 @@ class Pass:
     asked: int
 
 
-def floor(config, passes: Sequence[Pass], itemsize: int, rate: float, width: float) -> float:
-    """Seconds that these passes take at least, at `rate` operations and `width` bytes a second."""
-    return sum(
-        max(
-            each.rows * pass_flops(config, each.computed, each.keys, each.asked) / rate,
-            pass_bytes(config, each.rows, each.keys, itemsize) / width,
+@dataclass(frozen=True)
+class Limits:
+    """What this machine does at most at a type of numbers: `rate` operations of matrix products and `width` bytes read
+    from memory a second. itemsize: bytes of a weight."""
+
+    dtype: str
+    itemsize: int
+    rate: float
+    width: float
+
+    def floor(self, config, passes: Sequence[Pass]) -> float:
+        """Seconds that these passes of a model of `config` take at least."""
+        return sum(
+            max(
+                each.rows * pass_flops(config, each.computed, each.keys, each.asked) / self.rate,
+                pass_bytes(config, each.rows, each.keys, self.itemsize) / self.width,
+            )
+            for each in passes
         )
-        for each in passes
-    )
+
+    def record(self) -> dict:
+        """These numbers for a file of results, and what they were measured on."""
+        return {
+            "dtype": self.dtype, "matmul_rate": self.rate, "bandwidth": self.width,
+            "threads": torch.get_num_threads(), "hardware": hardware(), "commit": commit(),
+        }  # fmt: skip
+
+    def __str__(self) -> str:
+        return (
+            f"{self.dtype}, {torch.get_num_threads()} threads: {self.rate / 1e9:.0f} GFLOP/s in matrix products, "
+            f"{self.width / 1e9:.1f} GB/s"
+        )
+
+
+def limits(dtype: str, device: torch.device, clock=time.perf_counter) -> Limits:
+    """The limits at a type as --dtype names it, measured now (half a second or more)."""
+    few = QUANTIZED.get(dtype)
+    numbers = few.numbers if few else getattr(torch, dtype)
+    return Limits(dtype, numbers.itemsize, matmul_rate(numbers, device, clock), bandwidth(device, clock))

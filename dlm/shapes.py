@@ -22,6 +22,7 @@ __all__ = [
     "SHAPES",
     "Workload",
     "clock_of",
+    "model_options",
     "open_model",
     "open_workload",
     "parse_cell",
@@ -87,23 +88,29 @@ def parse_cell(text: str) -> tuple[str, int, int]:
     return method, int(numbers[0]), int(numbers[1])
 
 
-def workload_options(parser: Parser) -> None:
-    """The options of a measurement of speed: which model, which cells, how often."""
+def model_options(parser: Parser) -> None:
+    """The options of every measurement of a model: which one, on what, by which clock."""
     add = parser.add_argument
     add("--model", metavar="PATH", help="a checkpoint; without one, random weights of --config")
     add("--config", default="25m", metavar="NAME", help=f"{', '.join(SHAPES)} (default: 25m)")
-    add("--cells", nargs="+", default=["none:32:64", "dual:32:64"], metavar="METHOD:BLOCK:STEPS")
-    add("--prompt-length", type=int, default=32, metavar="N", help="tokens of the prompt (default: 32)")
-    add("--gen-length", type=int, default=256, metavar="N", help="tokens to generate (default: 256)")
-    add("--batch", type=int, default=1, metavar="N", help="prompts at a time (default: 1)")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16", *QUANTIZED))
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU where there is one")
     add("--cuda-graphs", action="store_true", help="replay passes on a GPU")
     add("--threads", type=int, metavar="N", help="of torch on a CPU")
-    add("--repeats", type=int, default=3, metavar="N", help="timed generations a cell (default: 3)")
-    add("--seed", type=int, default=0, metavar="N", help="of the weights and of the prompts")
+    add("--seed", type=int, default=0, metavar="N", help="of the weights and of the given tokens")
     add("--clock", default="wall", choices=("wall", "cpu"), help="cpu: the process's own time, for a machine in use")
     add("--json", metavar="FILE", help="write the rows there")
+
+
+def workload_options(parser: Parser) -> None:
+    """The options of a measurement of generation: those of the model, which cells, how often."""
+    model_options(parser)
+    add = parser.add_argument
+    add("--cells", nargs="+", default=["none:32:64", "dual:32:64"], metavar="METHOD:BLOCK:STEPS")
+    add("--prompt-length", type=int, default=32, metavar="N", help="tokens of the prompt (default: 32)")
+    add("--gen-length", type=int, default=256, metavar="N", help="tokens to generate (default: 256)")
+    add("--batch", type=int, default=1, metavar="N", help="prompts at a time (default: 1)")
+    add("--repeats", type=int, default=3, metavar="N", help="timed generations a cell (default: 3)")
 
 
 @dataclass(frozen=True)
@@ -123,9 +130,6 @@ def open_workload(args: Namespace) -> Workload:
             raise ValueError(f"--{name.replace('_', '-')} is {value}: give 1 or more")
     cells = [parse_cell(cell) for cell in args.cells]
     model = open_model(args)
-    if args.cuda_graphs and model.device.type != "cuda":
-        raise ValueError(f"--cuda-graphs needs a GPU, and the model is on {model.device}: leave it out")
-    model.cuda_graphs = args.cuda_graphs
     generator = torch.Generator().manual_seed(args.seed)
     most = max(1, model.config.vocab_size - 8)
     prompts = torch.randint(0, most, (args.batch, args.prompt_length), generator=generator)
@@ -133,16 +137,22 @@ def open_workload(args: Namespace) -> Workload:
 
 
 def open_model(args: Namespace, length: int = 16_384) -> LLaDAModelLM:
-    """The model of --model, or random weights of --config for canvases of up to `length`, in --dtype on --device, with
-    --threads in force. Errors: as `dlm.load`, `random_model`, `quantize_`."""
+    """The model of `model_options`: --model, or random weights of --config for canvases of up to `length`, with
+    --threads in force. Errors: --cuda-graphs without a GPU, as `dlm.load`, `random_model`, `quantize_`."""
+    if args.cuda_graphs and torch.device(args.device).type != "cuda":
+        raise ValueError(f"--cuda-graphs needs a GPU, and --device is {args.device}: leave it out")
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.model:
-        return load(args.model, dtype=args.dtype, device=args.device)[0]
-    base = QUANTIZED[args.dtype].base if args.dtype in QUANTIZED else args.dtype
-    whole = torch.float32 if base == "auto" else getattr(torch, base)
-    model = random_model(args.config, dtype=whole, device=args.device, seed=args.seed, length=length)
-    return quantize_(model, args.dtype) if args.dtype in QUANTIZED else model
+        model, _ = load(args.model, dtype=args.dtype, device=args.device)
+    else:
+        base = QUANTIZED[args.dtype].base if args.dtype in QUANTIZED else args.dtype
+        whole = torch.float32 if base == "auto" else getattr(torch, base)
+        model = random_model(args.config, dtype=whole, device=args.device, seed=args.seed, length=length)
+        if args.dtype in QUANTIZED:
+            model = quantize_(model, args.dtype)
+    model.cuda_graphs = args.cuda_graphs
+    return model
 
 
 def clock_of(args: Namespace) -> Callable[[], float]:

@@ -8,8 +8,11 @@ from toys import tiny_config, tiny_model
 
 import dlm
 from benchmarks import peers, speed
+from dlm import floor
 from dlm.cli import main
+from dlm.floor import Limits, Pass
 from dlm.flops import block_parameters, pass_bytes, pass_flops
+from dlm.models.packed import packed
 from dlm.shapes import SHAPES, parse_cell, random_model
 from dlm.unmasking import BLOCK, largest
 
@@ -29,22 +32,22 @@ def test_operations_of_a_pass_by_hand():
 def test_what_a_generation_is_asked():
     """dual, 4 x 4 of 8: blocks of 4 with 2 passes each; first everything (2 + 8 slots), then the block."""
     model = tiny_model(0, dtype=torch.float32)
-    recorder = speed.Recorder(model)
+    recorder = speed.Recorder(packed(model), [])
     canvas = dlm.Canvas.from_prompts([[1, 2]], 8, model.config.mask_token_id)
     out = dlm.generate(recorder, canvas, dlm.SamplingConfig(gen_length=8, block_length=4, steps=4, method="dual"))
-    first, later = speed.Pass(1, 10, 10, 4), speed.Pass(1, 4, 10, 2)
+    first, later = Pass(1, 10, 10, 4), Pass(1, 4, 10, 2)
     assert recorder.passes == [first, later] * 2
     assert sum(each.computed for each in recorder.passes) == int(out.positions_computed)
 
 
 def test_the_floor_is_the_larger_of_both_limits_pass_by_pass():
     config = tiny_config()
-    passes = [speed.Pass(1, 10, 10, 4), speed.Pass(2, 1, 10, 1)]
+    passes = [Pass(1, 10, 10, 4), Pass(2, 1, 10, 1)]
     flops = [pass_flops(config, 10, 10, 4), 2 * pass_flops(config, 1, 10, 1)]
     read = [pass_bytes(config, 1, 10, 4), pass_bytes(config, 2, 10, 4)]
     rate = flops[0] / read[0] * 0.9  # the first pass waits for arithmetic, the second for memory
     assert flops[1] / rate < read[1]
-    assert speed.floor(config, passes, 4, rate, 1.0) == pytest.approx(flops[0] / rate + read[1])
+    assert Limits("float32", 4, rate, 1.0).floor(config, passes) == pytest.approx(flops[0] / rate + read[1])
 
 
 def test_stopwatch_gives_inner_time_to_the_inner_name():
@@ -159,8 +162,8 @@ def test_peers_refusals(words, said, capsys):
 
 
 def test_speed_command(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(speed, "matmul_rate", lambda *_: 1e9)
-    monkeypatch.setattr(speed, "bandwidth", lambda *_: 1e9)
+    monkeypatch.setattr(floor, "matmul_rate", lambda *_: 1e9)
+    monkeypatch.setattr(floor, "bandwidth", lambda *_: 1e9)
     where = tmp_path / "rows.json"
     words = ["--config", "small", "--cells", "none:8:2", "dual:4:4", "--gen-length", "8", "--prompt-length", "4"]
     assert speed.main([*words, "--batch", "2", "--profile", "--repeats", "1", "--json", str(where)]) == 0
@@ -173,7 +176,20 @@ def test_speed_command(tmp_path, capsys, monkeypatch):
         assert sum(row["profile"].values()) == pytest.approx(1)
     assert set(dual["profile"]) == {"body", "attention", "head", "confidence", "commit", "cache", "host"}
     assert "cache" not in none["profile"]
-    assert "1M parameters" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "1M parameters" in out and f"2 cells: {none['seconds'] + dual['seconds']:.3f} s" in out
+
+
+@pytest.mark.parametrize(("warm_up", "repeats"), [(0, 1), (1, 2)])
+def test_what_is_timed(warm_up, repeats, monkeypatch):
+    """Runs to warm up are neither timed nor counted; of the timed ones the passes of the last are kept."""
+    model, ticks, ran = random_model("small"), iter(range(100)), []
+    generate = dlm.generate
+    monkeypatch.setattr(dlm, "generate", lambda *words: ran.append(1) or generate(*words))
+    config = dlm.SamplingConfig(gen_length=8, block_length=4, steps=4, method="none")
+    row = speed.measure(model, [[1, 2, 3]], config, warm_up, repeats, Limits("float32", 4, 1e9, 1e9), ticks.__next__)
+    assert len(ran) == warm_up + repeats and next(ticks) == 2 * repeats and row["seconds"] == 1
+    assert row["passes"] == 4 and row["positions_computed"] == 4 * 11
 
 
 def test_profile_of_the_plain_model():
@@ -186,14 +202,16 @@ def test_profile_of_the_plain_model():
 
 def test_rates_are_of_the_order_of_a_processor():
     device = torch.device("cpu")
-    assert 1e8 < speed.matmul_rate(torch.float32, device) < 1e14
-    assert 1e8 < speed.bandwidth(device) < 1e13
+    assert 1e8 < floor.matmul_rate(torch.float32, device) < 1e14
+    assert 1e8 < floor.bandwidth(device) < 1e13
 
 
 @pytest.mark.parametrize(("words", "said"), [
     (["--config", "25"], "'25m'"),
     (["--cells", "dual:8"], "METHOD:BLOCK:STEPS"),
     (["--batch", "0"], "batch is 0"),
+    (["--warm-up", "-1"], "warm-up is -1"),
+    (["--cuda-graphs", "--device", "cpu"], "--device is cpu"),
 ])  # fmt: skip
 def test_speed_refusals(words, said, capsys):
     assert main(["bench", "speed", *words]) == 2

@@ -6,14 +6,16 @@ from xml.etree import ElementTree
 import pytest
 
 from benchmarks import growth
+from dlm import floor
 from dlm.cli import main
+from dlm.floor import Limits
 from dlm.flops import pass_flops
 from dlm.shapes import random_model
 
 
 def test_growth_command(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(growth, "matmul_rate", lambda *_: 1e9)
-    monkeypatch.setattr(growth, "bandwidth", lambda *_: 1e15)
+    monkeypatch.setattr(floor, "matmul_rate", lambda *_: 1e9)
+    monkeypatch.setattr(floor, "bandwidth", lambda *_: 1e15)
     rows, plot = tmp_path / "rows.json", tmp_path / "growth.svg"
     words = ["--config", "small", "--block", "4", "--repeats", "2", "--json", str(rows), "--plot", str(plot)]
     assert growth.main([*words, "--canvas", "64", "16", "64"]) == 0
@@ -62,7 +64,7 @@ def test_the_first_pass_of_each_does_not_count(monkeypatch):
         return told[method]
 
     monkeypatch.setattr(growth, "turns", turns)
-    row = growth.measure(random_model("small"), 20, 4, 2, 1e9, 1e9, None)
+    row = growth.measure(random_model("small"), 20, 4, 2, Limits("float32", 4, 1e9, 1e9), None)
     assert (row["block_seconds"], row["full_seconds"]) == (2, 7.5)
 
 

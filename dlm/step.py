@@ -106,7 +106,7 @@ def run_step(
 
 
 # Numbers of logits that one call of `decide` sees on a CPU: what it computes of them stays in the processor's cache.
-PART = 2**17
+PART = 2**18
 
 
 def _parts(logits: Tensor, config: SamplingConfig) -> list[tuple[Tensor, Tensor | None]]:

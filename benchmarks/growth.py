@@ -22,14 +22,13 @@ import torch
 
 import dlm
 from dlm.charts import Axis, Point, Series, scatter
-from dlm.cli import Parser
+from dlm.cli import Parser, check_least
 from dlm.floor import Limits, Pass, limits
 from dlm.flops import parameters
 from dlm.machine import synchronise
-from dlm.names import check_name
 from dlm.results import write_json
 from dlm.scripts import guarded
-from dlm.shapes import SHAPES, clock_of, model_options, open_model
+from dlm.shapes import clock_of, model_options, open_model
 
 NAMES = {"block": "block pass", "full": "full pass"}
 
@@ -48,14 +47,11 @@ def options() -> Parser:
 
 def check(args: Namespace) -> None:
     """Errors (ValueError): numbers that are too small, a canvas without a given token."""
-    for name, least in (("block", 3), ("repeats", 1), ("threads", 1)):
-        if (value := getattr(args, name)) is not None and value < least:
-            raise ValueError(f"--{name} is {value}: give {least} or more")
+    check_least(args, 3, "block")
+    check_least(args, 1, "repeats", "threads")
     for slots in args.canvas:
         if slots <= args.block:
             raise ValueError(f"--canvas has {slots}, which a block of {args.block} leaves no room in: give more")
-    if not args.model:
-        check_name("config", args.config, SHAPES)
 
 
 def turns(model, slots: int, block: int, method: str, passes: int, clock, seed: int) -> list[float]:
@@ -148,12 +144,12 @@ def run(argv: Sequence[str]) -> int:
         flush=True,
     )
     turns(model, args.block + 1, args.block, "dual", args.block, clock, args.seed)  # what is made once
-    rows = []
+    rows, machine = [], limit.record()
     for slots in lengths:
         rows.append(measure(model, slots, args.block, args.repeats, limit, clock, args.seed))
         print(line(rows[-1]), flush=True)
         if args.json:
-            write_json(Path(args.json), {"machine": limit.record(), "rows": rows}, indent=1)
+            write_json(Path(args.json), {"machine": machine, "rows": rows}, indent=1)
         if args.plot:
             title = f"{name}: a block of {args.block} with a cache, and the whole canvas"
             Path(args.plot).write_text(chart(rows, title, str(limit)), encoding="utf-8")

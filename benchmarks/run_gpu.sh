@@ -19,12 +19,8 @@ common=(--config "$config" --device "$device" --prompt-length 32 --gen-length "$
 "$python" -c 'import torch; print("torch", torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")'
 git log -1 --format='commit %h' || true
 
-if [ "$device" = cuda ]; then
-    graphs=--cuda-graphs few=fp8
-    timeout 40 "$python" -m pytest -q tests/test_kernels.py tests/test_fp8.py || true  # what a processor cannot show
-else
-    graphs="" few=int8
-fi
+graphs="" few=int8
+if [ "$device" = cuda ]; then graphs=--cuda-graphs few=fp8; fi
 if [ "${PART:-}" = grid ]; then  # every block length and number of steps that is a power of two and feasible
     cells=()
     for method in none dual c2f; do
@@ -35,6 +31,9 @@ if [ "${PART:-}" = grid ]; then  # every block length and number of steps that i
     timeout 530 "$python" -m benchmarks.speed "${common[@]}" --dtype "$dtype" --repeats 1 --warm-up 0 $graphs \
         --json "$out/grid.json" --cells "${cells[@]}"
     exit
+fi
+if [ "$device" = cuda ]; then
+    timeout 40 "$python" -m pytest -q tests/test_kernels.py tests/test_fp8.py || true  # what a processor cannot show
 fi
 cells=("none:32:$length" "dual:32:$length" "c2f:32:$length")
 timeout 110 "$python" -m benchmarks.speed "${common[@]}" --dtype "$dtype" --repeats 1 --profile \

@@ -21,7 +21,7 @@ import torch
 
 import dlm
 from dlm import cache, sampler, step, unmasking
-from dlm.cli import Parser
+from dlm.cli import Parser, check_least
 from dlm.floor import Limits, Pass, limits
 from dlm.flops import parameters, pass_bytes, pass_flops
 from dlm.machine import PeakMemory, synchronise
@@ -38,7 +38,7 @@ class Recorder:
     """The predictor that `denoise` uses, with a note of every call in `passes`."""
 
     def __init__(self, predictor, passes: list[Pass]):
-        self.inner, self.config, self.passes = predictor, predictor.config, passes
+        self.inner, self.passes = predictor, passes
 
     def __call__(self, tokens, positions=None, *, cache=None, logits_to_keep=None, **more):
         rows, computed = tokens.shape
@@ -173,13 +173,12 @@ def run(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--profile", action="store_true", help="also where the time of each cell goes")
     args = parser.parse(argv)
-    if args.warm_up < 0:
-        raise ValueError(f"--warm-up is {args.warm_up}: give 0 or more")
+    check_least(args, 0, "warm_up")
     work = open_workload(args)
     model, prompts, clock = work.model, work.prompts.tolist(), work.clock
     limit = limits(args.dtype, torch.device(args.device), clock)
     print(f"{parameters(model.config) / 1e6:.0f}M parameters, {args.device}, {limit}", flush=True)
-    rows = []
+    rows, machine = [], limit.record()
     for method, block, steps in work.cells:
         config = dlm.SamplingConfig(gen_length=args.gen_length, block_length=block, steps=steps, method=method)
         row = measure(model, prompts, config, args.warm_up, args.repeats, limit, clock)
@@ -189,7 +188,7 @@ def run(argv: Sequence[str]) -> int:
             print("    " + "  ".join(f"{name} {share:.0%}" for name, share in row["profile"].items()), flush=True)
         rows.append(row)
         if args.json:
-            write_json(Path(args.json), {"machine": limit.record(), "rows": rows}, indent=1)
+            write_json(Path(args.json), {"machine": machine, "rows": rows}, indent=1)
     if len(rows) > 1:
         seconds, least = sum(row["seconds"] for row in rows), sum(row["floor"] for row in rows)
         print(f"{len(rows)} cells: {seconds:.3f} s   floor {least:.3f} s, {seconds / least:.2f}x")

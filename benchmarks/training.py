@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dlm.cli import Parser
+from dlm.cli import Parser, check_least
 from dlm.data import Examples
 from dlm.documents import Documents
 from dlm.floor import matmul_rate
@@ -73,11 +73,9 @@ def check(args: Namespace) -> None:
     """Errors (ValueError): names that are none, numbers below 1, a device that is not there."""
     for name, allowed in (("config", SHAPES), ("compile", COMPILE), ("attn_implementation", ATTENTION)):
         check_name(name, getattr(args, name), allowed)
-    for name in ("length", "steps", "threads", "batch"):
-        if (value := getattr(args, name)) is not None and value < (2 if name == "length" else 1):
-            raise ValueError(f"--{name} is {value}: give {2 if name == 'length' else 1} or more")
-    if args.warm_up < 0:
-        raise ValueError(f"--warm-up is {args.warm_up}: give 0 or more")
+    check_least(args, 2, "length")
+    check_least(args, 1, "steps", "threads", "batch")
+    check_least(args, 0, "warm_up")
     for value in args.loss_chunk:
         if value != "auto" and not value.isdigit():
             raise ValueError(f"--loss-chunk has {value!r}: give auto, 0 for all places, or a number of them")

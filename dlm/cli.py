@@ -150,6 +150,13 @@ def flag(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
+def check_least(args: argparse.Namespace, least: int, *fields: str) -> None:
+    """Raises ValueError where one of these options is given and below `least`."""
+    for field in fields:
+        if (value := getattr(args, field)) is not None and value < least:
+            raise ValueError(f"{flag(field)} is {value}: give {least} or more")
+
+
 def shown_defaults(argv: Sequence[str]):
     """SamplingConfig's defaults where help is asked for, else None: nothing else needs them so early."""
     if not {"-h", "--help"} & set(argv):

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from dlm import terminal
-from dlm.cli import Parser, flag, shown_defaults
+from dlm.cli import Parser, check_least, shown_defaults
 from dlm.console import (
     Job,
     Opened,
@@ -40,10 +40,7 @@ def add_common(parser: Parser, argv: Sequence[str], leave_out: Sequence[str] = (
 
 def check_counts(args) -> None:
     """Errors: counts below one, a negative delay."""
-    for field in ("num_samples", "batch_size", "blank_length"):
-        value = getattr(args, field, 1)
-        if value < 1:
-            raise ValueError(f"{flag(field)} is {value}: give 1 or more")
+    check_least(args, 1, *(name for name in ("num_samples", "batch_size", "blank_length") if name in args))
     if not args.delay >= 0:
         raise ValueError(f"--delay is {args.delay}: give 0 or more seconds")
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from dlm.cache import METHODS
-from dlm.cli import Parser
+from dlm.cli import Parser, check_least
 from dlm.models import LLaDAConfig, LLaDAModelLM, load
 from dlm.models.linear import QUANTIZED, quantize_
 from dlm.names import check_name
@@ -125,9 +125,7 @@ class Workload:
 
 def open_workload(args: Namespace) -> Workload:
     """The workload of `workload_options`. Errors: numbers below 1, cells that are none, as `dlm.load`."""
-    for name in ("prompt_length", "gen_length", "batch", "repeats", "threads"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}: give 1 or more")
+    check_least(args, 1, "prompt_length", "gen_length", "batch", "repeats", "threads")
     cells = [parse_cell(cell) for cell in args.cells]
     model = open_model(args)
     generator = torch.Generator().manual_seed(args.seed)

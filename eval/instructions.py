@@ -16,7 +16,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run by path from a clone: find dlm/ beside eval/
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dlm.cli import Parser, shown_defaults
+from dlm.cli import Parser, check_least, shown_defaults
 from dlm.progress import counted
 from dlm.reading import read_rows
 from dlm.results import write_json
@@ -105,9 +105,7 @@ def run(argv: list[str]) -> int:
     args = parser.parse(argv)
     if not args.model or not args.data:
         raise ValueError("give --model with a fine-tuned model and --data with instructions")
-    for name in ("rows", "batch_size"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give 1 or more")
+    check_least(args, 1, "rows", "batch_size")
     rows = []
     for where, row in read_rows(args.data, "train"):
         missing = [name for name in ("prompt", *ASKED) if name not in row]

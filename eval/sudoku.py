@@ -22,7 +22,7 @@ import numpy as np
 
 from dlm import sudoku
 from dlm.cache import METHODS
-from dlm.cli import Parser
+from dlm.cli import Parser, check_least
 from dlm.names import check_name
 from dlm.progress import counted
 from dlm.results import write_json
@@ -180,9 +180,7 @@ def parse(argv: list[str]):
     args = parser.parse(argv)
     if not args.model:
         raise ValueError("no model: give --model a folder that dlm train sudoku wrote")
-    for name in ("puzzles", "batch_size"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give 1 or more")
+    check_least(args, 1, "puzzles", "batch_size")
     args.orders = args.orders.split(",")
     for name in args.orders:
         check_name("--orders", name, list(ORDERS))

@@ -17,13 +17,12 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file from a clone: find dlm/ beside benchmarks/
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dlm import cli
-from dlm.charts import significant
-from dlm.cli import Parser
-from dlm.metrics import geometric_mean
-from dlm.report import REFERENCE, front_chart, sentences, speedups, tips
-from dlm.results import Grid, Setting, read_grid
-from dlm.webpage import listed, page, quiet, table
+from dlm.benchmarking.charts import significant
+from dlm.benchmarking.page import listed, page, quiet, table
+from dlm.benchmarking.report import REFERENCE, front_chart, sentences, speedups, tips
+from dlm.benchmarking.results import Grid, Setting, read_grid
+from dlm.cli.parser import Parser
+from dlm.utils.stats import geometric_mean
 
 
 def length(grid: Grid) -> int:
@@ -139,4 +138,6 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.main(["bench", "compare", *sys.argv[1:]]))
+    from dlm.cli.main import main as command
+
+    sys.exit(command(["bench", "compare", *sys.argv[1:]]))

@@ -22,20 +22,19 @@ if __package__ in (None, ""):  # `accelerate launch benchmarks/grid.py` from a c
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import dlm
-from dlm import cli
-from dlm.appraisal import Appraiser
-from dlm.cache import methods_for
-from dlm.cli import Parser, shown_defaults
-from dlm.console import Opened, as_options, hub_errors, open_checkpoint, settings
-from dlm.grid import GridConfig, Runner, plan, powers_of_two
-from dlm.judge import Judge, identify, open_judge
-from dlm.models import SHIPPED, TWIN
-from dlm.models.linear import number_type
-from dlm.processes import Sharing, leave_processes
-from dlm.results import Journal, check_output, journal_path, read_journals, remove_results
-from dlm.sampling import SamplingConfig
-from dlm.sweep import sweep, told_apart, write_results
-from dlm.tasks import Question, open_task, prompts, tell_apart
+from dlm.benchmarking.grid import GridConfig, Runner, plan, powers_of_two
+from dlm.benchmarking.journal import Journal, check_output, journal_path, read_journals, remove_results
+from dlm.benchmarking.quality import Appraiser
+from dlm.benchmarking.sweep import sweep, told_apart, write_results
+from dlm.checkpoints.load import SHIPPED, TWIN
+from dlm.checkpoints.pretrained import Opened, hub_errors, identify, number_type
+from dlm.cli.parser import Parser, shown_defaults
+from dlm.cli.session import as_options, open_checkpoint, settings
+from dlm.evaluation.judge import Judge, open_judge
+from dlm.evaluation.tasks import Question, open_task, prompts, tell_apart
+from dlm.sampling.config import SamplingConfig
+from dlm.sampling.methods import methods_for
+from dlm.utils.distributed import Sharing, leave_processes
 
 PROMPTS = Path(__file__).parent / "prompts.txt"
 SWEPT = ("steps", "block_length", "method", "commit", "threshold", "factor", "entropy_bound")
@@ -197,4 +196,6 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.main(["bench", "grid", *sys.argv[1:]]))
+    from dlm.cli.main import main as command
+
+    sys.exit(command(["bench", "grid", *sys.argv[1:]]))

@@ -21,14 +21,14 @@ import numpy as np
 import torch
 
 import dlm
-from dlm.charts import Axis, Point, Series, scatter
-from dlm.cli import Parser, check_least
-from dlm.floor import Limits, Pass, limits
-from dlm.flops import parameters
-from dlm.machine import synchronise
-from dlm.results import write_json
-from dlm.scripts import guarded
-from dlm.shapes import clock_of, model_options, open_model
+from dlm.benchmarking.charts import Axis, Point, Series, scatter
+from dlm.benchmarking.roofline import Limits, Pass, limits
+from dlm.cli.parser import Parser, check_least
+from dlm.cli.scripts import guarded
+from dlm.cli.workload import clock_of, model_options, open_model
+from dlm.models.flops import parameters
+from dlm.utils.files import write_json
+from dlm.utils.hardware import synchronise
 
 NAMES = {"block": "block pass", "full": "full pass"}
 

@@ -33,11 +33,11 @@ from types import ModuleType, SimpleNamespace
 import torch
 
 import dlm
-from dlm.cli import Parser
-from dlm.names import check_name
-from dlm.results import write_json
-from dlm.scripts import guarded
-from dlm.shapes import open_workload, workload_options
+from dlm.cli.parser import Parser
+from dlm.cli.scripts import guarded
+from dlm.cli.workload import open_workload, workload_options
+from dlm.utils.files import write_json
+from dlm.utils.names import check_name
 
 Sampler = Callable[[torch.Tensor, int, int, int], torch.Tensor]  # prompt (1, P), gen_length, block, steps -> (1, P + G)
 

@@ -18,11 +18,10 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file from a clone: find dlm/ beside benchmarks/
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dlm import cli
-from dlm.cli import Parser
-from dlm.report import front_chart, maps, pass_chart, sentences, table_of, tips
-from dlm.results import Grid, read_grid
-from dlm.webpage import listed, page, quiet
+from dlm.benchmarking.page import listed, page, quiet
+from dlm.benchmarking.report import front_chart, maps, pass_chart, sentences, table_of, tips
+from dlm.benchmarking.results import Grid, read_grid
+from dlm.cli.parser import Parser
 
 
 def facts(grid: Grid) -> str:
@@ -113,4 +112,6 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.main(["bench", "plot", *sys.argv[1:]]))
+    from dlm.cli.main import main as command
+
+    sys.exit(command(["bench", "plot", *sys.argv[1:]]))

@@ -20,16 +20,18 @@ from unittest import mock
 import torch
 
 import dlm
-from dlm import cache, sampler, step, unmasking
-from dlm.cli import Parser, check_least
-from dlm.floor import Limits, Pass, limits
-from dlm.flops import parameters, pass_bytes, pass_flops
-from dlm.machine import PeakMemory, synchronise
-from dlm.models import packed as packing
+from dlm.benchmarking.roofline import Limits, Pass, limits
+from dlm.cli.parser import Parser, check_least
+from dlm.cli.scripts import guarded
+from dlm.cli.workload import open_workload, workload_options
+from dlm.kernels import packed as packing
 from dlm.models import transformer
-from dlm.results import write_json
-from dlm.scripts import guarded
-from dlm.shapes import open_workload, workload_options
+from dlm.models.flops import parameters, pass_bytes, pass_flops
+from dlm.models.kv_cache import KVCache
+from dlm.sampling import denoise, step
+from dlm.sampling.commit import COMMITS
+from dlm.utils.files import write_json
+from dlm.utils.hardware import PeakMemory, synchronise
 
 # ---------------------------------------------------------------- one cell
 
@@ -55,7 +57,7 @@ def measure(model, prompts, config, warm_up: int, repeats: int, limit: Limits, c
     device, times, passes = model.device, [], []
     for _ in range(warm_up):
         dlm.generate(model, prompts, config)
-    watched = mock.patch.object(sampler, "packed", lambda model: Recorder(packing.packed(model), passes))
+    watched = mock.patch.object(denoise, "packed", lambda model: Recorder(packing.packed(model), passes))
     with PeakMemory(device) as memory, watched:
         for _ in range(repeats):
             passes.clear()
@@ -125,13 +127,13 @@ def profile(model, prompts, config, clock=time.perf_counter) -> dict[str, float]
     watch = Stopwatch(model.device, clock)
     predictor = packing.packed(model)
     dlm.generate(model, prompts, config)
-    commits = {name: watch.around("commit", rule) for name, rule in unmasking.COMMITS.items()}
+    commits = {name: watch.around("commit", rule) for name, rule in COMMITS.items()}
     patches = [
         mock.patch.object(packing, "attention", watch.around("attention", packing.attention)),
         mock.patch.object(transformer, "ALL_ATTENTION_FUNCTIONS", _Kernels(transformer.ALL_ATTENTION_FUNCTIONS, watch)),
-        mock.patch.object(cache.KVCache, "update", watch.around("cache", cache.KVCache.update)),
+        mock.patch.object(KVCache, "update", watch.around("cache", KVCache.update)),
         mock.patch.object(step, "decide", watch.around("confidence", step.decide)),
-        mock.patch.dict(unmasking.COMMITS, commits),
+        mock.patch.dict(COMMITS, commits),
     ]
     if predictor is model:
         table = model.get_output_embeddings()

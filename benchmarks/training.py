@@ -24,20 +24,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dlm.cli import Parser, check_least
-from dlm.data import Examples
-from dlm.documents import Documents
-from dlm.floor import matmul_rate
-from dlm.flops import peak_flops
-from dlm.machine import PeakMemory, synchronise
-from dlm.models import ATTENTION
-from dlm.names import check_name
-from dlm.objective import OBJECTIVES
-from dlm.results import write_json
-from dlm.scripts import guarded
-from dlm.shapes import SHAPES, random_model
-from dlm.training import Run
-from dlm.training_config import OPTIMIZERS, PRECISIONS, TrainingConfig
+from dlm.benchmarking.roofline import matmul_rate
+from dlm.checkpoints.load import ATTENTION
+from dlm.cli.parser import Parser, check_least
+from dlm.cli.scripts import guarded
+from dlm.data.documents import Documents
+from dlm.data.examples import Examples
+from dlm.models.flops import peak_flops
+from dlm.models.shapes import SHAPES, random_model
+from dlm.objectives.losses import OBJECTIVES
+from dlm.training.config import OPTIMIZERS, PRECISIONS, TrainingConfig
+from dlm.training.trainer import Run
+from dlm.utils.files import write_json
+from dlm.utils.hardware import PeakMemory, synchronise
+from dlm.utils.names import check_name
 
 COMPILE = {"off": (False,), "on": (True,), "both": (False, True)}
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -8,16 +8,17 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _WHERE = {
-    "Canvas": "canvas",
-    "DenoiseState": "sampler",
-    "GenerationOutput": "sampler",
-    "KVCache": "cache",
-    "LLaDAConfig": "models",
-    "LLaDAModelLM": "models",
-    "SamplingConfig": "sampling",
-    "denoise": "sampler",
-    "generate": "sampler",
-    "load": "models",
+    "Canvas": "sampling.canvas",
+    "DenoiseState": "sampling.denoise",
+    "GenerationOutput": "sampling.generate",
+    "KVCache": "models.kv_cache",
+    "LLaDAConfig": "models.configuration",
+    "LLaDAModelLM": "models.transformer",
+    "SamplingConfig": "sampling.config",
+    "denoise": "sampling.denoise",
+    "generate": "sampling.generate",
+    "likelihood": "objectives.likelihood",
+    "load": "checkpoints.load",
 }
 
 __all__ = ["__version__", *_WHERE]
@@ -26,7 +27,8 @@ __all__ = ["__version__", *_WHERE]
 def __getattr__(name: str):
     if name not in _WHERE:
         raise AttributeError(f"module 'dlm' has no attribute {name!r}")
-    return getattr(import_module(f".{_WHERE[name]}", __name__), name)
+    module = import_module(f".{_WHERE[name]}", __name__)
+    return module if name == "likelihood" else getattr(module, name)
 
 
 def __dir__():

@@ -2,7 +2,7 @@
 
 import sys
 
-from dlm.cli import main
+from dlm.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -3,16 +3,56 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+BLANK = re.compile(r"_{3,}(?:\{(\d+)\})?")
+
+
+def template(tokenizer, text: str, blank_length: int, mask: int) -> list[int]:
+    """Ids of a text with blanks (`___`, or `___{12}` for twelve tokens), the mask id in the blanks.
+
+    In a byte-level vocabulary a word begins with its space (" mat"), so the space before a blank is left to
+    the model, which writes it with the word; the text after a blank keeps its own.
+    Errors: no blank; a blank of no tokens; text that contains the mask token.
+    """
+    from dlm.tokenizer import encode_prompt
+
+    blanks = list(BLANK.finditer(text))
+    if not blanks:
+        raise ValueError(f"no blank in {text[:60]!r}: mark each with ___, or with ___{{12}} for twelve tokens")
+    ids: list[int] = []
+    at = 0
+    for blank in blanks:
+        length = int(blank[1]) if blank[1] else blank_length
+        if length < 1:
+            raise ValueError(f"the blank {blank[0]} has no tokens: give 1 or more")
+        piece = text[at : blank.start()]
+        if piece.endswith(" ") and not piece.endswith("  "):
+            piece = piece[:-1]
+        ids += encode_prompt(tokenizer, piece, mask, beginning=not ids) + [mask] * length
+        at = blank.end()
+    return ids + encode_prompt(tokenizer, text[at:], mask, beginning=False)
+
+
+def chat_ids(tokenizer, messages: Sequence[dict[str, str]], mask: int) -> list[int]:
+    """Ids of a conversation, ready for the answer.
+
+    Errors: a message that contains the mask token.
+    """
+    ids = list(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False))
+    if mask in ids:
+        raise ValueError("the message contains the mask token: remove it")
+    return ids
+
+
 BOS, EOS, MASK = "<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>"
 START_HEADER, END_HEADER, EOT = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
 SPECIAL_TOKENS = (BOS, EOS, MASK, START_HEADER, END_HEADER, EOT)  # in this order at the end of the vocabulary
-
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
@@ -20,7 +60,6 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
-
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 

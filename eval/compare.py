@@ -18,28 +18,31 @@ import time
 from pathlib import Path
 from statistics import median
 
+from dlm.objectives.likelihood import likelihood
+
 if __package__ in (None, ""):  # `accelerate launch eval/compare.py` from a clone: find dlm/ beside eval/
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
 
-from dlm import autoregressive
-from dlm.cli import Parser
-from dlm.corpus import CorpusConfig, load_corpus
-from dlm.data import Example
-from dlm.judge import open_judge
-from dlm.likelihood import Bound, LikelihoodConfig, bound
-from dlm.machine import commit, hardware, synchronise, versions
-from dlm.models import TWIN
+from dlm.checkpoints.load import TWIN
+from dlm.cli.parser import Parser
+from dlm.cli.scripts import guarded
+from dlm.data.examples import Example
+from dlm.data.sources import read_documents
+from dlm.data.windows import CorpusConfig, load_corpus
+from dlm.evaluation.generations import Writer, at_entropy, open_writer, quality, write
+from dlm.evaluation.judge import open_judge
+from dlm.evaluation.perplexity import open_scorer, score_corpus, summarise, unscored_bytes
 from dlm.models.attention import causal
-from dlm.reading import read_documents
-from dlm.results import write_json
-from dlm.sampler import generate
-from dlm.sampling import SamplingConfig
-from dlm.scoring import open_scorer, score_corpus, summarise, unscored_bytes
-from dlm.scripts import guarded
-from dlm.texts import Measure, Writer, at_entropy, open_writer, quality, write
+from dlm.objectives.likelihood import Bound, LikelihoodConfig, bound
+from dlm.sampling import autoregressive
+from dlm.sampling.config import SamplingConfig
+from dlm.sampling.generate import generate
+from dlm.utils.files import write_json
+from dlm.utils.hardware import commit, hardware, synchronise, versions
+from dlm.utils.stats import Measure
 
 LINE = re.compile(r"[A-Z][^.!?\n]{15,140}[.!?]")  # a sentence, without what speech is quoted with
 CHOICES = 4
@@ -270,7 +273,7 @@ def twin_values(args, writer: Writer, examples: list[Example]) -> list[Bound]:
     def logits(tokens, valid, keep):
         return writer.model(tokens, visible=causal, logits_to_keep=keep)
 
-    return autoregressive.likelihood(logits, examples, device=writer.model.device, batch_size=args.batch_size)
+    return likelihood(logits, examples, device=writer.model.device, batch_size=args.batch_size)
 
 
 def per_token(bounds: list[Bound]) -> Measure:
@@ -280,7 +283,7 @@ def per_token(bounds: list[Bound]) -> Measure:
 
 def infill(args, writer: Writer, rows: list[list[int]]) -> np.ndarray:
     """What is written on the masked places of each row, most confident first, one a pass."""
-    from dlm.canvas import Canvas
+    from dlm.sampling.canvas import Canvas
 
     config = SamplingConfig(suppress_eos=bool(writer.ends), eos_token_id=writer.ends or None)
     found = []

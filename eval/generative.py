@@ -20,9 +20,9 @@ from pathlib import Path
 if __package__ in (None, ""):  # `accelerate launch eval/generative.py` from a clone: find dlm/ beside eval/
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dlm.cli import Parser
-from dlm.results import write_json
-from dlm.scripts import guarded
+from dlm.cli.parser import Parser
+from dlm.cli.scripts import guarded
+from dlm.utils.files import write_json
 
 TEMPERATURES = "0.5,0.7,0.85,1.0"
 
@@ -60,10 +60,10 @@ def temperatures_of(value: str) -> list[float]:
 
 def run(args, argv: list[str]) -> int:
     """Write, judge and print a row for each model and temperature; then the comparison at the reference's entropy."""
-    from dlm.judge import open_judge
-    from dlm.models import TWIN
-    from dlm.sampling import SamplingConfig
-    from dlm.texts import Quality, open_writer, quality
+    from dlm.checkpoints.load import TWIN
+    from dlm.evaluation.generations import Quality, open_writer, quality
+    from dlm.evaluation.judge import open_judge
+    from dlm.sampling.config import SamplingConfig
 
     temperatures = temperatures_of(args.temperatures)
     if args.num_samples < 2:
@@ -105,7 +105,7 @@ def run(args, argv: list[str]) -> int:
 
 def write_texts(writer, config, args) -> list[str]:
     """The texts of one model at one temperature."""
-    from dlm.texts import write
+    from dlm.evaluation.generations import write
     from dlm.tokenizer import encode_prompt
 
     prompt = encode_prompt(writer.tokenizer, args.prompt, writer.mask)
@@ -119,7 +119,7 @@ def write_texts(writer, config, args) -> list[str]:
 
 def reference_texts(args, tokenizer) -> list[str]:
     """The first tokens of held-out documents, as many as a model writes."""
-    from dlm.reading import read_documents
+    from dlm.data.sources import read_documents
 
     texts = []
     for text in read_documents(args.reference):
@@ -132,7 +132,7 @@ def reference_texts(args, tokenizer) -> list[str]:
 
 def matched(frontiers: dict, reference) -> dict:
     """Each model's perplexity where its texts have the reference's entropy, printed and as JSON."""
-    from dlm.texts import at_entropy
+    from dlm.evaluation.generations import at_entropy
 
     entropy, found = reference.entropy.value, {"entropy": reference.entropy.value}
     print(f"\nat the reference's entropy, {entropy:.3f} nats:")
@@ -160,7 +160,7 @@ def line(key: str, point, header: bool) -> str:
 
 def results_file(args, argv: list[str], judge: dict) -> dict:
     """What the results file holds: of a run that was stopped, or new. Errors: one that was made otherwise."""
-    from dlm.machine import commit, hardware, versions
+    from dlm.utils.hardware import commit, hardware, versions
 
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "batch_size", "device")}
     settings |= {"judge": judge}

@@ -28,19 +28,18 @@ if __package__ in (None, ""):  # `accelerate launch eval/harness.py` from a clon
 import torch
 
 import dlm
-from dlm.cli import one_line
-from dlm.console import own_defaults
-from dlm.corpus import cut
-from dlm.data import Example
-from dlm.exact import greedy
-from dlm.flops import parameters
-from dlm.likelihood import LikelihoodConfig, answer, bound
-from dlm.models import SHIPPED
-from dlm.models.linear import number_type
-from dlm.names import nearest
-from dlm.processes import leave_processes
-from dlm.sampling import SamplingConfig
+from dlm.checkpoints.load import SHIPPED
+from dlm.checkpoints.pretrained import number_type, own_defaults
+from dlm.cli.parser import one_line
+from dlm.data.examples import Example
+from dlm.data.windows import cut
+from dlm.models.flops import parameters
+from dlm.objectives.exact import greedy
+from dlm.objectives.likelihood import LikelihoodConfig, answer, bound
+from dlm.sampling.config import SamplingConfig
 from dlm.tokenizer import decode, encode_prompt, mask_id
+from dlm.utils.distributed import leave_processes
+from dlm.utils.names import nearest
 
 log = logging.getLogger(__name__)
 

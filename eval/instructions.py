@@ -16,11 +16,11 @@ from pathlib import Path
 if __package__ in (None, ""):  # run by path from a clone: find dlm/ beside eval/
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dlm.cli import Parser, check_least, shown_defaults
-from dlm.progress import counted
-from dlm.reading import read_rows
-from dlm.results import write_json
-from dlm.scripts import guarded
+from dlm.cli.parser import Parser, check_least, shown_defaults
+from dlm.cli.scripts import guarded
+from dlm.data.sources import read_rows
+from dlm.utils.files import write_json
+from dlm.utils.progress import counted
 
 ASKED = ("names", "words", "ending")
 
@@ -80,8 +80,7 @@ def score(answers: list[str], rows: list[dict]) -> dict[str, dict]:
 def answer_all(model, tokenizer, rows: list[dict], config, batch: int) -> list[str]:
     """The model's answer to each row's prompt."""
     from dlm import generate
-    from dlm.prompts import chat_ids
-    from dlm.tokenizer import decode, mask_id
+    from dlm.tokenizer import chat_ids, decode, mask_id
 
     mask, answers = mask_id(tokenizer, model.config), []
     parts = [rows[first : first + batch] for first in range(0, len(rows), batch)]
@@ -115,8 +114,8 @@ def run(argv: list[str]) -> int:
     if len(rows) < 2:
         raise ValueError(f"{args.data}: one row: give two or more, chance is measured against another row")
     rows = rows[: max(args.rows, 2)]
-    from dlm.commands import check_chat
-    from dlm.console import open_checkpoint, settings
+    from dlm.cli.commands import check_chat
+    from dlm.cli.session import open_checkpoint, settings
 
     opened = open_checkpoint(args)
     check_chat(opened)

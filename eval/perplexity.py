@@ -19,10 +19,10 @@ from pathlib import Path
 if __package__ in (None, ""):  # `accelerate launch eval/perplexity.py` from a clone: find dlm/ beside eval/
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dlm.cli import Parser
-from dlm.processes import leave_processes
-from dlm.results import write_json
-from dlm.scripts import guarded
+from dlm.cli.parser import Parser
+from dlm.cli.scripts import guarded
+from dlm.utils.distributed import leave_processes
+from dlm.utils.files import write_json
 
 LENGTH = 1024  # tokens of a window, where the models read as many
 
@@ -69,9 +69,9 @@ def run(args, argv: list[str]) -> int:
     """Score every corpus under every model, print a table, and write the JSON."""
     from accelerate import PartialState
 
-    from dlm.corpus import CorpusConfig, load_corpus
-    from dlm.likelihood import LikelihoodConfig
-    from dlm.scoring import Store, open_scorer, score_corpus, store_folder, summarise, unscored_bytes
+    from dlm.data.windows import CorpusConfig, load_corpus
+    from dlm.evaluation.perplexity import Store, open_scorer, score_corpus, store_folder, summarise, unscored_bytes
+    from dlm.objectives.likelihood import LikelihoodConfig
 
     if args.target_error is not None and not args.target_error > 0:
         raise ValueError(f"target_error is {args.target_error}: it is a standard error in nats per token, above 0")
@@ -143,7 +143,7 @@ def line(row: dict, header: bool) -> str:
 
 def write(out: str, argv: list[str], settings: dict, rows: list[dict]) -> None:
     """The results, with all that is needed to get them again; the file appears whole or not at all."""
-    from dlm.machine import commit, hardware, versions
+    from dlm.utils.hardware import commit, hardware, versions
 
     made = {
         "command": shlex.join(["python", "-m", "eval.perplexity", *argv]),

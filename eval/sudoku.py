@@ -20,13 +20,13 @@ if __package__ in (None, ""):  # run by path from a clone: find dlm/ beside eval
 
 import numpy as np
 
-from dlm import sudoku
-from dlm.cache import METHODS
-from dlm.cli import Parser, check_least
-from dlm.names import check_name
-from dlm.progress import counted
-from dlm.results import write_json
-from dlm.scripts import guarded
+from dlm.cli.parser import Parser, check_least
+from dlm.cli.scripts import guarded
+from dlm.evaluation import sudoku
+from dlm.sampling.methods import METHODS
+from dlm.utils.files import write_json
+from dlm.utils.names import check_name
+from dlm.utils.progress import counted
 
 ORDERS = {  # name: fields of SamplingConfig. One block holds the whole grid, but for the last two.
     "margin": {"confidence": "margin"},

@@ -3,13 +3,10 @@
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))  # toys.py and oracle.py, whatever the import mode
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -44,7 +41,7 @@ def recorded(request):
 @pytest.fixture(scope="session")
 def tiny():
     """One tiny double-precision model (V 40, mask 39, end of text 38)."""
-    from toys import tiny_model
+    from tests.helpers.toys import tiny_model
 
     return tiny_model(0)
 

@@ -21,10 +21,10 @@ if __package__ in (None, ""):  # run by path from a clone: find dlm/ beside trai
 
 import numpy as np
 
-from dlm.cli import Parser
-from dlm.diffusion import example_generator
-from dlm.reading import parse_sources, read_documents
-from dlm.scripts import guarded
+from dlm.cli.parser import Parser
+from dlm.cli.scripts import guarded
+from dlm.data.sources import parse_sources, read_documents
+from dlm.utils.random import example_generator
 
 SENTENCE = re.compile(r'(?<=[.!?])["”’]?\s+')
 WORD = re.compile(r"[A-Za-z][A-Za-z'’]*")

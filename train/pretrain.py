@@ -12,19 +12,30 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from dlm.utils import settings
+from dlm.utils.files import whole_folder
+
 if __package__ in (None, ""):  # `accelerate launch train/pretrain.py` from a clone: find dlm/ beside train/
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from dlm import checkpoint, recipe
-from dlm.documents import load_documents
+from dlm.data.documents import load_documents
+from dlm.data.sources import parse_sources, read_documents
+from dlm.data.streaming import text_source
 from dlm.models.configuration import LLaDAConfig
 from dlm.models.transformer import LLaDAModelLM
-from dlm.reading import parse_sources, read_documents
-from dlm.recipe import Prepared, RecipeConfig, check_fit, load_examples, open_model, open_tokenizer, stream_examples
-from dlm.streaming import text_source
 from dlm.tokenizer import train_tokenizer
+from dlm.training import recipe
+from dlm.training.recipe import (
+    Prepared,
+    RecipeConfig,
+    check_fit,
+    load_examples,
+    open_model,
+    open_tokenizer,
+    stream_examples,
+)
 
 
 @dataclass(frozen=True)
@@ -81,7 +92,7 @@ def _tokenizer(settings: Recipe):
     paths = [source.path for source in parse_sources(settings.data)]
     texts = (text for path in paths for text in read_documents(path, settings.text_column, settings.split))
     tokenizer = train_tokenizer(texts, settings.vocab_size)
-    with checkpoint.whole_folder(kept) as temporary:
+    with whole_folder(kept) as temporary:
         tokenizer.save_pretrained(temporary)
     return open_tokenizer(kept)
 
@@ -111,7 +122,7 @@ def _config(settings: Recipe, tokenizer) -> LLaDAConfig:
 
 def parse(argv: list[str]) -> Recipe:
     """The settings of a command line."""
-    return recipe.parse(Recipe, argv, "pretrain", __doc__)
+    return settings.parse(Recipe, argv, "pretrain", __doc__)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -22,15 +22,14 @@ if __package__ in (None, ""):  # run as a file from a clone: find dlm/ beside tr
 import yaml
 
 import dlm
-from dlm.checkpoint import whole_folder
-from dlm.data import Examples
-from dlm.documents import load_documents
-from dlm.results import write_json
-from dlm.runtime import make_accelerator
-from dlm.texts import open_writer, write
+from dlm.data.documents import load_documents
+from dlm.data.examples import Examples
+from dlm.evaluation.generations import open_writer, write
 from dlm.tokenizer import decode, encode_prompt
-from dlm.training_config import TrainingConfig
-from dlm.validation import validate
+from dlm.training.accelerator import make_accelerator
+from dlm.training.config import TrainingConfig
+from dlm.training.validation import validate
+from dlm.utils.files import whole_folder, write_json
 
 LN2 = math.log(2.0)
 

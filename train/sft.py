@@ -14,17 +14,27 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from dlm.utils import settings
+
 if __package__ in (None, ""):  # `accelerate launch train/sft.py` from a clone: find dlm/ beside train/
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from dlm import recipe
-from dlm.chat import OVERLONG, ChatFormat, chat_source, load_chats
-from dlm.lora import TARGETS, add_lora, merge_lora
-from dlm.models import SHIPPED
-from dlm.names import check_name
-from dlm.recipe import Prepared, RecipeConfig, check_fit, load_examples, open_model, open_tokenizer, stream_examples
+from dlm.checkpoints.load import SHIPPED
+from dlm.data.conversations import OVERLONG, ChatFormat, chat_source, load_chats
+from dlm.training import recipe
+from dlm.training.lora import TARGETS, add_lora, merge_lora
+from dlm.training.recipe import (
+    Prepared,
+    RecipeConfig,
+    check_fit,
+    load_examples,
+    open_model,
+    open_tokenizer,
+    stream_examples,
+)
+from dlm.utils.names import check_name
 
 FORMATS = ("auto", "chat", "plain")
 
@@ -116,7 +126,7 @@ def chat_format(settings: Recipe, tokenizer, longest: int) -> ChatFormat:
 
 def parse(argv: list[str]) -> Recipe:
     """The settings of a command line."""
-    return recipe.parse(Recipe, argv, "sft", __doc__)
+    return settings.parse(Recipe, argv, "sft", __doc__)
 
 
 def main(argv: list[str] | None = None) -> int:

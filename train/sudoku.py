@@ -13,19 +13,22 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from dlm.utils import settings
+
 if __package__ in (None, ""):  # `accelerate launch train/sudoku.py` from a clone: find dlm/ beside train/
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
 
-from dlm import recipe, sudoku
-from dlm.data import Examples
-from dlm.documents import Documents
+from dlm.data.documents import Documents
+from dlm.data.examples import Examples
+from dlm.evaluation import sudoku
 from dlm.models.configuration import LLaDAConfig
 from dlm.models.transformer import LLaDAModelLM
-from dlm.progress import counted
-from dlm.recipe import Prepared, RecipeConfig, open_model
+from dlm.training import recipe
+from dlm.training.recipe import Prepared, RecipeConfig, open_model
+from dlm.utils.progress import counted
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ def _config(settings: Recipe, tokenizer) -> LLaDAConfig:
 
 def parse(argv: list[str]) -> Recipe:
     """The settings of a command line."""
-    return recipe.parse(Recipe, argv, "sudoku", __doc__)
+    return settings.parse(Recipe, argv, "sudoku", __doc__)
 
 
 def main(argv: list[str] | None = None) -> int:

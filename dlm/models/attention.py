@@ -14,9 +14,16 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "Visible", "attention_mask", "block_causal", "block_diffusion", "both", "causal", "document",
-    "full", "usable_kernel",
-]  # fmt: skip
+    "Visible",
+    "attention_mask",
+    "block_causal",
+    "block_diffusion",
+    "both",
+    "causal",
+    "document",
+    "full",
+    "usable_kernel",
+]
 
 Visible = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -11,14 +11,14 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention import Visible, attention_mask, block_causal, full, usable_kernel
-from .configuration import LLaDAConfig
-from .head import Head, Targets, weighted_cross_entropy, weighted_sum
+from dlm.models.attention import Visible, attention_mask, block_causal, full, usable_kernel
+from dlm.models.configuration import LLaDAConfig
+from dlm.models.head import Head, Targets, weighted_cross_entropy, weighted_sum
 
 __all__ = ["LLaDAModel", "LLaDAModelLM"]
 
@@ -303,3 +303,8 @@ class LLaDAModelLM(LLaDAPreTrainedModel):
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.model.transformer["wte" if self.config.weight_tying else "ff_out"] = value
+
+
+AutoConfig.register("llada", LLaDAConfig, exist_ok=True)
+AutoModel.register(LLaDAConfig, LLaDAModelLM, exist_ok=True)
+AutoModelForMaskedLM.register(LLaDAConfig, LLaDAModelLM, exist_ok=True)

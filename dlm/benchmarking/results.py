@@ -1,0 +1,163 @@
+"""Results files of a grid: a journal that survives any kill, and the JSON that scripts read, made from it.
+
+The journal is the truth: JSON lines, one file a process (grid.journal-0.jsonl), each line on the disk before the next
+measurement begins. The first line says the format and the settings; then come runs, reference measurements, cells and
+judgements, in the order in which they happened. What a kill leaves half written at the end is dropped.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dlm.benchmarking.journal import meta_path
+from dlm.utils.stats import geometric_mean
+
+CSV_COLUMNS = ("method", "question", "block_length", "steps", "latency_s", "perplexity")
+
+
+# ---------------------------------------------------------------- reading results
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A cell over all its questions. latency: median over repeats, mean over questions, in seconds; perplexity: the
+    geometric mean (None: nobody judged); accuracy in 0 to 1 and its error; degenerate: at least half of the answers
+    are (None: not known); answers: the cells themselves."""
+
+    method: str
+    block_length: int
+    steps: int
+    latency: float
+    perplexity: float | None
+    accuracy: float | None
+    accuracy_error: float | None
+    degenerate: bool | None
+    answers: list[dict] = field(default_factory=list)
+
+    @property
+    def place(self) -> tuple[int, int]:
+        return self.block_length, self.steps
+
+    def mean(self, name: str) -> float | None:
+        """The mean of a field over the questions; None where a cell lacks it."""
+        values = [cell.get(name) for cell in self.answers]
+        return None if not values or None in values else sum(values) / len(values)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A results file: its cells (each a dict with method, question, block_length, steps and what was measured), and
+    meta, what stands beside it ({} where nothing does)."""
+
+    name: str
+    cells: list[dict]
+    meta: dict
+
+    @property
+    def methods(self) -> list[str]:
+        """In the file's order, but `none`, with which others are compared, first."""
+        return sorted(dict.fromkeys(cell["method"] for cell in self.cells), key=lambda method: method != "none")
+
+    def settings(self) -> list[Setting]:
+        """The cells of the same method, block length and steps taken together, in order."""
+        groups: dict[tuple[str, int, int], list[dict]] = {}
+        for cell in self.cells:
+            groups.setdefault((cell["method"], cell["block_length"], cell["steps"]), []).append(cell)
+        order = {method: i for i, method in enumerate(self.methods)}
+        return [
+            _setting(*key, group)
+            for key, group in sorted(groups.items(), key=lambda item: (order[item[0][0]], *item[0][1:]))
+        ]
+
+
+def _setting(method: str, block_length: int, steps: int, cells: list[dict]) -> Setting:
+    judged = [cell["perplexity"] for cell in cells if cell.get("perplexity") is not None]
+    marks = [cell["degenerate"] for cell in cells if cell.get("degenerate") is not None]
+    right = [cell["accuracy"] for cell in cells if cell.get("accuracy") is not None]
+    return Setting(
+        method,
+        block_length,
+        steps,
+        sum(cell["latency"] for cell in cells) / len(cells),
+        geometric_mean(judged),
+        sum(right) / len(right) if right else None,
+        cells[0].get("accuracy_error"),
+        2 * sum(marks) >= len(marks) if marks else None,
+        cells,
+    )
+
+
+def read_grid(path: str | os.PathLike) -> Grid:
+    """A results file: JSON of the shape {method: [{question, result: {block: {steps: cell}}}]}, or CSV.
+
+    Errors: a file that is neither, is damaged, or holds no cell.
+    """
+    path = Path(path)
+    cells = list(_from_csv(path) if path.suffix == ".csv" else _from_json(path))
+    if not cells:
+        raise ValueError(f"{path} holds no cell: run dlm bench grid first")
+    for cell in cells:
+        if not isinstance(cell.get("latency"), int | float) or not 0 < cell["latency"] < math.inf:
+            raise ValueError(f"{path}: {_where(cell)} has latency {cell.get('latency')!r}: it must be seconds, above 0")
+    beside = meta_path(path)
+    meta = _load(beside) if path.suffix == ".json" and beside.is_file() else {}
+    return Grid(path.stem, cells, meta)
+
+
+def _where(cell: dict) -> str:
+    return f"{cell['method']}, block {cell['block_length']}, steps {cell['steps']}"
+
+
+def _load(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged or no JSON ({error}): run dlm bench grid again, which makes it anew from its journal"
+        ) from None
+
+
+def _from_json(path: Path) -> Iterable[dict]:
+    found = _load(path)
+    try:
+        for method, questions in found.items():
+            for entry in questions:
+                for block, row in entry["result"].items():
+                    for steps, cell in row.items():
+                        place = {"method": method, "question": entry["question"]}
+                        yield cell | place | {"block_length": int(block), "steps": int(steps)}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError(
+            f"{path} is no grid: it should be {{method: [{{question, result: {{block: {{steps: cell}}}}}}]}}"
+        ) from None
+
+
+def _from_csv(path: Path) -> Iterable[dict]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file)
+        lacking = [name for name in CSV_COLUMNS if name not in (rows.fieldnames or ())]
+        if lacking:
+            raise ValueError(
+                f"{path} lacks the columns {', '.join(lacking)}: a grid as CSV has {', '.join(CSV_COLUMNS)}"
+            )
+        quality = [name for name in rows.fieldnames if "accuracy" in name or "pass_at" in name]
+        for number, row in enumerate(rows, 2):
+            try:
+                yield {
+                    "method": row["method"],
+                    "question": row["question"],
+                    "block_length": int(row["block_length"]),
+                    "steps": int(row["steps"]),
+                    "latency": float(row["latency_s"]),
+                    "perplexity": float(row["perplexity"]) if row["perplexity"] else None,
+                    "accuracy": float(row[quality[0]]) if quality and row[quality[0]] else None,
+                }
+            except (TypeError, ValueError):
+                raise ValueError(f"{path}, line {number} does not parse: {row}") from None

@@ -1,0 +1,42 @@
+"""`dlm info`: what a checkpoint is, from its config and the headers of its weights, without loading them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from dlm.checkpoints.inspect import describe
+from dlm.cli.parser import Parser
+
+
+def info(argv: Sequence[str]) -> int:
+    """`dlm info`: print what a checkpoint is."""
+    parser = Parser("info", "[PATH] [options]", "Say what a checkpoint is, and which methods suit it.")
+    parser.add_argument("path", nargs="?", help="folder or hub id (default: the model that ships)")
+    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    args = parser.parse(argv)
+    facts = describe(args.path, args.revision)
+    if args.json:
+        print(json.dumps(facts))
+        return 0
+    unknown = "not on this machine"
+    grouped = "" if facts["heads"] == facts["kv_heads"] else f", {facts['kv_heads']} for keys"
+    tokens = f", of which the tokenizer uses {facts['tokenizer']:,}" if facts["tokenizer"] else ", no tokenizer"
+    lines = {
+        "checkpoint": facts["path"],
+        "family": facts["family"],
+        "parameters": f"{facts['parameters']:,}" if facts["parameters"] else unknown,
+        "on disk": f"{facts['bytes'] / 2**20:,.1f} MiB, {facts['dtype']}" if facts["bytes"] else unknown,
+        "shape": f"{facts['layers']} layers, width {facts['width']}, {facts['heads']} heads{grouped}",
+        "vocabulary": f"{facts['vocabulary']:,} tokens{tokens}",
+        "mask": f"id {facts['mask_id']}" + (f", {facts['mask_token']}" if facts["mask_token"] else ""),
+        "max length": f"{facts['max_length']:,} tokens",
+        "attention": f"block-causal, blocks of {facts['block_length']}" if facts["block_causal"] else "full",
+        "chat": "has a chat template" if facts["chat_template"] else "no chat template",
+        "methods": ", ".join(facts["methods"]),
+        "defaults": ", ".join(f"{name} {value}" for name, value in facts["defaults"].items()) or "dlm's own",
+    }
+    for name, text in lines.items():
+        print(f"{name:<11} {text}")
+    return 0

@@ -1,0 +1,98 @@
+"""The command line: `dlm generate | infill | chat | info | train | eval | bench`: parse, call, print.
+
+Nothing heavy is imported before a command needs it: `dlm --help` answers without torch.
+Shapes: B batch, T canvas.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from dlm.cli.parser import one_line
+from dlm.utils.names import nearest
+
+COMMANDS = {  # name: (where its function is, one line for the help)
+    "generate": ("dlm.cli.commands:generate", "continue a text, and watch it denoise"),
+    "infill": ("dlm.cli.commands:infill", "fill the blanks ___ of a text"),
+    "chat": ("dlm.cli.commands:chat", "talk with an instruct checkpoint"),
+    "info": ("dlm.cli.info:info", "say what a checkpoint is, and which methods suit it"),
+    "train": ("dlm.cli.scripts:train", "run a training recipe, or estimate what it takes"),
+    "eval": ("dlm.cli.scripts:evaluate", "perplexity with its error, generated text judged, lm-eval tasks"),
+    "bench": ("dlm.cli.scripts:bench", "the grid of block lengths and steps; speed"),
+}
+HELP = """usage: dlm COMMAND ...
+
+Masked diffusion language models: text appears in any order, not left to right.
+
+commands:
+{commands}
+
+examples:
+  dlm generate "Once upon a time"
+  dlm generate --method dual --steps 32 --temperature 0.7 "The old house"
+  dlm generate --model GSAI-ML/LLaDA-8B-Base --json --prompts prompts.txt
+  dlm infill "The cat ___ on the mat, and then ___{{12}}."
+  dlm info path/to/checkpoint
+
+Without --model the small model that ships with dlm is used.
+dlm COMMAND --help lists a command's options; dlm --version prints the version.
+"""
+
+
+def overview() -> str:
+    """What `dlm --help` prints."""
+    return HELP.format(commands="\n".join(f"  {name:<9} {text}" for name, (_, text) in COMMANDS.items()))
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run one command; errors come out as exceptions."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(overview(), end="")
+        return 0
+    if argv[0] == "--version":
+        import dlm
+
+        print(f"dlm {dlm.__version__}")
+        return 0
+    name, rest = argv[0], argv[1:]
+    if name not in COMMANDS:
+        raise ValueError(f"no command {name!r}: the nearest is {nearest(name, list(COMMANDS))!r} (see dlm --help)")
+    module, function = COMMANDS[name][0].split(":")
+    return getattr(importlib.import_module(module), function)(rest)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 2 what was given does not work, 1 out of memory, 130 Ctrl-C.
+
+    With DLM_DEBUG set an error shows its stack.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the terminal is restored then too
+    for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
+        os.environ.setdefault(name, "error")  # what matters to a user, dlm says itself
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows ? for what it lacks
+    try:
+        code = run(argv)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("dlm: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader has gone (`dlm generate ... | head -1`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        known = isinstance(error, (ValueError, OSError, ImportError, ArithmeticError))
+        if os.environ.get("DLM_DEBUG") or not (known or type(error).__name__ == "OutOfMemoryError"):
+            raise
+        print(f"dlm: error: {one_line(error)}", file=sys.stderr)
+        return 2 if known else 1
+    finally:
+        signal.signal(signal.SIGTERM, before)

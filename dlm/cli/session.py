@@ -1,0 +1,267 @@
+"""A checkpoint that is open on the command line: denoise jobs with it, watch them, print what came out.
+
+Shapes: B batch, T canvas.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from dlm.checkpoints.pretrained import Opened, hub_errors, own_defaults
+from dlm.cli import live
+from dlm.cli.parser import flag
+from dlm.sampling.config import SAMPLING
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One text to write: its canvas as ids (the mask id where to write), what the user gave, its seed."""
+
+    ids: list[int]
+    prompt: str
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What came out for one job; `row` is the valid part of its canvas, `editable` where it was written."""
+
+    job: Job
+    row: list[int]
+    editable: list[bool]
+    masked: list[bool]
+    written: int
+    nfe: int
+    seconds: float
+
+    @property
+    def ids(self) -> list[int]:
+        """The ids at the editable places, in order; an interrupted run holds mask ids."""
+        return [token for token, ours in zip(self.row, self.editable, strict=True) if ours]
+
+    @property
+    def finished(self) -> bool:
+        return not any(self.masked)
+
+    def record(self, text: str) -> dict[str, Any]:
+        """The JSON object of this result."""
+        return {
+            "prompt": self.job.prompt,
+            "text": text,
+            "token_ids": self.ids,
+            "nfe": self.nfe,
+            "tokens_per_forward": round(self.written / max(self.nfe, 1), 4),
+            "latency_s": round(self.seconds, 4),
+            "seed": self.job.seed,
+            "finished": self.finished,
+        }
+
+
+# ---------------------------------------------------------------- opening a checkpoint
+
+
+def open_checkpoint(args, check: bool = True) -> Opened:
+    """Load the checkpoint that the options name, onto the device that they name.
+
+    check: whether to make the settings first, so that a wrong option does not wait for the weights.
+    Errors: as `dlm.load`; a device that cannot be used; a checkpoint without a tokenizer.
+    """
+    gc.disable()  # the imports make a million objects and no garbage: a quarter less time
+    try:
+        import dlm
+        from dlm.checkpoints.load import SHIPPED
+        from dlm.tokenizer import mask_id
+
+        path = str(SHIPPED if args.model is None else args.model)
+        local = Path(path).is_dir()
+        defaults = own_defaults(path, args.revision) if local else {}
+        if check:
+            settings(args, defaults)
+        options = {name: getattr(args, name) for name in ("dtype", "device", "attn_implementation", "cuda_graphs")}
+        if getattr(args, "tensor_parallel", False):
+            options["tensor_parallel"] = True
+            if int(os.environ.get("RANK", 0)):  # the first process speaks for all
+                sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        with hub_errors(path):
+            model, tokenizer = dlm.load(path, revision=args.revision, **options)
+        if tokenizer is None:
+            raise ValueError(
+                f"{path} has no tokenizer, so it cannot be given text: put its tokenizer files there, "
+                "or give ids from Python (dlm.generate)"
+            )
+        defaults = defaults if local else own_defaults(path, args.revision)
+    finally:
+        gc.enable()
+    return Opened(Path(path).name, model, tokenizer, mask_id(tokenizer, model.config), defaults)
+
+
+def settings(args, defaults: dict[str, Any], **fixed):
+    """SamplingConfig from its own defaults, then the checkpoint's, then `fixed`, then the options given."""
+    import dlm
+
+    given = {field: value for field in SAMPLING if (value := getattr(args, field, None)) is not None}
+    own = {field: value for field, value in defaults.items() if field != "chat"}
+    if "gen_length" in given | fixed:
+        own.pop("steps", None)  # it was meant for the checkpoint's own length
+    try:
+        return dlm.SamplingConfig(**(own | fixed | given))
+    except ValueError as error:
+        raise ValueError(as_options(str(error))) from error
+
+
+def as_options(message: str) -> str:
+    """A message about fields of SamplingConfig in the words of the command line: `--gen-length is 0 ...`."""
+    names = "|".join(SAMPLING)
+    message = re.sub(rf"^({names})(?= is )", lambda found: flag(found[0]), message)
+    inside = "|".join(name for name in SAMPLING if "_" in name and name != "entropy_bound")  # a commit rule too
+    return re.sub(rf"(?<!-)\b({inside})\b", lambda found: flag(found[0]), message)
+
+
+# ---------------------------------------------------------------- denoising and printing
+
+
+def denoise(opened: Opened, jobs: Sequence[Job], config, args, show_given: bool = True) -> list[Result]:
+    """Denoise the jobs as one batch; where the output is a terminal it shows them meanwhile.
+
+    Ctrl-C ends it early: the results are then not finished.
+    """
+    import dlm
+    from dlm.sampling.generate import prepare
+
+    canvas = dlm.Canvas.from_templates([job.ids for job in jobs], opened.mask, device=opened.model.device)
+    config = dataclasses.replace(config, seed=tuple(job.seed for job in jobs))
+    _, known = prepare(opened.model, canvas, config.gen_length, opened.tokenizer)
+    shown = not args.json and not args.no_live and live.is_live(sys.stdout)
+    view: Any = contextlib.nullcontext()
+    if shown:
+        passes, blocks = expected(opened, canvas, config)
+        rows = row_text(opened, config, show_given)
+        view = live.LiveView(sys.stdout, rows, passes=passes, blocks=blocks, delay=args.delay)
+    state, written, start = None, [0] * len(jobs), time.perf_counter()
+    with view:
+        try:
+            for state in dlm.denoise(opened.model, canvas, config, **known):
+                written = [a + b for a, b in zip(written, state.committed.sum(1).tolist(), strict=True)]
+                if shown:
+                    view.show(state)
+        except KeyboardInterrupt:
+            pass  # what there is so far is the result
+        except ValueError as error:
+            raise ValueError(as_options(str(error))) from error
+        seconds = time.perf_counter() - start - (view.waited if shown else 0.0)
+    final = state.canvas if state else canvas
+    masked, results = final.masked, []
+    for row, job in enumerate(jobs):
+        valid = final.valid[row]
+        ids, ours, hidden = (part[row][valid].tolist() for part in (final.tokens, final.editable, masked))
+        nfe = int(state.nfe[row]) if state else 0
+        results.append(Result(job, ids, ours, hidden, written[row], nfe, seconds))
+    return results
+
+
+def expected(opened: Opened, canvas, config) -> tuple[int | None, int]:
+    """How many passes (None: the commit rule decides) and blocks the longest row of a canvas takes."""
+    from dlm.models.attention import full
+    from dlm.sampling.methods import visibility
+
+    places = int(canvas.masked.sum(1).max())
+    length, visible = visibility(opened.model, config.method, config.block_length)
+    if visible is full:
+        blocks = -(-places // length)
+    else:  # a block-causal model's blocks count from slot 0
+        blocks = max(len(set((row.nonzero()[:, 0] // length).tolist())) for row in canvas.masked)
+    return ((config.steps or places) if config.commit == "quota" else None), blocks
+
+
+def row_text(opened: Opened, config, show_given: bool = True) -> live.RowText:
+    """How the rows of a canvas are shown on standard output."""
+    from dlm.sampling.config import as_ids
+
+    ends = {opened.tokenizer.eos_token_id, *config.eos_ids, *as_ids(opened.model.config.eos_token_id)}
+    return live.RowText(
+        opened.text,
+        frozenset(ends - {None}),
+        glyphs=live.Glyphs.of(sys.stdout),
+        kind=config.ordering,
+        show_given=show_given,
+    )
+
+
+def text_pieces(opened: Opened, result: Result, config, head: str) -> list[live.Piece]:
+    """`head` in bold and what was written, up to its end-of-text; where it was interrupted, with its masks."""
+    from dlm.tokenizer import decode
+
+    pieces = [live.Piece(head, (live.PROMPT,))] if head else []
+    if not result.finished:
+        return pieces + row_text(opened, config, show_given=False).plain(result.row, result.editable, result.masked)
+    ids = result.ids
+    for end in config.eos_ids:
+        ids = ids[: ids.index(end)] if end in ids else ids
+    return [*pieces, live.Piece(decode(opened.tokenizer, ids))]
+
+
+def text_of(pieces: Sequence[live.Piece]) -> str:
+    """The pieces' text."""
+    return "".join(piece.text for piece in pieces)
+
+
+def print_text(pieces: Sequence[live.Piece]) -> None:
+    """Print a text: on a terminal wrapped at words and with its styles, elsewhere as it is."""
+    if not live.is_live(sys.stdout):
+        print(text_of(pieces))
+        return
+    columns, _ = live.size_of(sys.stdout)
+    clean = [dataclasses.replace(piece, text=live.safe(piece.text)) for piece in pieces]
+    for line in live.wrap(clean, columns)[0]:
+        print(line.text(live.wants_colour(sys.stdout)))
+
+
+def print_json(record: dict[str, Any]) -> None:
+    """Print one object on one line, at once."""
+    print(json.dumps(record, ensure_ascii=False), flush=True)
+
+
+def summary(results: Sequence[Result]) -> None:
+    """One quiet line on standard error, where that is a terminal; an interruption is told in any case."""
+    tokens = sum(result.written for result in results)
+    passes, seconds = max(result.nfe for result in results), results[0].seconds
+    done = all(result.finished for result in results)
+    if not done:
+        print(f"dlm: interrupted after {passes} passes, {tokens} tokens", file=sys.stderr)
+    elif live.is_live(sys.stderr):
+        parts = [
+            f"{tokens} tokens",
+            f"{passes} passes",
+            f"{tokens / max(passes * len(results), 1):.1f} tok/pass",
+            f"{seconds:.1f} s",
+            f"{tokens / max(seconds, 1e-9):.0f} tok/s",
+            f"seed {results[0].job.seed}",
+        ]
+        dot = live.Glyphs.of(sys.stderr).dot
+        print(live.paint(f" {dot} ".join(parts), live.QUIET), file=sys.stderr)
+
+
+def batches(jobs: Sequence[Job], size: int) -> Iterator[Sequence[Job]]:
+    """The jobs in groups of `size`."""
+    for at in range(0, len(jobs), size):
+        yield jobs[at : at + size]
+
+
+def announce(args, check: bool = True) -> Opened:
+    """`open_checkpoint`, and say so meanwhile on a terminal."""
+    if not args.json:
+        live.note(sys.stderr, f"loading {args.model or 'the shipped model'} ...")
+    try:
+        return open_checkpoint(args, check)
+    finally:
+        live.note(sys.stderr, "")

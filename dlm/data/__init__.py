@@ -1,0 +1,1 @@
+"""Sources of text -> packed batches of tokens."""

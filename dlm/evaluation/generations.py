@@ -1,0 +1,152 @@
+"""Texts that a model writes, and how good they are: what a judge makes of them beside how varied they are.
+
+A judge finds repeated words probable, and low temperatures repeat: two models are compared where their texts are as
+varied as each other, along the curve that temperature draws.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from dlm.checkpoints.load import SHIPPED, load
+from dlm.checkpoints.pretrained import identify, is_autoregressive
+from dlm.evaluation.judge import Judge
+from dlm.evaluation.metrics import distinct, is_degenerate, repetition, unigram_entropy
+from dlm.sampling.autoregressive import generate as generate_causal
+from dlm.sampling.config import SamplingConfig, as_ids
+from dlm.sampling.generate import generate
+from dlm.tokenizer import mask_id
+from dlm.utils.stats import Measure, ratio
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A model that writes, token by token (causal) or by denoising. digest: of its weights."""
+
+    name: str
+    digest: str
+    causal: bool
+    model: torch.nn.Module
+    tokenizer: object
+    mask: int
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The end-of-text ids."""
+        return as_ids(self.model.config.eos_token_id)
+
+
+def open_writer(path: str | None = None, *, device=None, dtype: str = "auto", revision: str | None = None) -> Writer:
+    """The checkpoint in LLaDA's layout at `path` (None: the one that ships), diffusion or autoregressive.
+
+    Errors: as `dlm.load`; no tokenizer.
+    """
+    path = str(SHIPPED if path is None else path)
+    model, tokenizer = load(path, device=device, dtype=dtype, revision=revision)
+    if tokenizer is None:
+        raise ValueError(f"{path} has no tokenizer, and a text cannot be read without one: put its files there")
+    causal = is_autoregressive(path, revision)
+    digest = identify(path, revision, model.config)
+    return Writer(Path(path).name, digest, causal, model, tokenizer, mask_id(tokenizer, model.config))
+
+
+def write(
+    writer: Writer, prompts: Sequence[Sequence[int]], config: SamplingConfig, *, batch_size: int = 16,
+    report: Callable[[int], None] | None = None,
+) -> list[list[int]]:  # fmt: skip
+    """What follows each prompt, up to its end-of-text: ids. Text i has the seed config.seed + i, whatever the batch.
+
+    A causal model reads gen_length, temperature, top_k, top_p and seed of the config. report: told how many are done.
+    """
+    found: list[list[int]] = []
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        if writer.causal:
+            out = generate_causal(
+                writer.model, batch, config.gen_length, temperature=config.temperature, top_k=config.top_k,
+                top_p=config.top_p, seed=config.seed + start, eos_token_ids=writer.ends, forbidden=[writer.mask],
+            )  # fmt: skip
+        else:
+            seeds = replace(config, seed=config.seed + start)
+            out = generate(writer.model, batch, seeds, tokenizer=writer.tokenizer)
+        found += [until_end(row, writer.ends) for row in out.sequences.tolist()]
+        if report is not None:
+            report(len(found))
+    return found
+
+
+def until_end(ids: Sequence[int], ends: Sequence[int]) -> list[int]:
+    """The ids before the first end-of-text."""
+    return list(ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))])
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Texts under a judge. judged: nats per token of the judge; entropy: of a text's own distribution of tokens, nats;
+    distinct_2, distinct_3, repetition (of 4-grams), length in tokens, degenerate: means over texts."""
+
+    texts: int
+    judged: Measure
+    entropy: Measure
+    distinct_2: Measure
+    distinct_3: Measure
+    repetition: Measure
+    length: Measure
+    degenerate: Measure
+
+    @property
+    def perplexity(self) -> Measure:
+        """Generative perplexity, exp of the judge's nats per token."""
+        value = math.exp(self.judged.value)
+        return Measure(value, value * self.judged.error)
+
+    def record(self) -> dict:
+        """The JSON object."""
+        fields = ("judged", "entropy", "distinct_2", "distinct_3", "repetition", "length", "degenerate", "perplexity")
+        named = {name: {"value": m.value, "error": m.error} for name in fields for m in [getattr(self, name)]}
+        return {"texts": self.texts} | named
+
+
+def quality(texts: Sequence[str], judge: Judge, prompt: str = "") -> Quality:
+    """The Quality of texts that were all written after `prompt`. Tokens are the judge's: models of any vocabularies
+    compare. Errors: no text with a token."""
+    scores = judge.score([(prompt, text) for text in texts])
+    nats, tokens = (torch.tensor([float(getattr(one, name)) for one in scores]) for name in ("nll", "tokens"))
+    if not tokens.any():
+        raise ValueError(f"all {len(texts)} texts are empty: there is nothing to judge")
+    ids = [judge.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    return Quality(
+        len(texts),
+        Measure(*ratio(nats.double(), tokens.double())),
+        Measure.of([unigram_entropy(row) for row in ids]),
+        Measure.of([distinct(row, 2) for row in ids]),
+        Measure.of([distinct(row, 3) for row in ids]),
+        Measure.of([repetition(row) for row in ids]),
+        Measure.of([len(row) for row in ids]),
+        Measure.of([float(is_degenerate(row)) for row in ids]),
+    )
+
+
+def at_entropy(points: Sequence[Quality], entropy: float) -> Measure | None:
+    """The judge's nats per token where a frontier of texts has this unigram entropy, between its two neighbours.
+
+    None outside of the frontier: nothing is extrapolated. The error holds those of both neighbours, in both numbers.
+    """
+    ordered = sorted(points, key=lambda point: point.entropy.value)
+    for low, high in pairwise(ordered):
+        if low.entropy.value <= entropy <= high.entropy.value and low.entropy.value < high.entropy.value:
+            share = (entropy - low.entropy.value) / (high.entropy.value - low.entropy.value)
+            slope = (high.judged.value - low.judged.value) / (high.entropy.value - low.entropy.value)
+            value = low.judged.value + share * (high.judged.value - low.judged.value)
+            parts = [
+                (1 - share) * low.judged.error, share * high.judged.error,
+                slope * (1 - share) * low.entropy.error, slope * share * high.entropy.error,
+            ]  # fmt: skip
+            return Measure(value, math.sqrt(math.fsum(part**2 for part in parts)))
+    return None

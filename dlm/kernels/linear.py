@@ -1,0 +1,114 @@
+"""Linear layers for inference: one interface, and a class for each way a processor is quick at the product.
+
+Shapes: N rows (tokens), I inputs, O outputs.
+
+`of` makes one of several layers of a checkpoint that read the same input, `__call__` is y = x W^T + b, and `plus` adds
+a residual. `kind_for` says which class suits a device and a type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dlm.kernels import fp8, int8
+from dlm.kernels.fp8 import Float8
+from dlm.kernels.int8 import FewBits, Int8, joined
+from dlm.utils.names import check_name
+
+__all__ = ["QUANTIZED", "Blocked", "Plain", "has_kernels", "kind_for", "quantize_"]
+
+
+def has_kernels(dtype: torch.dtype) -> bool:
+    """Whether this processor has oneDNN, and it is quick at this type."""
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+        return False
+    if dtype == torch.bfloat16:
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return dtype == torch.float32 and torch.cpu._is_avx2_supported()
+
+
+@dataclass(frozen=True)
+class Plain:
+    """torch's own product: what a GPU's library is quick at."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Plain:
+        return cls(joined(weights), joined(biases))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias).add_(residual)
+
+
+@dataclass(frozen=True)
+class Blocked:
+    """oneDNN's product on a weight that was blocked once for a processor's registers."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Blocked:
+        weight = joined(weights).contiguous()
+        return cls(torch.ops.mkldnn._reorder_linear_weight(weight, 32), joined(biases))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
+
+
+def kind_for(device: torch.device, dtype: torch.dtype) -> type[Plain] | type[Blocked] | None:
+    """The class for whole weights of this type on this device; None where the layers as they are do as well."""
+    if device.type == "cuda":
+        return Plain
+    return Blocked if device.type == "cpu" and has_kernels(dtype) else None
+
+
+# ---------------------------------------------------------------- eight bits
+
+
+@dataclass(frozen=True)
+class Kind:
+    """layer: the class of the linear layers; numbers: of their weights; base: of all else; refusal: why a device cannot
+    do it."""
+
+    layer: type[FewBits]
+    numbers: torch.dtype
+    base: str
+    refusal: Callable[[torch.device], str | None]
+
+
+QUANTIZED = {
+    "int8": Kind(Int8, torch.int8, "auto", int8.refusal),
+    "fp8": Kind(Float8, torch.float8_e4m3fn, "bfloat16", fp8.refusal),
+}
+
+
+@torch.no_grad()
+def quantize_(model: nn.Module, name: str) -> nn.Module:
+    """Replaces the linear layers of the model's blocks, in place, by those with few bits; embeddings and the head,
+    whose errors no later layer evens out, stay as they are.
+
+    Raises ValueError for an unknown name, or one that the model's device cannot do.
+    """
+    check_name("dtype", name, QUANTIZED)
+    kind = QUANTIZED[name]
+    if reason := kind.refusal(model.device):
+        raise ValueError(reason)
+    for block in model.model.transformer.blocks:
+        for child, linear in list(block.named_children()):
+            if isinstance(linear, nn.Linear):
+                setattr(block, child, kind.layer.from_linear(linear))
+    return model

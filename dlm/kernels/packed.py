@@ -1,0 +1,292 @@
+"""The mask predictor for inference: the same weights and mathematics, laid out for the processor.
+
+Shapes: B batch, Q queried tokens, T slots of the canvas, M places asked about, D head size, H heads, V embedding_size.
+
+What differs from `transformer` is where the time went: linear layers are those of `linear` (on a CPU, oneDNN on
+weights that were blocked once), query, key and value (and gate and up) are one product, rotary positions are one
+complex product, residuals are added inside the product before, and the last layer computes only the places asked
+about. The checkpoint's weights are not touched: these are copies, and `packed` makes new ones when they have changed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dlm.kernels.cuda_graphs import Graphs
+from dlm.kernels.int8 import FewBits
+from dlm.kernels.linear import QUANTIZED, Blocked, Plain, kind_for
+from dlm.models.attention import Visible, attention_mask, block_causal, full
+from dlm.models.head import Head
+from dlm.models.transformer import LLaDABlock, LLaDAModelLM, RMSNorm, rotary_angles
+
+__all__ = ["Packed", "packed"]
+
+LARGEST = 4e9  # bytes of weights on a CPU; a copy of a larger model may not fit beside it
+SPARE = 0.8  # of a GPU's free memory, which the copies may take
+WIDEST = 2**24  # scores that attention in bf16 holds at once; beyond it the fused kernel, which holds none
+Linear = Plain | Blocked | FewBits
+FEW_BITS = tuple(kind.layer for kind in QUANTIZED.values())
+_COPIES: WeakKeyDictionary[LLaDAModelLM, tuple[list, Packed | Graphs]] = WeakKeyDictionary()
+
+
+def packed(model):
+    """The model's packed copy where there can be one, else the model itself: a mask predictor either way.
+
+    A copy is made of a plain `LLaDAModelLM` in evaluation mode with SDPA attention, on a CPU in float32 or (where the
+    processor multiplies it) bfloat16, on a GPU where there is memory for it; linear layers may be of few bits.
+    Adapters, hooks and others' layers keep the model as it is. With `model.cuda_graphs` set its passes are replayed
+    (`Graphs`). The copy is kept with the model, and made again when any weight differs from what was copied.
+    """
+    if not _can_pack(model):
+        return model
+    graphs = model.cuda_graphs and model.device.type == "cuda"
+    seen = [(graphs, 0), *_fingerprint(model)]
+    found = _COPIES.get(model)
+    if found is None or found[0] != seen:
+        _COPIES.pop(model, None)  # the old copy goes first
+        copy = Packed(model)
+        _COPIES[model] = found = (seen, Graphs(copy) if graphs else copy)
+    return found[1]
+
+
+def _can_pack(model) -> bool:
+    if type(model) is not LLaDAModelLM or model.training or model.config._attn_implementation in (None, "eager"):
+        return False
+    weights = list(model.parameters())
+    dtype, device = weights[0].dtype, weights[0].device
+    plain = all(type(w) is nn.Parameter and w.device == device and w.dtype == dtype for w in weights)
+    if not plain or kind_for(device, dtype) is None or not _room(model, device):
+        return False
+    if dtype != torch.float32 and not model.config.rope_full_precision:
+        return False
+    known = (nn.Linear, Head, *FEW_BITS, nn.Embedding, RMSNorm, LLaDABlock, nn.ModuleDict, nn.ModuleList)
+    return all(
+        (type(module) in known or name in ("", "model"))
+        and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+        for name, module in model.named_modules()
+    )
+
+
+def _room(model, device: torch.device) -> bool:
+    """Whether the copies fit beside the model; on a GPU those are the joined weights alone."""
+    if device.type == "cpu":
+        return sum(w.nbytes for w in model.parameters()) <= LARGEST
+    if model.config._attn_implementation != "sdpa":
+        return False
+    if model in _COPIES:
+        return True
+    blocks = model.model.transformer.blocks
+    joined = sum(
+        linear.weight.nbytes
+        for block in blocks
+        for linear in (block.q_proj, block.k_proj, block.v_proj, block.ff_proj, block.up_proj)
+    )
+    return joined <= SPARE * torch.cuda.mem_get_info(device)[0]
+
+
+@torch.no_grad()
+def _fingerprint(model: nn.Module) -> list[tuple[int, int]]:
+    """Where every weight lies and the sum of its bits, read as integers: what changes with it however it was
+    written (`weight.data` leaves version counters as they were)."""
+    found, table = [], model.get_input_embeddings().weight
+    for weight in (*model.parameters(), *model.buffers()):
+        if weight is table and not model.config.weight_tying:
+            found.append((weight.data_ptr(), torch.zeros((), dtype=torch.int64, device=weight.device)))  # not copied
+            continue
+        even = weight.is_contiguous() and weight.shape[-1] * weight.itemsize % 8 == 0
+        bits = weight.view(torch.int64).sum() if even else weight.double().sum().view(torch.int64)
+        found.append((weight.data_ptr(), bits))
+    sums = torch.stack([bits for _, bits in found]).tolist()  # one wait for the device
+    return [(place, bits) for (place, _), bits in zip(found, sums, strict=True)]
+
+
+# ---------------------------------------------------------------- the copy
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer. qk and v in one product, but in the last layer, where fewer queries than keys are wanted."""
+
+    q: Linear | None
+    qkv: Linear | None
+    kv: Linear | None
+    out: Linear
+    gate_up: Linear
+    down: Linear
+    attn_norm: Tensor
+    ff_norm: Tensor
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+
+
+def _interleave(rows: Tensor, size: int) -> Tensor:
+    """The rows of every head in the order 0, D/2, 1, D/2 + 1 ...: a rotary pair side by side, as complex numbers are.
+
+    Queries and keys are permuted alike, so that their products stay what they were.
+    """
+    return rows.unflatten(0, (-1, 2, size // 2)).transpose(1, 2).flatten(0, 2)
+
+
+def _pack_layer(block: LLaDABlock, last: bool) -> _Layer:
+    size, kind = block.config.head_dim, kind_for(block.attn_norm.weight.device, block.attn_norm.weight.dtype)
+    turned = {block.q_proj, block.k_proj}
+
+    def joined(*linears: nn.Module) -> Linear:
+        def rows(name: str) -> list[Tensor | None]:
+            pieces = [getattr(linear, name) for linear in linears]
+            return [
+                _interleave(piece.detach(), size) if piece is not None and linear in turned else piece
+                for linear, piece in zip(linears, pieces, strict=True)
+            ]
+
+        if (few := type(linears[0])) in FEW_BITS:
+            return few.of(rows("weight"), rows("scale"), rows("bias"))
+        return kind.of(rows("weight"), rows("bias"))
+
+    normed = block.config.attention_layer_norm
+    return _Layer(
+        q=joined(block.q_proj) if last else None,
+        qkv=None if last else joined(block.q_proj, block.k_proj, block.v_proj),
+        kv=joined(block.k_proj, block.v_proj) if last else None,
+        out=joined(block.attn_out),
+        gate_up=joined(block.ff_proj, block.up_proj),
+        down=joined(block.ff_out),
+        attn_norm=block.attn_norm.weight.detach(),
+        ff_norm=block.ff_norm.weight.detach(),
+        q_norm=_interleave(block.q_norm.weight.detach(), size) if normed else None,
+        k_norm=_interleave(block.k_norm.weight.detach(), size) if normed else None,
+    )
+
+
+class Packed:
+    """A mask predictor with the signature of `LLaDAModelLM.forward`, without gradients.
+
+    A `KVCache` that it fills holds keys in its own order of head dimensions: do not share one with the model.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: LLaDAModelLM):
+        self.config = config = model.config
+        # Attributes of a transformers configuration take microseconds each to read: what a layer needs is kept here.
+        self.size, self.width, self.eps = config.head_dim, config.d_model, config.rms_norm_eps
+        self.heads, self.kv_heads = config.n_heads, config.n_kv_heads
+        self.visible = full if config.block_length is None else block_causal(config.block_length)
+        self.scale_in = config.d_model**0.5 if config.input_emb_norm else None
+        self.scale_out = config.d_model**-0.5 if config.scale_logits else None
+        transformer = model.model.transformer
+        blocks = transformer.blocks
+        self.embedding = transformer.wte.weight.detach()
+        self.layers = [_pack_layer(block, block is blocks[-1]) for block in blocks]
+        self.last_norm = transformer.ln_f.weight.detach()
+        tied = config.weight_tying
+        self.head = kind_for(self.embedding.device, self.embedding.dtype).of(
+            [transformer.wte.weight if tied else transformer.ff_out.weight], [None if tied else transformer.ff_out.bias]
+        )
+        self.turns = torch.empty(0, self.size // 2, dtype=torch.complex64, device=self.embedding.device)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        *,
+        visible: Visible | None = None,
+        cache=None,
+        valid: Tensor | None = None,
+        logits_to_keep: Tensor | None = None,
+    ) -> Tensor:
+        """Logits, as `LLaDAModelLM.forward` gives them."""
+        batch, queries = tokens.shape
+        visible = visible or self.visible
+        if cache is not None and positions is None:
+            raise ValueError("a cache needs positions (B, Q): the slots whose keys and values are computed now")
+        x = F.embedding(tokens, self.embedding)
+        if self.scale_in is not None:
+            x = x * self.scale_in
+        keys = queries if cache is None else cache.length
+        turns = self._turns(positions, keys if cache is not None or positions is None else int(positions.max()) + 1)
+        slots = None if cache is None else positions
+        mask = attention_mask("sdpa", visible, valid, slots, (batch, queries, keys), tokens.device)
+        asked = logits_to_keep if logits_to_keep is not None and logits_to_keep.dtype != torch.bool else None
+        for number, layer in enumerate(self.layers[:-1]):
+            x = self._layer(layer, number, x, x, turns, turns, mask, positions, cache)
+        few, few_turns = x, turns
+        if asked is not None:
+            few = x.take_along_dim(asked[..., None], dim=1)  # (B, M, d_model)
+            few_turns = turns.expand(batch, -1, -1, -1).take_along_dim(asked[..., None, None], dim=1)
+            if mask is not None:
+                mask = mask.expand(batch, -1, -1, -1).take_along_dim(asked[:, None, :, None], dim=2)
+        x = self._layer(self.layers[-1], len(self.layers) - 1, few, x, few_turns, turns, mask, positions, cache)
+        if logits_to_keep is not None and asked is None:
+            x = x[logits_to_keep]  # (N, d_model)
+        logits = self.head(self._norm(x, self.last_norm))
+        return logits if self.scale_out is None else logits * self.scale_out
+
+    def _layer(self, layer: _Layer, number: int, x: Tensor, every: Tensor, x_turns, turns, mask, positions, cache):
+        """x (B, M, d_model) after the layer, attending to the keys of `every` (B, Q, d_model) and what is stored."""
+        kv_width = self.kv_heads * self.size
+        normed = self._norm(every, layer.attn_norm)
+        if layer.qkv is not None:
+            qk, v = layer.qkv(normed).split((self.width + kv_width, kv_width), dim=-1)
+            if layer.q_norm is None:
+                q, k = self._rotated(qk, turns).split((self.heads, self.kv_heads), dim=2)
+            else:
+                q, k = qk.split((self.width, kv_width), dim=-1)
+                q = self._rotated(self._norm(q, layer.q_norm), turns)
+                k = self._rotated(self._norm(k, layer.k_norm), turns)
+        else:
+            q = layer.q(normed if x is every else self._norm(x, layer.attn_norm))
+            k, v = layer.kv(normed).chunk(2, dim=-1)
+            if layer.q_norm is not None:
+                q, k = self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)
+            q, k = self._rotated(q, x_turns), self._rotated(k, turns)
+        v = v.unflatten(-1, (-1, self.size))
+        if cache is not None:
+            k, v = cache.update(number, positions, k, v)  # (B, T, H, D)
+        x = layer.out.plus(attention(q, k, v, mask), x)
+        gate, up = layer.gate_up(self._norm(x, layer.ff_norm)).chunk(2, dim=-1)
+        return layer.down.plus(F.silu(gate).mul_(up), x)
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, weight.shape, weight, self.eps)
+
+    def _turns(self, positions: Tensor | None, slots: int) -> Tensor:
+        """exp(i angle) for the rotary angles of these positions, or of all `slots`, (B or 1, Q, 1, D / 2), from a
+        table that grows."""
+        if slots > len(self.turns):
+            cos, sin = rotary_angles(torch.arange(2 * slots, device=self.turns.device), self.config, torch.float32)
+            self.turns = torch.complex(cos, sin)[:, 0]
+        return (self.turns[None, :slots] if positions is None else self.turns[positions])[:, :, None]
+
+    def _rotated(self, x: Tensor, turns: Tensor) -> Tensor:
+        """x (B, Q, H * D) with its pairs turned, (B, Q, H, D); in fp32, where it can, in place."""
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, self.size // 2, 2)))
+        return torch.view_as_real(pairs.mul_(turns)).flatten(-2).to(x.dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v for q (B, Q, H, D) and k, v (B, T, H_kv, D), heads joined: (B, Q, H * D).
+
+    The queries of a group of heads are rows of one product with the keys they share, so that none is repeated. On a
+    CPU in bf16 two products take half the time of the fused kernel, which computes its scores in fp32 there.
+    """
+    batch, queries, heads, size = q.shape
+    groups = heads // k.shape[2]
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if groups > 1:
+        q = q.reshape(batch, -1, groups * queries, size)
+        mask = mask if mask is None else mask.repeat(1, 1, groups, 1)
+    fused = q.device.type != "cpu" or q.dtype == torch.float32
+    if fused or q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] > WIDEST:
+        out = F.scaled_dot_product_attention(q, k, v, mask)
+    else:
+        scores = q * size**-0.5 @ k.transpose(2, 3)
+        if mask is not None:
+            scores = scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
+        out = scores.softmax(dim=-1) @ v
+    return out.reshape(batch, heads, queries, size).transpose(1, 2).flatten(2)

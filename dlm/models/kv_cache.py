@@ -1,0 +1,59 @@
+"""Keys and values of the slots of a canvas, kept between passes.
+
+Shapes: B batch, T slots of the canvas, Q queried slots, H key heads, D head size."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["KVCache"]
+
+
+class KVCache:
+    """Preallocated keys (after RoPE) and values, made at the first update of a layer.
+
+    They lie head by head, (B, H, T, D), as attention reads them: in bf16 on a CPU that halves its time.
+    """
+
+    def __init__(self, rows: int, length: int):
+        self.rows, self.length = rows, length
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._every = torch.arange(rows)[:, None]
+
+    def at(self, rows: Tensor | None) -> "KVCache | _Rows":
+        """The cache seen by a batch of these rows (R,); None is all of them, in order."""
+        return self if rows is None else _Rows(self, rows)
+
+    def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Scatters k, v (B, Q, H, D) to slots `positions` (B, Q) and returns all keys and values (B, T, H, D)."""
+        keys, values = self._stored(layer, k)
+        keys[self._every, :, positions] = k
+        values[self._every, :, positions] = v
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
+    def _stored(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        if layer not in self._layers:
+            shape = (self.rows, like.shape[2], self.length, like.shape[3])
+            self._every = self._every.to(like.device)
+            # Zeros, not garbage: a slot that no pass has computed is hidden, but 0 x NaN would still be NaN.
+            self._layers[layer] = (like.new_zeros(shape), like.new_zeros(shape))
+        return self._layers[layer]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Some rows of a cache, for a batch that holds only those."""
+
+    cache: KVCache
+    rows: Tensor
+
+    @property
+    def length(self) -> int:
+        return self.cache.length
+
+    def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self.cache._stored(layer, k)
+        keys[self.rows[:, None], :, positions] = k
+        values[self.rows[:, None], :, positions] = v
+        return keys[self.rows].transpose(1, 2), values[self.rows].transpose(1, 2)

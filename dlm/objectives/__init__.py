@@ -1,0 +1,1 @@
+"""Noise, losses, bounds and likelihoods as pure functions; no files, no devices."""

@@ -1,0 +1,406 @@
+"""Bounds on -log p(x) and their standard errors: of a text, or of an answer given its prompt.
+
+Shapes: B rows of a forward pass, T their length, L target tokens of an example, N scored tokens, V vocabulary.
+
+A draw masks some of an example's target tokens and weighs the cross entropy of some of them; its mean over draws is
+the bound. Noise belongs to the example, a function of (seed, draw, index): examples with the same index share it
+(the options of a question), and neither batch nor process matters. Probabilities are the model's softmax over all of
+its ids, as in training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dlm.data.examples import Example
+from dlm.objectives.noise import EPSILON, draw_count, draw_uniform
+from dlm.utils.names import check_name
+from dlm.utils.random import VALIDATION, example_generator
+
+__all__ = ["ESTIMATORS", "Bound", "LikelihoodConfig", "Row", "answer", "bound", "cross_entropies", "likelihood"]
+
+Logits = Callable[[Tensor, Tensor, Tensor], Tensor]  # tokens, valid, keep (B, T) -> (N, V): after each place kept
+
+
+@torch.inference_mode()
+def likelihood(logits: Logits, examples: Sequence[Example], *, device=None, batch_size: int = 16) -> list[Bound]:
+    """-log p of the target tokens of each example given all tokens before each of them: exact, one evaluation.
+
+    The first token of an example has nothing before it and is not scored, though it be a target.
+    Errors: no numbers (FloatingPointError).
+    """
+    found = [Bound(0.0, 0.0, 0, 0)] * len(examples)
+    order = sorted(range(len(examples)), key=lambda i: -len(examples[i].tokens))
+    for start in range(0, len(order), batch_size):
+        here = order[start : start + batch_size]
+        longest = len(examples[here[0]].tokens)
+        tokens = torch.zeros(len(here), longest, dtype=torch.int64)
+        scored, valid = torch.zeros_like(tokens, dtype=torch.bool), torch.zeros_like(tokens, dtype=torch.bool)
+        for row, i in enumerate(here):
+            size = len(examples[i].tokens)
+            tokens[row, :size], valid[row, :size] = torch.from_numpy(examples[i].tokens), True
+            scored[row, 1:size] = torch.from_numpy(examples[i].target[1:])
+        predicting = scored.roll(-1, dims=1)  # the place before; column 0 is never scored
+        tokens, valid, scored = tokens.to(device), valid.to(device), scored.to(device)
+        if bool(scored.any()):
+            got = logits(tokens, valid, predicting.to(device))
+            got = got if got.dtype == torch.float64 else got.float()
+            ce = F.cross_entropy(got, tokens[scored], reduction="none").double().cpu()
+        else:
+            ce = torch.zeros(0, dtype=torch.float64)
+        if bool(ce.isnan().any()):
+            raise FloatingPointError("the model's logits are no numbers: its weights are damaged, or overflow")
+        counts = scored.sum(dim=1).tolist()
+        for i, count, part in zip(here, counts, ce.split(counts), strict=True):
+            found[i] = Bound(float(part.sum()), 0.0, int(count > 0), count)
+    return found
+
+
+ESTIMATORS = ("count", "uniform", "stratified", "chain", "block")
+
+
+@dataclass(frozen=True)
+class LikelihoodConfig:
+    """How a bound is estimated.
+
+    estimator: `count` (the number of masked tokens from 1..L, weight L/l, in strata), `uniform` (independent times,
+    rates from 1e-3 up, which leaves out what is below: LLaDA's), `stratified` (times in strata), `chain` (left to
+    right, one token a draw and none twice: exact from L draws on), `block` (blocks left to right, each given those
+    before and everything after masked: the bound of block-wise sampling); None: `block` for a block-causal model,
+    else `count`. draws: for each example; an even number, for strata hold two draws each. block_length: of `block`;
+    None: the model's own, else 32. cfg_scale: guidance w, the score being l = u + (w + 1)(c - u) with u the prompt
+    masked. target_error: go on, `draws` at a time, until an example's standard error in nats is no larger, or
+    `max_draws` were made. batch_size: rows of a forward pass.
+    """
+
+    estimator: str | None = None
+    draws: int = 64
+    block_length: int | None = None
+    cfg_scale: float = 0.0
+    seed: int = 0
+    target_error: float | None = None
+    max_draws: int = 4096
+    batch_size: int = 16
+
+    def __post_init__(self):
+        if self.estimator is not None:
+            check_name("estimator", self.estimator, ESTIMATORS)
+        for name in ("draws", "max_draws", "batch_size", "block_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}: give 1 or more")
+        if self.draws > 1 and self.draws % 2 and self.estimator in (None, "count", "stratified", "block"):
+            raise ValueError(f"draws is {self.draws}: strata hold two draws each, so give an even number (or 1)")
+        if self.target_error is not None and not self.target_error > 0:
+            raise ValueError(f"target_error is {self.target_error}: it is a standard error in nats, above 0")
+        if self.target_error is not None and self.draws < 2:
+            raise ValueError("draws is 1, and one draw has no standard error: give 2 or more with target_error")
+        if not self.cfg_scale >= 0:
+            raise ValueError(f"cfg_scale is {self.cfg_scale}: it must be 0 or more")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}: give 0 or more")
+
+
+@dataclass(frozen=True)
+class Bound:
+    """nats: an upper bound on -log p(target | given), or its exact value; error: the standard error of nats (NaN
+    after a single draw); evaluations: rows that went through the model; tokens: how many were scored."""
+
+    nats: float
+    error: float
+    evaluations: int
+    tokens: int
+
+    @property
+    def per_token(self) -> float:
+        """Nats per token."""
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the nats per token."""
+        return math.exp(self.per_token)
+
+
+def answer(given: Sequence[int], target: Sequence[int], index: int = 0) -> Example:
+    """The example that asks for -log p(target | given); index: names its noise."""
+    tokens = np.array([*given, *target], dtype=np.int64)
+    return Example(tokens, np.arange(len(tokens)) >= len(given), index)
+
+
+# ------------------------------------------------------------------------------------------------------------- rows
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a forward pass: tokens (T,) int64; masked, scored, given (T,) bool. What is scored is masked;
+    what is given is masked in the other branch of guidance."""
+
+    tokens: np.ndarray
+    masked: np.ndarray
+    scored: np.ndarray
+    given: np.ndarray
+
+    @classmethod
+    def of(cls, example: Example, masked: np.ndarray, scored: np.ndarray | None = None) -> Row:
+        """The row of an example; masked, scored (L,) bool over its target tokens, scored None: all that is masked."""
+        rows = []
+        for chosen in (masked, masked if scored is None else scored):
+            row = np.zeros(len(example.tokens), dtype=bool)
+            row[example.target] = chosen
+            rows.append(row)
+        return cls(example.tokens, *rows, ~example.target)
+
+    def until(self, length: int) -> Row:
+        """The first `length` tokens alone, for a model that does not see what comes after."""
+        return Row(self.tokens[:length], self.masked[:length], self.scored[:length], self.given[:length])
+
+
+Measure = Callable[[Tensor, Tensor], Tensor]  # logits (N, V), true tokens (N,) -> (N, ...)
+
+
+def cross_entropy(logits: Tensor, truth: Tensor) -> Tensor:
+    """-log p of the true tokens, in nats."""
+    return F.cross_entropy(logits, truth, reduction="none")
+
+
+def cross_entropies(
+    model, rows: Sequence[Row], *, mask_id: int, cfg_scale: float = 0.0, batch_size: int = 16
+) -> list[np.ndarray]:
+    """For each row the cross entropies (N,) float64 of its scored tokens in order, in nats."""
+    return measured(model, rows, cross_entropy, mask_id=mask_id, cfg_scale=cfg_scale, batch_size=batch_size)
+
+
+@torch.inference_mode()
+def measured(
+    model, rows: Sequence[Row], measure: Measure, *, mask_id: int, cfg_scale: float = 0.0, batch_size: int = 16
+) -> list[np.ndarray]:
+    """For each row what `measure` says of its scored tokens in order, (N, ...) float64.
+
+    Rows of any lengths share a forward pass. Raises FloatingPointError where the model gives no numbers.
+    """
+    found: list[np.ndarray] = [np.zeros(0)] * len(rows)
+    device = next((p.device for p in model.parameters()), None) if isinstance(model, torch.nn.Module) else None
+    some = [i for i in range(len(rows)) if rows[i].scored.any()]
+    order = sorted(some, key=lambda i: -len(rows[i].tokens))  # rows of like length together
+    for start in range(0, len(order), batch_size):
+        here = order[start : start + batch_size]
+        batch = [rows[i] for i in here]
+        values = _forward(model, batch, measure, mask_id, cfg_scale, device)
+        counts = [int(row.scored.sum()) for row in batch]
+        for i, part in zip(here, np.split(values, np.cumsum(counts)[:-1]), strict=True):
+            found[i] = part
+    return found
+
+
+def _forward(model, batch: list[Row], measure: Measure, mask_id: int, cfg_scale: float, device) -> np.ndarray:
+    """What `measure` says of the scored tokens of a batch, flat in row order."""
+    tokens, masked, scored, given, valid = _pad(batch, device)
+    truth, keep = tokens[scored], scored
+    xt = torch.where(masked, mask_id, tokens)
+    if cfg_scale:
+        xt = torch.cat([xt, torch.where(given, mask_id, xt)])
+        keep = scored.repeat(2, 1)
+        valid = None if valid is None else valid.repeat(2, 1)
+    logits = model(xt, valid=valid, logits_to_keep=keep)  # (N, V), with guidance (2N, V)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if cfg_scale:
+        told, untold = logits.chunk(2)
+        logits = untold + (cfg_scale + 1) * (told - untold)
+    values = measure(logits, truth).double().cpu().numpy()
+    if np.isnan(values).any():
+        raise FloatingPointError(
+            "the model's logits are no numbers: its weights are damaged, or overflow in this dtype (try float32)"
+        )
+    return values
+
+
+def _pad(batch: list[Row], device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """tokens, masked, scored, given (B, T) and which slots exist, None where all do."""
+    longest = max(len(row.tokens) for row in batch)
+    tokens = np.zeros((len(batch), longest), dtype=np.int64)
+    flags = np.zeros((4, len(batch), longest), dtype=bool)
+    for i, row in enumerate(batch):
+        size = len(row.tokens)
+        tokens[i, :size] = row.tokens
+        flags[0, i, :size], flags[1, i, :size], flags[2, i, :size], flags[3, i, :size] = (
+            row.masked, row.scored, row.given, True,
+        )  # fmt: skip
+    masked, scored, given, valid = torch.from_numpy(flags).to(device)
+    return torch.from_numpy(tokens).to(device), masked, scored, given, None if flags[3].all() else valid
+
+
+# ------------------------------------------------------------------------------------------------------------ draws
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a draw needs to know: the estimator in force, its draws a round, its blocks, the seed."""
+
+    estimator: str
+    draws: int
+    block_length: int | None
+    aligned: bool  # blocks count from slot 0 (block-causal models), not from the first target token
+    seed: int
+
+    @property
+    def strata(self) -> int:
+        """Strata of a round: two draws in each."""
+        return max(1, self.draws // 2) if self.estimator in ("count", "stratified", "block") else 1
+
+
+def in_force(model, config: LikelihoodConfig) -> Settings:
+    trained = getattr(getattr(model, "config", None), "block_length", None)
+    estimator = config.estimator or ("count" if trained is None else "block")
+    if trained is not None and config.block_length not in (None, trained):
+        raise ValueError(
+            f"block_length is {config.block_length}, but this model was trained with blocks of {trained}: leave it out"
+        )
+    return Settings(estimator, config.draws, trained or config.block_length or 32, trained is not None, config.seed)
+
+
+def blocks_of(example: Example, block_length: int, aligned: bool) -> list[np.ndarray]:
+    """The target tokens of each block, as numbers from 0..L-1; aligned: blocks count from slot 0."""
+    places = np.flatnonzero(example.target)
+    block = (places if aligned else np.arange(len(places))) // block_length
+    return np.split(np.arange(len(places)), np.flatnonzero(np.diff(block)) + 1)
+
+
+def _draw(example: Example, settings: Settings, number: int) -> list[tuple[Row, float]]:
+    """The rows of draw `number` and what the sum of each one's cross entropies weighs."""
+    length, name = int(example.target.sum()), settings.estimator
+    if length == 1:
+        return [(Row.of(example, np.ones(1, dtype=bool)), 1.0)]
+    if name == "chain":
+        order = example_generator(settings.seed, 0, example.index, VALIDATION).permutation(length)
+        return [(after(example, int(order[number])), float(length))]
+    generator = example_generator(settings.seed, number, example.index, VALIDATION)
+    stratum, strata = number % settings.draws % settings.strata, settings.strata
+    if name == "uniform":
+        masked, weight, _ = draw_uniform(length, generator, low=EPSILON)
+        return [(Row.of(example, masked), weight)]
+    place = (stratum + generator.random()) / strata
+    if name == "stratified":
+        masked, weight, _ = draw_uniform(length, generator, u=place, low=EPSILON)
+        return [(Row.of(example, masked), weight)]
+    if name == "count":
+        masked, weight, _ = draw_count(length, generator, u=place)
+        return [(Row.of(example, masked), weight)]
+    rows, blocks = [], blocks_of(example, settings.block_length, settings.aligned)
+    for turn, block in enumerate(blocks):  # the blocks of an example stand evenly around the circle of rates
+        chosen, weight, _ = draw_count(len(block), generator, u=(place + turn / len(blocks)) % 1.0)
+        rows.append((in_block(example, block, chosen, settings.aligned), weight))
+    return rows
+
+
+def after(example: Example, place: int) -> Row:
+    """Target token `place` with it and all later ones masked."""
+    later = np.arange(int(example.target.sum()))
+    return Row.of(example, later >= place, later == place)
+
+
+def in_block(example: Example, block: np.ndarray, chosen: np.ndarray, aligned: bool) -> Row:
+    """A block with the chosen tokens of it masked, and everything after it."""
+    length = int(example.target.sum())
+    scored = np.zeros(length, dtype=bool)
+    scored[block[chosen]] = True
+    row = Row.of(example, scored | (np.arange(length) > block[-1]), scored)
+    if not aligned:
+        return row
+    return row.until(int(np.flatnonzero(example.target)[block[-1]]) + 1)  # a block-causal model does not look further
+
+
+# ------------------------------------------------------------------------------------------------------------ bound
+
+
+def bound(
+    model, examples: Sequence[Example], config: LikelihoodConfig | None = None, *, mask_id: int, first_draw: int = 0
+) -> list[Bound]:
+    """A bound on -log p(target tokens | the other tokens) of each example, with its standard error.
+
+    The bound is that of LLaDA (arXiv:2502.09992, eq. 6 for `count`, eq. 3 for the times); an answer of one token is
+    exact. Examples of any lengths share forward passes. first_draw: the number of the first draw, to go on where
+    another call ended (a multiple of `draws`; `chain` begins at 0 alone). Errors: an example that is too long for the
+    model, holds the mask token, or whose blocks do not suit the model.
+    """
+    config = config or LikelihoodConfig()
+    assert first_draw % config.draws == 0
+    settings = in_force(model, config)
+    _check(model, examples, mask_id)
+    values: list[list[float]] = [[] for _ in examples]
+    evaluations = [0] * len(examples)
+    found = [Bound(0.0, 0.0, 0, 0)] * len(examples)
+    active = [i for i, example in enumerate(examples) if example.target.any()]
+    done = 0
+    while active:
+        jobs = []  # (example, place in its values, row, weight)
+        for i in active:
+            for number in range(done, min(done + config.draws, _most(examples[i], settings))):
+                rows = _draw(examples[i], settings, first_draw + number)
+                jobs += [(i, len(values[i]), row, weight) for row, weight in rows]
+                values[i].append(0.0)
+        costs = cross_entropies(
+            model, [job[2] for job in jobs], mask_id=mask_id, cfg_scale=config.cfg_scale, batch_size=config.batch_size
+        )
+        for (i, place, _, weight), cost in zip(jobs, costs, strict=True):
+            values[i][place] += weight * float(cost.sum())
+            evaluations[i] += 2 if config.cfg_scale else 1
+        done += config.draws
+        for i in active:
+            length = int(examples[i].target.sum())
+            mean, error = _estimate(np.array(values[i]), length, settings)
+            found[i] = Bound(mean, error, evaluations[i], length)
+        active = [i for i in active if _goes_on(found[i], examples[i], config, settings, done)]
+    return found
+
+
+def _most(example: Example, settings: Settings) -> int:
+    """Draws after which nothing is left to chance."""
+    length = int(example.target.sum())
+    return 1 if length == 1 else length if settings.estimator == "chain" else 2**62
+
+
+def _goes_on(bound: Bound, example: Example, config: LikelihoodConfig, settings: Settings, done: int) -> bool:
+    if config.target_error is None or done >= min(config.max_draws, _most(example, settings)):
+        return False
+    return bound.error > config.target_error
+
+
+def _estimate(values: np.ndarray, length: int, settings: Settings) -> tuple[float, float]:
+    """The mean of the draws and its standard error.
+
+    `chain` takes places without replacement, which the finite population correction counts; two draws in a stratum
+    give the variance of its mean (Cochran 1977, chapters 2 and 5); rounds are independent of each other.
+    """
+    count, mean = len(values), float(values.mean())
+    if length == 1 or (settings.estimator == "chain" and count == length):
+        return mean, 0.0
+    if count == 1:
+        return mean, math.nan
+    if settings.strata == 1 or settings.draws == 1:
+        share = 1 - count / length if settings.estimator == "chain" else 1.0
+        return mean, math.sqrt(share * float(values.var(ddof=1)) / count)
+    pairs = values.reshape(-1, 2, settings.strata)  # (rounds, 2, strata): draw n is in stratum n mod strata
+    variances = np.square(pairs[:, 0] - pairs[:, 1]) / 4  # of the mean of a pair
+    return mean, math.sqrt(float(variances.sum())) / variances.size
+
+
+def _check(model, examples: Sequence[Example], mask_id: int) -> None:
+    limit = getattr(getattr(model, "config", None), "max_sequence_length", None)
+    for example in examples:
+        if limit is not None and len(example.tokens) > limit:
+            raise ValueError(
+                f"example {example.index} has {len(example.tokens)} tokens, above the model's max_sequence_length "
+                f"{limit}: cut it into pieces, or shorten its prompt from the left"
+            )
+        if (example.tokens[example.target] == mask_id).any():
+            raise ValueError(
+                f"example {example.index} holds the mask token (id {mask_id}) where it is scored: remove it"
+            )

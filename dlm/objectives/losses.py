@@ -1,0 +1,134 @@
+"""Objectives: Batch (and its noise) -> Loss. Pure functions; all randomness comes in as an argument.
+
+Shapes: B batch, T row length, E examples in the batch, N tokens that carry loss, V vocabulary.
+
+A Loss is a sum, never a mean: the trainer divides by the number of target tokens of the whole optimizer step, over
+all micro-batches and processes, which is what makes the gradient independent of how the step was cut up.
+chunk: places whose logits are held at a time; None: all of them, until the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dlm.data.examples import Batch
+from dlm.models import attention
+from dlm.models.attention import both, causal, document
+from dlm.models.head import Targets, weighted_sum
+from dlm.objectives.noise import Noise, corrupt
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A weighted sum of cross entropies, in nats.
+
+    total: () fp32, differentiable. count: number of target tokens of the batch (the share of the normaliser).
+    examples (E,): each example's part of `total`, detached; lengths (E,): each example's target tokens.
+    ce (N,), rate (N,): cross entropy of each predicted token and the mask rate of its draw, detached.
+    """
+
+    total: Tensor
+    count: int
+    examples: Tensor
+    lengths: Tensor
+    ce: Tensor
+    rate: Tensor
+
+
+def masked_diffusion(model, batch: Batch, noise: Noise, mask_id: int, chunk: int | None = None) -> Loss:
+    """The masked diffusion bound: weighted CE of the masked tokens given the others.
+
+    Logits are computed at masked places only, and the softmax in fp32 on them alone (LLaDA eq. 3).
+    """
+    xt = corrupt(batch.tokens, noise.masked, mask_id)
+    asked = {"visible": document(batch.segments), "logits_to_keep": noise.masked}
+    return _masked_loss(model, (xt, batch.positions), asked, batch, noise, chunk)
+
+
+def block_diffusion(model, batch: Batch, noise: Noise, mask_id: int, chunk: int | None = None) -> Loss:
+    """The bound of block diffusion: each block's masked tokens given the rest of it and the clean blocks before.
+
+    All blocks in one forward of [x_t ; x_0] with repeated positions (BD3-LM, arXiv:2503.09573).
+    The noise must have been drawn block by block: it says how long a block is.
+    """
+    assert noise.block_length is not None, "noise of whole examples: draw it with NoiseSettings(block_length=...)"
+    xt = corrupt(batch.tokens, noise.masked, mask_id)
+    both_copies = (
+        torch.cat([xt, batch.tokens], dim=1),
+        torch.cat([batch.positions, batch.positions], dim=1),
+    )  # (B, 2T)
+    asked = {
+        "visible": attention.block_diffusion(batch.segments, batch.positions, noise.block_length),
+        "logits_to_keep": torch.cat([noise.masked, torch.zeros_like(noise.masked)], dim=1),
+    }
+    return _masked_loss(model, both_copies, asked, batch, noise, chunk)
+
+
+def next_token_targets(batch: Batch) -> Tensor:
+    """Target tokens (B, T) bool that have a token of their own example before them: the first cannot be predicted."""
+    follows = batch.segments[:, 1:] == batch.segments[:, :-1]
+    predicted = torch.zeros_like(batch.target)
+    predicted[:, 1:] = batch.target[:, 1:] & follows
+    return predicted
+
+
+def autoregressive(
+    model, batch: Batch, noise: Noise | None = None, mask_id: int | None = None, chunk: int | None = None
+) -> Loss:
+    """The causal twin: CE of each target token given those before it in its example (noise is not used)."""
+    predicted = next_token_targets(batch)
+    predicting = torch.zeros_like(predicted)
+    predicting[:, :-1] = predicted[:, 1:]  # the place before
+    asked = {"visible": both(causal, document(batch.segments)), "logits_to_keep": predicting}
+    example = batch.segments[predicted]
+    ones = torch.ones(example.shape, device=example.device)
+    total, ce = _cross_entropies(model, (batch.tokens, batch.positions), asked, batch.tokens[predicted], ones, chunk)
+    return _loss(total, ce, ones, example, ones, predicted, batch)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """loss(model, batch, noise, mask_id, chunk=None) -> Loss; targets(batch) -> (B, T) bool: the tokens that count."""
+
+    loss: Callable[..., Loss]
+    targets: Callable[[Batch], Tensor]
+
+
+OBJECTIVES = {
+    "diffusion": Objective(masked_diffusion, lambda batch: batch.target),
+    "block_diffusion": Objective(block_diffusion, lambda batch: batch.target),
+    "autoregressive": Objective(autoregressive, next_token_targets),
+}
+
+
+def _masked_loss(model, inputs, asked, batch: Batch, noise: Noise, chunk: int | None) -> Loss:
+    masked = noise.masked
+    units = batch.segments if noise.units is None else noise.units
+    example, weight, rate = batch.segments[masked], noise.weight[masked], noise.rate[units[masked]]
+    total, ce = _cross_entropies(model, inputs, asked, batch.tokens[masked], weight, chunk)
+    return _loss(total, ce, weight, example, rate, batch.target, batch)
+
+
+def _cross_entropies(model, inputs, asked, truth: Tensor, weight: Tensor, chunk) -> tuple[Tensor, Tensor]:
+    """(weighted sum (), cross entropies (N,)) at the places asked about, N in row-major order over (B, T)."""
+    if chunk is None:
+        return weighted_sum(model(*inputs, **asked), truth, weight)
+    return model(*inputs, **asked, targets=Targets(truth, weight, chunk))
+
+
+def _loss(total, ce, weight, example, rate, target, batch) -> Loss:
+    size = len(batch.index)
+    examples = torch.zeros(size, device=ce.device).index_add_(0, example, ce * weight)
+    owners = batch.segments[target]
+    return Loss(
+        total=total,
+        count=int(target.sum()),
+        examples=examples,
+        lengths=torch.bincount(owners, minlength=size),
+        ce=ce,
+        rate=rate,
+    )

@@ -1,0 +1,299 @@
+"""Noise: which tokens of an example are masked, and what each one's cross entropy weighs.
+
+Shapes: L target tokens of an example or of a block; B batch, T row length, E examples in a batch, U units.
+
+The bound of absorbing-state diffusion is -log p(x) <= E_t [w(t) sum over masked tokens of CE], where a token is masked
+with probability r(t) = 1 - alpha(t) and w = r'/r. With r as the variable it is the integral over r of (1/r) E[sum of
+CE], the same for every schedule. An estimator draws one term: a set of masked tokens and their weight. Noise belongs to
+the example: it is a function of (seed, epoch, example index) and, for `stratified`, of the optimizer step; the number
+of processes, accumulation, packing and restarts do not change it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dlm.utils.names import check_name
+from dlm.utils.random import STRATA, TRAINING, example_generator
+
+EPSILON = 1e-3  # smallest mask rate of the estimators that draw a time: LLaDA's
+Draw = tuple[np.ndarray, float, float]  # masked (L,) bool, weight, mask rate
+
+
+# ------------------------------------------------------------------------------------------------ noise schedules
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """rate(t) = 1 - alpha(t), rising over t in [0, 1]; slope(t) = -alpha'(t); time(rate): when that rate is reached."""
+
+    rate: Callable[[float], float]
+    slope: Callable[[float], float]
+    time: Callable[[float], float]
+
+    def weight(self, t: float) -> float:
+        """-alpha'(t) / (1 - alpha(t)): what a masked token's cross entropy weighs (MDLM, arXiv:2406.07524)."""
+        return self.slope(t) / self.rate(t)
+
+
+def linear() -> Schedule:
+    """alpha = 1 - t; weight 1/t."""
+    return Schedule(rate=lambda t: t, slope=lambda t: 1.0, time=lambda rate: rate)
+
+
+def cosine() -> Schedule:
+    """alpha = 1 - cos(pi/2 (1 - t)); weight pi/2 tan(pi/2 (1 - t)) (MD4, arXiv:2406.04329)."""
+    half = math.pi / 2
+    return Schedule(
+        rate=lambda t: math.cos(half * (1 - t)),
+        slope=lambda t: half * math.sin(half * (1 - t)),
+        time=lambda rate: 1 - math.acos(rate) / half,
+    )
+
+
+def polynomial(exponent: float) -> Schedule:
+    """alpha = 1 - t^w; weight w/t."""
+    return Schedule(
+        rate=lambda t: t**exponent,
+        slope=lambda t: exponent * t ** (exponent - 1),
+        time=lambda rate: rate ** (1 / exponent),
+    )
+
+
+def geometric(low: float = 1e-5, high: float = 20.0) -> Schedule:
+    """alpha = exp(-s) with s = low^(1 - t) high^t; weight s log(high / low) / (e^s - 1) (MD4's end points)."""
+    growth = math.log(high / low)
+
+    def total(t: float) -> float:
+        return low * math.exp(growth * t)
+
+    def time(rate: float) -> float:
+        s = -math.log1p(-rate) if rate < 1 else high
+        return min(1.0, max(0.0, math.log(max(s, low) / low) / growth))
+
+    return Schedule(
+        rate=lambda t: -math.expm1(-total(t)), slope=lambda t: math.exp(-total(t)) * total(t) * growth, time=time
+    )
+
+
+NOISE_SCHEDULES: dict[str, Callable[[float], Schedule]] = {  # of the exponent, which `polynomial` alone reads
+    "linear": lambda exponent: linear(),
+    "cosine": lambda exponent: cosine(),
+    "polynomial": polynomial,
+    "geometric": lambda exponent: geometric(),
+}
+LINEAR = linear()
+
+
+# ----------------------------------------------------------------------------------------------------- estimators
+
+
+def draw_count(
+    length: int, generator: np.random.Generator, *, u: float | None = None, low: float = 0.0, high: float = 1.0
+) -> Draw:
+    """Draw l from 1..L and an l-subset; weight L/l. Returns masked (L,) bool, the weight, the rate l/L.
+
+    E[weight * sum of masked CE] = sum over l of (1/l) E[sum of CE | l masked], which is the bound itself: l/L
+    masked tokens with t integrated out (LLaDA, arXiv:2502.09992, eq. 6). On the toy of tests/test_estimators.py it has
+    the least variance, of an example (6.4, exactly; uniform 61) and of a step of 16 (stratified 5 times as much).
+    u in [0, 1): use this place in the range of counts (a stratum) in place of drawing one. low, high: only counts with
+    low <= l/L <= high, at least one.
+    """
+    least = max(1, math.ceil(low * length))
+    most = max(least, math.floor(high * length))
+    count = int(generator.integers(least, most + 1)) if u is None else least + int(u * (most - least + 1))
+    masked = np.zeros(length, dtype=bool)
+    masked[generator.permutation(length)[:count]] = True
+    return masked, length / count, count / length
+
+
+def draw_uniform(
+    length: int, generator: np.random.Generator, *, t: float | None = None, u: float | None = None,
+    low: float = EPSILON, high: float = 1.0, schedule: Schedule = LINEAR,
+) -> Draw:  # fmt: skip
+    """Draw a time and mask each token with that time's rate; weight w(t), which is 1/t under the linear schedule.
+
+    t: use this time. u in [0, 1): use this place in the range of times (a stratum) in place of drawing one.
+    The rate lies in (low, high]. Its mean is the mean of (1/r) E[sum of CE] over r in that range, for every schedule:
+    the weight holds the ratio of the range of times to that of rates, which is 1 for the linear one.
+    Returns masked (L,) bool, the weight, the rate.
+    """
+    first, last = schedule.time(low), schedule.time(high)
+    if t is None:
+        t = last - (last - first) * (generator.random() if u is None else u)  # in (first, last]
+    rate = schedule.rate(t)
+    return generator.random(length) < rate, schedule.weight(t) * (last - first) / (high - low), rate
+
+
+def draw_d3pm(length: int, generator: np.random.Generator, *, steps: int, schedule: Schedule = LINEAR) -> Draw:
+    """One term of the bound in `steps` discrete times T (D3PM, arXiv:2107.03006, absorbing state).
+
+    With rates r_0 = 0 < r_1 < ... < r_T = 1 the bound is the sum over i of (r_i - r_(i-1)) / r_i E[sum of CE at r_i]:
+    a masked token is revealed on the way from i to i - 1 with that probability, in q as in p, which leaves its CE of
+    the KL term. Draws i from 1..T; weight T times that factor. T to infinity gives the continuous bound.
+    """
+    i = int(generator.integers(1, steps + 1))
+    rate = 1.0 if i == steps else schedule.rate(i / steps)
+    before = 0.0 if i == 1 else schedule.rate((i - 1) / steps)
+    return generator.random(length) < rate, steps * (rate - before) / rate, rate
+
+
+ESTIMATORS = ("count", "uniform", "stratified", "d3pm")
+
+
+@dataclass(frozen=True)
+class NoiseSettings:
+    """How noise is drawn.
+
+    estimator: `count`, `uniform`, `stratified` (uniform, with the times spread evenly over the optimizer step) or
+    `d3pm` (of `steps` discrete times). schedule: of the estimators that draw a time; exponent: of `polynomial`.
+    low, high: mask rates to draw from; a narrower range than 0 to 1 is no bound, but has less variance (BD3-LM,
+    arXiv:2503.09573, section 5). block_length: a draw for each block of so many tokens; None: one for each example.
+    """
+
+    estimator: str = "count"
+    schedule: str = "linear"
+    exponent: float = 2.0
+    steps: int = 1000
+    low: float = 0.0
+    high: float = 1.0
+    block_length: int | None = None
+
+    def __post_init__(self):
+        check_name("estimator", self.estimator, ESTIMATORS)
+        check_name("noise schedule", self.schedule, NOISE_SCHEDULES)
+        if self.estimator == "count" and self.schedule != "linear":
+            raise ValueError(
+                f"noise schedule {self.schedule!r} changes nothing under estimator count, which has the time "
+                f"integrated out: use estimator uniform or stratified, or leave the schedule out"
+            )
+        if self.exponent <= 0:
+            raise ValueError(f"the noise schedule's exponent is {self.exponent}: it must be above 0")
+        if self.steps < 1:
+            raise ValueError(f"d3pm has {self.steps} discrete times: give 1 or more")
+        if not 0 <= self.low < self.high <= 1 or (self.high <= EPSILON and self.estimator != "count"):
+            raise ValueError(
+                f"mask rates from {self.low} to {self.high}: give 0 <= lowest < highest <= 1, "
+                f"the highest above {EPSILON}"
+            )
+        if self.estimator == "d3pm" and (self.low, self.high) != (0, 1):
+            raise ValueError("estimator d3pm takes all mask rates: use uniform or count to draw from some of them")
+        if self.block_length is not None and self.block_length < 1:
+            raise ValueError(f"block_length is {self.block_length}: a block holds at least one token")
+
+
+Strata = dict[tuple[int, int], tuple[int, int]]
+
+
+def deal_strata(keys: Iterable[tuple[int, int]], seed: int, step: int) -> Strata:
+    """Deal the examples (epoch, index) of a whole optimizer step one stratum each: (its number, how many), permuted.
+
+    A function of (seed, step) and the step's examples in order, which every process knows.
+    """
+    keys = list(keys)
+    order = example_generator(seed, 0, step, STRATA).permutation(len(keys))
+    return {key: (int(place), len(keys)) for key, place in zip(keys, order, strict=True)}
+
+
+def _draws(
+    lengths: list[int], generator: np.random.Generator, settings: NoiseSettings, stratum: tuple[int, int]
+) -> list[Draw]:
+    """One draw for each unit of an example, with `lengths` target tokens."""
+    name = settings.estimator
+    if name == "count":
+        return [draw_count(length, generator, low=settings.low, high=settings.high) for length in lengths]
+    schedule = NOISE_SCHEDULES[settings.schedule](settings.exponent)
+    if name == "d3pm":
+        return [draw_d3pm(length, generator, steps=settings.steps, schedule=schedule) for length in lengths]
+    low, units = max(settings.low, EPSILON), len(lengths)
+    places: list[float | None] = [None] * units
+    if name == "stratified":  # the blocks of an example stand evenly around the circle from the example's own place
+        place = (stratum[0] + generator.random()) / stratum[1]
+        places = [(place + unit / units) % 1.0 for unit in range(units)]
+    return [
+        draw_uniform(length, generator, u=u, low=low, high=settings.high, schedule=schedule)
+        for length, u in zip(lengths, places, strict=True)
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------- noise
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What is masked in a batch: masked (B, T) bool, weight (B, T) fp32 (0 where not masked), rate (U,) fp32.
+
+    A unit is what had one draw: an example, or with `block_length` a block of one. units (B, T) int64: each token's
+    unit; None: `batch.segments`, the examples.
+    """
+
+    masked: Tensor
+    weight: Tensor
+    rate: Tensor
+    units: Tensor | None = None
+    block_length: int | None = None
+
+    def __post_init__(self):
+        assert self.masked.shape == self.weight.shape and self.masked.dtype == torch.bool
+        assert (self.units is None) == (self.block_length is None)
+
+    def to(self, device) -> Noise:
+        units = None if self.units is None else self.units.to(device)
+        return Noise(self.masked.to(device), self.weight.to(device), self.rate.to(device), units, self.block_length)
+
+
+def draw_noise(
+    batch, estimator: str | NoiseSettings, seed: int, *, stream: int = TRAINING, strata: Strata | None = None
+) -> Noise:
+    """Draw the noise of every example of a batch, each from its own generator.
+
+    `batch` has target, segments, positions (B, T) and index, epoch (E,): `segments[b, s] = e` says that the token
+    belongs to example e of the batch. estimator: settings, or the name of one with defaults. strata: of the whole
+    optimizer step (`deal_strata`), for `stratified`. Errors: an unknown estimator.
+    """
+    settings = NoiseSettings(estimator) if isinstance(estimator, str) else estimator
+    target, segments = batch.target.numpy().reshape(-1), batch.segments.numpy().reshape(-1)
+    block = None if settings.block_length is None else batch.positions.numpy().reshape(-1) // settings.block_length
+    masked = np.zeros(target.shape, dtype=bool)
+    weight = np.zeros(target.shape, dtype=np.float32)
+    units = None if block is None else np.zeros(target.shape, dtype=np.int64)
+    examples = len(batch.index)
+    rates: list[float] = [0.0] * examples if block is None else []
+    # An example is contiguous in its row, so sorting target places by example gives one run of places each.
+    places = np.flatnonzero(target)
+    places = places[np.argsort(segments[places], kind="stable")]
+    bounds = np.searchsorted(segments[places], np.arange(examples + 1))
+    for e, key in enumerate(zip(batch.epoch.tolist(), batch.index.tolist(), strict=True)):
+        own = places[bounds[e] : bounds[e + 1]]
+        if len(own) == 0:
+            continue
+        parts = [own] if block is None else np.split(own, np.flatnonzero(np.diff(block[own])) + 1)
+        stratum = (0, 1) if strata is None else strata[key]
+        drawn = _draws([len(part) for part in parts], example_generator(seed, *key, stream), settings, stratum)
+        for part, (chosen, factor, rate) in zip(parts, drawn, strict=True):
+            masked[part] = chosen
+            weight[part[chosen]] = factor
+            if units is None:
+                rates[e] = rate
+            else:
+                units[part] = len(rates)
+                rates.append(rate)
+    shape = batch.target.shape
+    return Noise(
+        torch.from_numpy(masked).view(shape),
+        torch.from_numpy(weight).view(shape),
+        torch.tensor(rates, dtype=torch.float32),
+        None if units is None else torch.from_numpy(units).view(shape),
+        settings.block_length,
+    )
+
+
+def corrupt(tokens: Tensor, masked: Tensor, mask_id: int) -> Tensor:
+    """x_t: `tokens` (B, T) with `mask_id` where `masked`."""
+    return torch.where(masked, mask_id, tokens)

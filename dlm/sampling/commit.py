@@ -1,0 +1,89 @@
+"""Which of the proposed tokens a pass commits.
+
+Shapes: R rows of one forward pass, M masked slots asked about."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["COMMITS", "Step", "coarse_block"]
+
+
+# ---------------------------------------------------------------- commit: confidence -> which places
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a commit rule may know of the pass: the rows' quotas (B,) and the rule's own parameter."""
+
+    quota: Tensor
+    threshold: float = 0.9
+    factor: float = 1.0
+    entropy_bound: float = 0.1
+
+
+def _sorted(confidence: Tensor, eligible: Tensor) -> tuple[Tensor, Tensor]:
+    """Confidence from high to low and the places it belongs to; eligible places first, ties by place."""
+    floor = torch.finfo(confidence.dtype).min
+    ranked = torch.where(eligible, confidence.clamp_min(floor), -torch.inf)
+    return ranked.sort(dim=-1, descending=True, stable=True)
+
+
+def _first(count: Tensor, order: Tensor, eligible: Tensor) -> Tensor:
+    """bool (B, M): the first `count` (B,) places of `order`, at least one, as far as they are eligible."""
+    ahead = torch.arange(order.shape[-1], device=order.device)[None] < count.clamp_min(1)[:, None]
+    return torch.zeros_like(eligible).scatter(-1, order, ahead) & eligible
+
+
+def by_quota(confidence: Tensor, eligible: Tensor, step: Step) -> Tensor:
+    """The `quota` most confident places (LLaDA, arXiv:2502.09992, alg. 5)."""
+    _, order = _sorted(confidence, eligible)
+    return _first(step.quota, order, eligible)
+
+
+def by_threshold(confidence: Tensor, eligible: Tensor, step: Step) -> Tensor:
+    """Every place with confidence >= tau, else the best one (Fast-dLLM, arXiv:2505.22618, alg. 1)."""
+    ranked, order = _sorted(confidence, eligible)
+    return _first((ranked >= step.threshold).sum(dim=-1), order, eligible)
+
+
+def by_factor(confidence: Tensor, eligible: Tensor, step: Step) -> Tensor:
+    """The n best places, for the largest n with (n + 1)(1 - c_(n)) < f (Fast-dLLM, arXiv:2505.22618, thm. 1)."""
+    ranked, order = _sorted(confidence, eligible)
+    n = torch.arange(1, ranked.shape[-1] + 1, device=ranked.device)
+    holds = (n + 1) * (1 - ranked) < step.factor
+    return _first((holds * n).amax(dim=-1), order, eligible)
+
+
+def by_entropy_bound(confidence: Tensor, eligible: Tensor, step: Step) -> Tensor:
+    """The largest prefix in order of entropy with sum H - max H <= gamma (EB-Sampler, arXiv:2505.24857).
+
+    `confidence` is minus the entropy, so the prefix's largest H is its last one.
+    """
+    ranked, order = _sorted(confidence, eligible)
+    total = (-ranked).cumsum(dim=-1)
+    holds = total + ranked <= step.entropy_bound
+    return _first((holds & torch.isfinite(ranked)).cumprod(dim=-1).sum(dim=-1), order, eligible)
+
+
+COMMITS: dict[str, Callable[[Tensor, Tensor, Step], Tensor]] = {
+    "quota": by_quota,
+    "threshold": by_threshold,
+    "factor": by_factor,
+    "entropy_bound": by_entropy_bound,
+}
+
+
+def coarse_block(confidence: Tensor, eligible: Tensor, ending: Tensor, size: Tensor) -> Tensor:
+    """bool (B, M): the `size` (B,) most confident eligible places, coarse-to-fine's logical block.
+
+    Where at least `size` places predict something other than end-of-text (`ending` (B, M) is False), only those
+    compete.
+    """
+    speaking = eligible & ~ending
+    enough = speaking.sum(dim=-1) >= size
+    competing = torch.where(enough[:, None], speaking, eligible)
+    _, order = _sorted(confidence, competing)
+    return _first(size, order, competing)

@@ -1,0 +1,165 @@
+"""SamplingConfig: every choice that a generation makes, checked when it is made."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+
+from dlm.sampling.commit import COMMITS
+from dlm.sampling.methods import METHODS
+from dlm.sampling.propose import CONFIDENCES
+from dlm.sampling.schedule import SPLITS
+from dlm.utils.names import check_name
+
+__all__ = ["SAMPLING", "SamplingConfig", "as_ids"]
+
+# Field of SamplingConfig: (type, help). The one place where the options of sampling are written.
+SAMPLING: dict[str, tuple[Callable, str]] = {
+    "gen_length": (int, "tokens to generate"),
+    "steps": (int, "forward passes in all (default: one a token)"),
+    "block_length": (int, "tokens in a block; blocks are written left to right"),
+    "method": (str, "none, prefix, dual, vicinity, c2f or block_causal: order and cache"),
+    "commit": (str, "quota, threshold, factor or entropy_bound: how many tokens a pass"),
+    "threshold": (float, "for --commit threshold: least confidence"),
+    "factor": (float, "for --commit factor"),
+    "entropy_bound": (float, "for --commit entropy_bound, in nats"),
+    "split": (str, "remainder_first or rounded: how a block's tokens are shared over its passes"),
+    "confidence": (str, "probability, margin, entropy or random: which tokens come first"),
+    "temperature": (float, "above 0: draws from the sharpened or flattened prediction; 0: the most probable token"),
+    "tempered_confidence": (bool, "confidence from the tempered probabilities, as Dream does"),
+    "top_k": (int, "only the K most probable tokens"),
+    "top_p": (float, "only the most probable tokens that make up P"),
+    "cfg_scale": (float, "strength of classifier-free guidance"),
+    "window": (int, "for --method vicinity: positions on each side of the block"),
+    "seed": (int, "of the first text; the next ones count up from it"),
+    "stop_at_eos": (bool, "stop a text at its end-of-text token"),
+    "eos_token_id": (int, "in place of the checkpoint's end-of-text token"),
+    "suppress_eos": (bool, "never write end-of-text"),
+    "delay_eos": (bool, "write end-of-text only where nothing else is left"),
+}
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How to denoise. Immutable; a value that cannot work raises ValueError with the reason and the fix.
+
+    gen_length: tokens to generate after each prompt (ignored where the canvas is given).
+    steps: forward passes for the whole region under commit `quota`; None is one token a pass. Other commit rules
+        decide themselves when a block is done, and do not read it.
+    block_length: tokens in a block; None is the model's own where it is block-causal, else 32. It need not divide
+        gen_length: the last block is shorter.
+    method: the order and what is recomputed at each pass, a row of `cache.METHODS`. window: vicinity's reach.
+    commit: which places are committed at a pass (`unmasking.COMMITS`), with threshold, factor or entropy_bound.
+    split: how a block's tokens are shared over its passes (`unmasking.SPLITS`).
+    confidence: what orders them (`unmasking.CONFIDENCES`); None is `entropy` for commit `entropy_bound`, else
+        `probability`. tempered_confidence: of the distribution sampled from (Dream), not the model's own (LLaDA).
+    temperature: 0 takes the most probable token, above 0 samples. top_k, top_p: which tokens may be sampled.
+    cfg_scale: w of classifier-free guidance, l = u + (w + 1)(c - u); 0 is none, and costs nothing.
+    seed: row i uses seed + i; a tuple gives one a row.
+    stop_at_eos: a row ends at a committed end-of-text with nothing masked before it. eos_token_id: an id or several,
+        in place of the checkpoint's. suppress_eos: never propose it (LLaDA's logits_eos_inf). delay_eos: commit it
+        only where nothing else is left to commit (LLaDA's confidence_eos_eot_inf).
+    """
+
+    gen_length: int = 128
+    steps: int | None = None
+    block_length: int | None = None
+    method: str = "none"
+    commit: str = "quota"
+    threshold: float = 0.9
+    factor: float = 1.0
+    entropy_bound: float = 0.1
+    split: str = "remainder_first"
+    confidence: str | None = None
+    tempered_confidence: bool = False
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    cfg_scale: float = 0.0
+    window: int = 16
+    seed: int | tuple[int, ...] = 0
+    stop_at_eos: bool = False
+    eos_token_id: int | tuple[int, ...] | None = None
+    suppress_eos: bool = False
+    delay_eos: bool = False
+
+    def __post_init__(self):
+        check_name("method", self.method, METHODS)
+        check_name("commit", self.commit, COMMITS)
+        check_name("split", self.split, SPLITS)
+        if self.confidence is not None:
+            check_name("confidence", self.confidence, CONFIDENCES)
+        for name in ("gen_length", "steps", "block_length", "top_k"):
+            value = getattr(self, name)
+            optional = value is None and name != "gen_length"
+            if not optional and (not _whole(value) or value < 1):
+                raise ValueError(f"{name} is {value!r}: it counts tokens or passes; give a whole number, 1 or more")
+        if not _whole(self.window) or self.window < 0:
+            raise ValueError(f"window is {self.window!r}: it counts slots; give a whole number, 0 or more")
+        for name in ("tempered_confidence", "stop_at_eos", "suppress_eos", "delay_eos"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}: it is a switch; give True or False")
+        self._check_numbers()
+        self._check_commit()
+        for name in ("seed", "eos_token_id"):
+            value = getattr(self, name)
+            if isinstance(value, Sequence) and not isinstance(value, str):
+                object.__setattr__(self, name, tuple(value))  # lists, as JSON has them
+        if not all(_whole(token) and token >= 0 for token in self.eos_ids):
+            raise ValueError(f"eos_token_id is {self.eos_token_id!r}: give a token id, 0 or more, or several")
+        seeds = self.seed if isinstance(self.seed, tuple) else (self.seed,)
+        if not all(_whole(seed) and 0 <= seed < 2**63 for seed in seeds):
+            raise ValueError(f"seed is {self.seed!r}: give a whole number from 0 to 2**63 - 1, or one a row")
+
+    def _check_numbers(self) -> None:
+        ranges = {
+            "threshold": (lambda x: -1e9 < x <= 1, "a confidence, at most 1"),
+            "factor": (lambda x: x > 0, "above 0"),
+            "entropy_bound": (lambda x: x >= 0, "nats, 0 or more"),
+            "temperature": (lambda x: 0 <= x < float("inf"), "0 or more"),
+            "cfg_scale": (lambda x: 0 <= x < float("inf"), "0 or more"),
+            "top_p": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
+        }
+        for name, (holds, wanted) in ranges.items():
+            value = getattr(self, name)
+            optional = value is None and name == "top_p"
+            if not optional and (not isinstance(value, Real) or isinstance(value, bool) or not holds(value)):
+                raise ValueError(f"{name} is {value!r}: it must be {wanted}")
+
+    def _check_commit(self) -> None:
+        if self.commit == "entropy_bound" and self.confidence not in (None, "entropy"):
+            raise ValueError(
+                f"commit entropy_bound adds up entropies, but confidence is {self.confidence!r}: "
+                "leave confidence out, or take another commit rule"
+            )
+        if self.commit == "factor" and self.confidence in ("entropy", "random"):
+            raise ValueError(
+                f"commit factor reads confidence as a probability, but confidence is {self.confidence!r}: "
+                "use probability or margin, or another commit rule"
+            )
+
+    @property
+    def ordering(self) -> str:
+        """The confidence in force, a name in `unmasking.CONFIDENCES`."""
+        return self.confidence or ("entropy" if self.commit == "entropy_bound" else "probability")
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The end-of-text ids given here, () where the checkpoint's hold."""
+        return as_ids(self.eos_token_id)
+
+    def row_seeds(self, rows: int) -> list[int]:
+        """One seed a row; raises ValueError where a tuple of another length was given."""
+        if not isinstance(self.seed, tuple):
+            return [(self.seed + i) % 2**63 for i in range(rows)]
+        if len(self.seed) != rows:
+            raise ValueError(f"seed has {len(self.seed)} values for {rows} rows: give one a row, or a single number")
+        return list(self.seed)
+
+
+def as_ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
+    """One id, several or none, as configurations name their end-of-text, as a tuple."""
+    return () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)

@@ -1,0 +1,81 @@
+"""What a caller hands to `generate` -> the canvas, and what the checkpoint says that the sampler must know."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+from dlm.sampling.canvas import Canvas
+from dlm.sampling.config import SamplingConfig, as_ids
+from dlm.sampling.denoise import denoise
+from dlm.tokenizer import encode_prompt, mask_id
+
+__all__ = ["GenerationOutput", "generate", "prepare"]
+
+
+@dataclass
+class GenerationOutput(ModelOutput):
+    """sequences (B, G) the generated ids; canvas: the final state; per row nfe, tokens_per_forward, positions_computed.
+
+    After a row's early end (`stop_at_eos`) its sequence holds end-of-text. Rows that fill fewer places than others
+    (infilling) are padded at the end with end-of-text, or 0 where there is none.
+    """
+
+    sequences: Tensor | None = None
+    canvas: Canvas | None = None
+    nfe: Tensor | None = None
+    tokens_per_forward: Tensor | None = None
+    positions_computed: Tensor | None = None
+
+
+# ---------------------------------------------------------------- the whole
+
+
+def generate(model, inputs, config: SamplingConfig | None = None, *, tokenizer=None) -> GenerationOutput:
+    """Generates for a batch: `prepare`, then `denoise` to the end.
+
+    inputs: id lists of any lengths, ids (B, P) or (P,), texts (these need `tokenizer`), or a `Canvas`.
+    Raises ValueError for inputs or settings that do not fit the model, FloatingPointError for NaN logits.
+    """
+    config = config or SamplingConfig()
+    canvas, settings = prepare(model, inputs, config.gen_length, tokenizer)
+    state, committed = None, torch.zeros(len(canvas.tokens), dtype=torch.int64, device=canvas.tokens.device)
+    for state in denoise(model, canvas, config, **settings):
+        committed += state.committed.sum(dim=1)
+    if state is None:
+        raise ValueError("the canvas has no masked place: there is nothing to generate")
+    ids = config.eos_ids or settings["eos_token_ids"]
+    return GenerationOutput(
+        sequences=state.canvas.region(pad_id=ids[0] if ids else 0),
+        canvas=state.canvas,
+        nfe=state.nfe,
+        tokens_per_forward=committed.cpu() / state.nfe.clamp_min(1),
+        positions_computed=state.positions_computed,
+    )
+
+
+def prepare(model, inputs, gen_length: int, tokenizer=None) -> tuple[Canvas, dict]:
+    """The canvas for these inputs and what `denoise` should know of the checkpoint (vocab_size, eos_token_ids)."""
+    settings = getattr(model, "config", None)
+    vocab_size = getattr(settings, "vocab_size", None) if tokenizer is None else len(tokenizer)
+    known = {"vocab_size": vocab_size, "eos_token_ids": as_ids(getattr(settings, "eos_token_id", None))}
+    if isinstance(inputs, Canvas):
+        return inputs, known
+    if isinstance(inputs, Tensor):
+        inputs = inputs.tolist()
+    if isinstance(inputs, str) or (len(inputs) and isinstance(inputs[0], int | float)):
+        inputs = [inputs]
+    if any(isinstance(prompt, str) for prompt in inputs):
+        if tokenizer is None:
+            raise ValueError("text was given but no tokenizer: pass tokenizer=, or give token ids")
+        inputs = [encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in inputs]
+    device = next((p.device for p in model.parameters()), None) if isinstance(model, torch.nn.Module) else None
+    canvas = Canvas.from_prompts(inputs, gen_length, mask_id(tokenizer, settings), device=device)
+    size = getattr(settings, "embedding_size", None)
+    wrong = canvas.tokens[(canvas.tokens < 0) | (canvas.tokens >= (size or 2**62))]
+    if len(wrong):
+        raise ValueError(
+            f"the prompts hold id {int(wrong[0])}, but the model's ids go from 0 to {size - 1 if size else '…'}"
+        )
+    return canvas, known

@@ -1,0 +1,180 @@
+"""One pass of the denoising loop: run the model on some slots, propose a token and its confidence for some of them.
+
+Shapes: T slots of the canvas, R rows of this pass, Q slots it computes, M masked slots asked about, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+
+from dlm.kernels.available import triton_kernels
+from dlm.models.attention import Visible, full
+from dlm.models.kv_cache import KVCache
+from dlm.sampling.canvas import Canvas
+from dlm.sampling.config import SamplingConfig
+from dlm.sampling.propose import propose
+
+__all__ = ["Request", "denoise_step", "refuse_nan", "run_step"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one forward pass is asked. rows (R,): of the canvas and the cache, None for all. positions (R, Q): the
+    slots it computes, ascending, None for all. slots (R, M): the places it proposes for, of which row i's first
+    counts[i] are masked and the rest padding. valid (R, T): which slots exist, None for all."""
+
+    rows: Tensor | None
+    positions: Tensor | None
+    slots: Tensor
+    counts: list[int]
+    valid: Tensor | None
+
+    @cached_property
+    def eligible(self) -> Tensor:
+        counts = torch.tensor(self.counts, device=self.slots.device)
+        return torch.arange(self.slots.shape[1], device=self.slots.device)[None] < counts[:, None]
+
+
+def denoise_step(
+    model,
+    canvas: Canvas,
+    request: Request,
+    config: SamplingConfig,
+    *,
+    visible: Visible = full,
+    cache: KVCache | None = None,
+    vocab_size: int | None = None,
+    suppressed: Sequence[int] = (),
+    generators: Sequence[torch.Generator] = (),
+) -> tuple[Tensor, Tensor]:
+    """Runs the model once and proposes a token and its confidence for every slot asked about: (R, M), (R, M).
+
+    As `run_step`. Raises FloatingPointError where the logits are not numbers.
+    """
+    token, confidence, largest = run_step(
+        model, canvas, request, config, visible=visible, cache=cache, vocab_size=vocab_size, suppressed=suppressed,
+        generators=generators,
+    )  # fmt: skip
+    refuse_nan(largest, request)
+    return token, confidence
+
+
+def run_step(
+    model,
+    canvas: Canvas,
+    request: Request,
+    config: SamplingConfig,
+    *,
+    visible: Visible,
+    cache: KVCache | None,
+    vocab_size: int | None,
+    suppressed: Sequence[int],
+    generators: Sequence[torch.Generator],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`denoise_step` that does not wait for the device: token, confidence and largest logit, (R, M) each, the last for
+    `refuse_nan`.
+
+    `canvas` holds the request's rows. `suppressed` ids, those from `vocab_size` on and the mask token are not proposed.
+    With guidance the model's batch holds every row twice, the second time with what is given masked, and the
+    cache has rows for both.
+    """
+    tokens, positions, valid, rows = canvas.tokens, request.positions, request.valid, request.rows
+    kept = request.slots
+    if positions is not None:
+        kept = torch.searchsorted(positions, kept.contiguous()).clamp_max(positions.shape[1] - 1)
+    elif cache is not None:
+        positions = torch.arange(tokens.shape[1], device=tokens.device).repeat(tokens.shape[0], 1)
+    if config.cfg_scale:
+        tokens = torch.cat([tokens, tokens.masked_fill(canvas.given, canvas.mask_id)])
+        positions, valid, kept = (None if x is None else x.repeat(2, 1) for x in (positions, valid, kept))
+        if rows is not None and cache is not None:
+            rows = torch.cat([rows, rows + cache.rows // 2])
+    if positions is not None:
+        tokens = tokens.gather(1, positions)
+    cache = None if cache is None else cache.at(rows)
+    logits = model(tokens, positions, visible=visible, cache=cache, valid=valid, logits_to_keep=kept)  # (R, M, V)
+    forbidden = _forbidden(logits.shape[-1], vocab_size, (canvas.mask_id, *suppressed), logits.device)
+    found = [
+        decide(part, other, request.counts, config, suppressed, forbidden, generators)
+        for part, other in _parts(logits, config)
+    ]
+    token, confidence, largest = (torch.cat(x, dim=1).view(request.slots.shape) for x in zip(*found, strict=True))
+    return token, confidence, largest
+
+
+# Numbers of logits that one call of `decide` sees on a CPU: what it computes of them stays in the processor's cache.
+PART = 2**18
+
+
+def _parts(logits: Tensor, config: SamplingConfig) -> list[tuple[Tensor, Tensor | None]]:
+    """The logits (R, M, V) in pieces, and with guidance those of the other branch: on a CPU a few places at a time,
+    (1, m, V), where no place needs its row's generator."""
+    branches = logits.chunk(2) if config.cfg_scale else (logits,)
+    if logits.device.type == "cpu" and config.temperature == 0 and config.ordering != "random":
+        each = max(1, PART // logits.shape[-1])
+        branches = [branch.reshape(1, -1, branch.shape[-1]).split(each, dim=1) for branch in branches]
+    else:
+        branches = [[branch] for branch in branches]
+    return list(zip(*branches, strict=True)) if config.cfg_scale else [(part, None) for part in branches[0]]
+
+
+def decide(logits, other, counts, config: SamplingConfig, suppressed, forbidden, generators):
+    """Token, confidence and largest logit at every place of logits (R, M, V): (R, M) each. other: the logits with
+    what is given masked, for guidance."""
+    if other is None and _greedy(config) and (kernels := fused(logits)):
+        found = kernels.summarise(logits, forbidden, suppressed)
+        return found.token, found.confidence(config.ordering), found.largest
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if other is not None:
+        other = other.to(logits.dtype)
+        logits = other + (config.cfg_scale + 1) * (logits - other)
+    most = logits.amax(dim=-1)  # a NaN or +inf anywhere makes the largest so
+    logits = logits.clamp_min(torch.finfo(logits.dtype).min)
+    if suppressed:  # LLaDA's logits_eos_inf: gone from the prediction too, so that confidence does not count them
+        logits[..., [token for token in suppressed if token < logits.shape[-1]]] = -torch.inf
+    token, confidence = propose(
+        logits,
+        generators,
+        counts=counts,
+        forbidden=forbidden,
+        confidence=config.ordering,
+        temperature=config.temperature,
+        tempered=config.tempered_confidence,
+        top_k=config.top_k,
+        top_p=config.top_p,
+    )
+    return token, confidence, most
+
+
+def _greedy(config: SamplingConfig) -> bool:
+    """Whether a proposal is the argmax and a confidence of the model's own prediction."""
+    return config.temperature == 0 and not config.tempered_confidence and config.ordering != "random"
+
+
+def fused(logits: Tensor):
+    """`dlm.kernels` where it can read these logits in one pass, else None: torch makes the same proposal in several."""
+    plain = type(logits) is Tensor and logits.dtype != torch.float64
+    return triton_kernels(logits.device) if plain else None
+
+
+@lru_cache(maxsize=16)  # a copy from the host waits for the GPU
+def _forbidden(size: int, vocab_size: int | None, ids: tuple[int, ...], device: torch.device) -> Tensor:
+    """(N,) the ids of `size` that are not proposed."""
+    ids = {token for token in ids if token < size} | set(range(size if vocab_size is None else vocab_size, size))
+    with torch.inference_mode(False):  # it outlives the caller's mode
+        return torch.tensor(sorted(ids), dtype=torch.int64, device=device)
+
+
+def refuse_nan(largest: Tensor, request: Request) -> None:
+    """Raises FloatingPointError where the largest logit (R, M) of a place that was asked about is not a number."""
+    bad = request.eligible & ~(largest < torch.inf)
+    if bool(bad.any()):
+        row, place = bad.nonzero()[0].tolist()
+        number = row if request.rows is None else int(request.rows[row])
+        raise FloatingPointError(
+            f"the model's logits are {largest[row, place].item()} at slot {int(request.slots[row, place])} of row "
+            f"{number}: its weights are damaged, or overflow in this dtype (try float32)"
+        )

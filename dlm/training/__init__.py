@@ -1,0 +1,1 @@
+"""The one training loop, what it keeps on disk, and what surrounds it."""

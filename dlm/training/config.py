@@ -1,0 +1,152 @@
+"""The settings of a training run, checked when they are made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dlm.models.head import loss_chunk
+from dlm.objectives.losses import OBJECTIVES
+from dlm.objectives.noise import ESTIMATORS, NOISE_SCHEDULES, NoiseSettings
+from dlm.training.optim import SCHEDULES
+from dlm.utils.names import check_name
+
+PRECISIONS = ("no", "bf16", "fp16")
+OPTIMIZERS = ("muon", "adamw")
+EOS_PADDING = ("none", "longest")
+TRACKERS = ("none", "auto", "tensorboard", "wandb")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Settings of one run. Rates are per optimizer step; lengths are in optimizer steps; batch_size in packed rows.
+
+    estimator, noise_schedule, noise_exponent, diffusion_steps, lowest_rate, highest_rate, block_length: what training
+    noise is drawn with (`diffusion.NoiseSettings`); validation always takes the whole bound by `count`.
+    random_length: share of the examples cut to a random length. packing: several examples may share a row.
+    eos_padding: `longest` ends every example with end-of-text tokens, which carry loss, up to the longest of its
+    optimizer step (LLaDA's rule for fine-tuning). dropout_prompt: share of the examples whose prompt is all masks.
+    activation_checkpointing: keep only each layer's input and compute the rest again in the backward pass: less memory,
+    a third more arithmetic, the same gradient. loss_chunk: places whose logits are held at a time, 0 for all of them;
+    None: as many as `models.head.loss_chunk` says; the gradient is the same to rounding. tracker: beside metrics.jsonl;
+    `auto` is TensorBoard, if it is installed.
+    """
+
+    output: str
+    max_steps: int
+    batch_size: int = 32
+    accumulation: int = 1
+    learning_rate: float = 2e-3
+    muon_learning_rate: float | None = None
+    optimizer: str = "muon"
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    momentum: float = 0.95
+    clip: float = 1.0
+    schedule: str = "wsd"
+    warmup_steps: int = 100
+    decay_fraction: float = 0.3
+    final_factor: float = 0.0
+    ema: float = 0.999
+    objective: str = "diffusion"
+    estimator: str = "count"
+    noise_schedule: str = "linear"
+    noise_exponent: float = 2.0
+    diffusion_steps: int = 1000
+    lowest_rate: float = 0.0
+    highest_rate: float = 1.0
+    block_length: int | None = None
+    random_length: float = 0.0
+    packing: bool = True
+    eos_padding: str = "none"
+    dropout_prompt: float = 0.0
+    precision: str = "bf16"
+    activation_checkpointing: bool = False
+    compile: bool = False
+    loss_chunk: int | None = None
+    seed: int = 0
+    valid_every: int = 500
+    valid_rows: int = 128
+    checkpoint_every: int = 500
+    keep_last: int = 2
+    sample_every: int = 1000
+    sample_prompts: tuple[str, ...] = ("Once upon a time",)
+    sample_length: int = 96
+    log_every: int = 10
+    log_seconds: float = 10.0
+    tracker: str = "none"
+
+    def __post_init__(self):
+        choices = {
+            "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "objective": OBJECTIVES,
+            "estimator": ESTIMATORS, "noise_schedule": NOISE_SCHEDULES, "precision": PRECISIONS,
+            "eos_padding": EOS_PADDING, "tracker": TRACKERS,
+        }  # fmt: skip
+        for name, allowed in choices.items():
+            check_name(name, getattr(self, name), allowed)
+        positive = ("max_steps", "batch_size", "accumulation", "learning_rate", "clip", "keep_last", "log_every",
+                    "checkpoint_every", "valid_rows", "sample_length")  # fmt: skip
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0")
+        for name in (
+            "ema",
+            "decay_fraction",
+            "final_factor",
+            "momentum",
+            "beta1",
+            "beta2",
+            "random_length",
+            "dropout_prompt",
+        ):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must lie between 0 and 1")
+        if self.decay_fraction == 0 and self.schedule == "wsd":
+            raise ValueError(
+                "decay_fraction is 0 under schedule wsd: give a share of the run, or use schedule constant"
+            )
+        for name in ("warmup_steps", "valid_every", "sample_every", "weight_decay", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must not be negative")
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"batch_size {self.batch_size} cannot be cut into accumulation {self.accumulation} equal parts"
+            )
+        if (self.objective == "block_diffusion") != (self.block_length is not None):
+            raise ValueError(
+                f"block_length is {self.block_length} under objective {self.objective}: give a block_length with "
+                f"objective block_diffusion, and with no other"
+            )
+        if self.eos_padding != "none" and self.packing:
+            raise ValueError(
+                f"eos_padding is {self.eos_padding!r} and packing is on: examples that share a row have no room for "
+                f"it; use --no-packing, or eos_padding none"
+            )
+        if self.precision == "fp16" and self.optimizer == "muon":
+            raise ValueError(
+                "precision fp16 scales the loss, and Accelerate undoes that for one optimizer alone; muon is two with "
+                "the AdamW beside it: use optimizer adamw, or precision bf16"
+            )
+        if self.loss_chunk is not None and self.loss_chunk < 0:
+            raise ValueError(f"loss_chunk is {self.loss_chunk}: give a number of places, 0 for all of them, or none")
+        if self.loss_chunk and self.precision == "fp16":
+            raise ValueError(
+                f"loss_chunk {self.loss_chunk} computes gradients before the loss is scaled, too small for precision "
+                f"fp16: use bf16, or loss_chunk 0"
+            )
+        if self.dropout_prompt and self.objective == "autoregressive":
+            raise ValueError("dropout_prompt puts masks in place of prompts, which an autoregressive model never meets")
+        self.noise()
+
+    def noise(self) -> NoiseSettings:
+        """How the training noise is drawn. Errors: settings that do not fit together."""
+        return NoiseSettings(
+            self.estimator, self.noise_schedule, self.noise_exponent, self.diffusion_steps,
+            self.lowest_rate, self.highest_rate, self.block_length,
+        )  # fmt: skip
+
+    def chunk(self, places: int, vocabulary: int) -> int | None:
+        """Of how many places logits are held at a time in a micro-batch of `places`; None: of all that are asked."""
+        if self.loss_chunk is None and self.precision != "fp16":
+            return loss_chunk(places, vocabulary)
+        return self.loss_chunk or None

@@ -1,0 +1,109 @@
+"""What a run says: progress lines, metrics and trackers."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+
+from dlm.training.config import TrainingConfig
+from dlm.utils.progress import duration
+
+
+class Display:
+    """Collects steps and shows their mean loss, tokens per second and the time left."""
+
+    def __init__(
+        self,
+        report: Callable[[str], None],
+        step: int,
+        max_steps: int,
+        *,
+        log_every: int,
+        log_seconds: float,
+        peak: float | None = None,
+    ):
+        self.report, self.max_steps, self.log_every, self.log_seconds = report, max_steps, log_every, log_seconds
+        self.began, self.first, self.shown = time.perf_counter(), step, 0.0
+        self.live = report is print and sys.stderr.isatty()
+        self.peak = peak  # operations a second of all devices; None: not known
+        self._clear()
+
+    def _clear(self) -> None:
+        self.loss, self.count, self.took, self.norm, self.steps, self.work = 0.0, 0, 0.0, 0.0, 0, 0.0
+
+    def add(
+        self,
+        step: int,
+        loss: float,
+        count: int,
+        norm: float,
+        took: float,
+        rates: list[float],
+        tokens: int,
+        work: float = 0.0,
+    ) -> dict | None:
+        """Note a step; returns a record for the log every `log_every` steps. Loss in nats per target token.
+
+        work: the step's operations, of which the record's `mfu` is the share of the peak.
+        """
+        self.loss, self.count, self.took = self.loss + loss * count, self.count + count, self.took + took
+        self.norm, self.steps, self.work = self.norm + norm, self.steps + 1, self.work + work
+        if step % self.log_every and step != self.max_steps:
+            return None
+        elapsed = time.perf_counter() - self.began  # with validation and samples: the time left includes them
+        left = elapsed / (step - self.first) * (self.max_steps - step)
+        record = {
+            "step": step,
+            "loss": self.loss / max(self.count, 1),
+            "grad_norm": self.norm / self.steps,
+            "learning_rate": rates[0] if rates else 0.0,
+            "learning_rates": rates,
+            "tokens": tokens,
+            "tokens_per_s": self.count / self.took,
+            "seconds": elapsed,
+        }
+        usage = ""
+        if self.peak:
+            record["mfu"] = self.work / self.took / self.peak
+            usage = f" ({record['mfu']:.1%} MFU)"
+        line = (
+            f"step {step}/{self.max_steps}  loss {record['loss']:.4f}  grad {record['grad_norm']:.2f}  "
+            f"lr {record['learning_rate']:.2e}  {record['tokens_per_s']:,.0f} tokens/s{usage}  left {duration(left)}"
+        )
+        if self.live:
+            sys.stderr.write(f"\r\x1b[2K{line}" + ("\n" if step == self.max_steps else ""))
+            sys.stderr.flush()
+        elif elapsed - self.shown >= self.log_seconds or step == self.max_steps or self.shown == 0.0:
+            self.report(line)
+            self.shown = elapsed
+        self._clear()
+        return record
+
+
+def tracker_of(config: TrainingConfig) -> str | None:
+    """The tracker that is used. Errors: one that was named and is not installed."""
+    if config.tracker == "none":
+        return None
+    name = "tensorboard" if config.tracker == "auto" else config.tracker
+    if importlib.util.find_spec(name) is not None:
+        return name
+    if config.tracker == "auto":
+        return None
+    raise ValueError(f"tracker is {name!r}, which is not installed: pip install {name}, or use --tracker none")
+
+
+def start_tracker(accelerator, config: TrainingConfig) -> None:
+    """Open the tracker, if there is one, and note the settings in it."""
+    if accelerator.log_with:
+        plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in asdict(config).items()}
+        accelerator.init_trackers("dlm", config=plain)
+
+
+def finish_tracker(accelerator) -> None:
+    """Close the tracker. (Accelerate's end_training would take down the process group too, which is still needed.)"""
+    if accelerator.is_main_process:
+        for tracker in accelerator.trackers:
+            tracker.finish()

@@ -1,0 +1,236 @@
+"""What every training recipe shares: settings from a YAML and the command line, and a run from data to a model folder.
+
+A recipe is a frozen dataclass of settings (a subclass of `RecipeConfig`) and a function that prepares model and data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dlm.checkpoints import save
+from dlm.checkpoints.load import ATTENTION, quiet
+from dlm.data.documents import Documents
+from dlm.data.examples import Examples
+from dlm.data.sources import parse_sources
+from dlm.data.streaming import StreamedExamples, StreamedSource
+from dlm.models.transformer import LLaDAModelLM
+from dlm.tokenizer import load_tokenizer, mask_id
+from dlm.training.accelerator import make_accelerator
+from dlm.training.config import TrainingConfig
+from dlm.training.sharding import whole_state
+from dlm.training.trainer import Result, fit
+from dlm.utils.distributed import leave_processes
+from dlm.utils.hardware import commit, hardware
+from dlm.utils.names import check_name
+from dlm.utils.settings import parse
+
+
+@dataclass(frozen=True)
+class RecipeConfig(TrainingConfig):
+    """The settings that all recipes share: the run (TrainingConfig), the data, the model to begin with, the export.
+
+    data, valid: comma separated sources (`dlm.reading`), those of data with weights or without; split: of data sets of
+    the hub. streaming: read `data` while training, shuffled in windows of shuffle_window examples (`dlm.streaming`).
+    model: a folder or hub id to go on from; tokenizer: in place of the model's own. attn_implementation: the attention
+    kernel; flex_attention on a GPU skips what packing and blocks hide.
+    """
+
+    output: str = "runs/recipe"
+    max_steps: int = 1000
+    tracker: str = "auto"
+    data: str = ""
+    valid: str = ""
+    split: str = "train"
+    sequence_length: int = 256
+    streaming: bool = False
+    shuffle_window: int = 1000
+    model: str = ""
+    tokenizer: str = ""
+    attn_implementation: str = "sdpa"
+    name: str = ""
+    export: str = ""
+    export_dtype: str = "bfloat16"
+    resume: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_name("attn_implementation", self.attn_implementation, ATTENTION)
+        if not isinstance(getattr(torch, self.export_dtype, None), torch.dtype):
+            raise ValueError(f"export_dtype is {self.export_dtype!r}: use bfloat16, float16 or float32")
+
+
+# ------------------------------------------------------------------------------------------------- model and data
+
+
+def open_tokenizer(source: str | os.PathLike):
+    """The tokenizer of a folder or hub id. Errors: it has none."""
+    tokenizer = load_tokenizer(source)
+    if tokenizer is None:
+        raise ValueError(f"{source} holds no tokenizer: give one with --tokenizer")
+    return tokenizer
+
+
+def open_model(recipe: RecipeConfig, dtype: torch.dtype = torch.float32) -> LLaDAModelLM:
+    """The model that a recipe goes on from, with its weights in `dtype`."""
+    with quiet():
+        return LLaDAModelLM.from_pretrained(recipe.model, dtype=dtype)
+
+
+def check_fit(model, tokenizer) -> None:
+    """Errors: a tokenizer with more tokens than the model has embeddings."""
+    if len(tokenizer) > model.config.embedding_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model {model.config.embedding_size} embeddings: "
+            f"use the tokenizer that belongs to the model"
+        )
+
+
+def load_examples(value: str, length: int, load: Callable[[str], Documents]) -> Examples:
+    """The examples of at most `length` tokens of a list of sources, mixed by its weights."""
+    sources = parse_sources(value)
+    weights = [source.weight for source in sources]
+    return Examples([load(source.path) for source in sources], length, None if None in weights else weights)
+
+
+def stream_examples(value: str, length: int, window: int, source: Callable[..., StreamedSource]) -> StreamedExamples:
+    """The same, streamed: source(paths, weight=...) reads files one after another; those with weights are mixed."""
+    sources = parse_sources(value)
+    if sources and sources[0].weight is None:
+        return StreamedExamples([source([one.path for one in sources])], length, window)
+    return StreamedExamples([source([one.path], weight=one.weight) for one in sources], length, window)
+
+
+# ------------------------------------------------------------------------------------------------------------- run
+
+
+def summary(
+    recipe: RecipeConfig,
+    prog: str,
+    parameters: int,
+    train: Examples | StreamedExamples,
+    valid: Examples | None,
+    result: Result,
+    argv: list[str],
+) -> dict:
+    """What a model card needs to say about the run; sizes in tokens, times in seconds, bounds in nats per token."""
+    bound = result.validation
+    notes = {
+        "name": recipe.name,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "command": shlex.join(["python", "-m", f"train.{prog}", *argv]),
+        "commit": commit(),
+        "hardware": hardware(),
+        "torch": torch.__version__,
+        "parameters": parameters,
+        "steps": result.step,
+        "seconds": round(result.seconds, 1),
+        "tokens_seen": result.tokens,
+        "tokens_in_data": train.tokens,
+        "epochs": round(result.tokens / train.tokens, 3) if train.tokens else None,  # not known of streamed data
+        "recipe": dataclasses.asdict(recipe),
+    }
+    if bound is not None:
+        size = sum(part.bytes for part in valid.documents)
+        notes["validation"] = {
+            "nats_per_token": bound.bound,
+            "standard_error": bound.error,
+            "perplexity": float(torch.tensor(bound.bound).exp()),
+            "bits_per_byte": bound.bound * bound.tokens / size / float(torch.tensor(2.0).log()),
+            "tokens": bound.tokens,
+            "evaluations": bound.examples,
+            "cross_entropy_by_mask_rate": bound.buckets,
+        }
+    return notes
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a recipe trains, and on what. finish(model, weights) -> (model, weights): what is exported."""
+
+    model: torch.nn.Module
+    tokenizer: object
+    train: Examples | StreamedExamples
+    valid: Examples | None
+    finish: Callable = lambda model, weights: (model, weights)
+
+
+def run(recipe: RecipeConfig, argv: list[str], prog: str, prepare: Callable[..., Prepared]) -> int:
+    """Train, and export on request. Returns the exit code: 130 where it was interrupted."""
+    if not recipe.data:
+        raise ValueError("no data: give --data with one or more sources, comma separated")
+    accelerator = make_accelerator(recipe)
+    ready = prepare(recipe, accelerator)
+    model, train = ready.model, ready.train
+    try:
+        model.set_attn_implementation(recipe.attn_implementation)
+    except ImportError as error:
+        raise ValueError(f"attn_implementation {recipe.attn_implementation} cannot be used: {error}") from error
+    report = print if accelerator.is_main_process else (lambda line: None)
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    share = "" if trained == sum(sizes) else f", {trained / 1e6:.2f}M of them trained"
+    report(f"model: {sum(sizes) / 1e6:.2f}M parameters{share}; data: {train.describe()}")
+    if not recipe.streaming:
+        _report_counts(report, train.documents)
+    masked = mask_id(ready.tokenizer, model.config)
+    result = fit(
+        model,
+        ready.tokenizer,
+        train,
+        ready.valid,
+        recipe,
+        mask_id=masked,
+        resume=recipe.resume,
+        accelerator=accelerator,
+    )
+    if result.interrupted:
+        again = " ".join([f"python -m train.{prog}", shlex.join(argv), "" if recipe.resume else "--resume"]).strip()
+        report(f"stopped after step {result.step}; a checkpoint is in {recipe.output}. Go on with:\n  {again}")
+        return 130
+    if recipe.streaming:
+        _report_counts(report, train.sources)
+    state = whole_state(accelerator.unwrap_model(model), accelerator.is_main_process)
+    if accelerator.is_main_process:
+        notes = summary(recipe, prog, sum(sizes), train, ready.valid, result, argv)
+        plain, weights = ready.finish(accelerator.unwrap_model(model), result.ema)
+        targets = [(Path(recipe.output) / "model", None)]
+        if recipe.export:
+            targets.append((Path(recipe.export), getattr(torch, recipe.export_dtype)))
+        for folder, dtype in targets:
+            own = state if plain is accelerator.unwrap_model(model) else None  # not of merged adapters
+            save.save_model(plain, folder, ready.tokenizer, state=own, weights=weights, dtype=dtype, notes=notes)
+            report(f"wrote {folder}")
+        report(json.dumps({key: notes[key] for key in ("steps", "seconds", "tokens_seen", "epochs")}))
+    accelerator.wait_for_everyone()
+    return 0
+
+
+def _report_counts(report: Callable[[str], None], sources) -> None:
+    for counts in (source.counts for source in sources if source.counts):
+        report("data: " + ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in counts.items()))
+
+
+def main(
+    kind: type[RecipeConfig], prepare: Callable[..., Prepared], argv: list[str] | None, *, prog: str, text: str
+) -> int:
+    """Run a recipe; a user's mistake is one line and exit code 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        code = run(parse(kind, argv, prog, text), argv, prog, prepare)
+    except (ValueError, OSError) as error:
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        print(f"{prog}: {error}{': make room, then go on with --resume' if full else ''}", file=sys.stderr)
+        code = 2
+    leave_processes(failed=code == 2)
+    return code

@@ -1,0 +1,34 @@
+"""What a person sees of a training run: one line that moves on a terminal, one line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, as 1:02:03."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def counted(items: Iterable[T], total: int, name: str, show: bool = True, every: float = 10.0) -> Iterator[T]:
+    """The items, while standard error says how many of `total` there were and how long the rest will take.
+
+    every: seconds between lines where it is no terminal; there the line moves.
+    """
+    live, began = sys.stderr.isatty(), time.perf_counter()
+    shown = began
+    for number, item in enumerate(items, 1):
+        yield item
+        now = time.perf_counter()
+        if show and (number == total or now - shown >= (0.2 if live else every)):
+            left = duration((now - began) / number * (total - number))
+            start, end = ("\r\x1b[2K", "\n" if number == total else "") if live else ("", "\n")
+            sys.stderr.write(f"{start}{name}: {number}/{total}  left {left}{end}")
+            sys.stderr.flush()
+            shown = now

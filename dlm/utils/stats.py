@@ -1,0 +1,88 @@
+"""Means with their errors, fits and fronts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+# ---------------------------------------------------------------- of a set of answers
+
+
+def geometric_mean(values: Sequence[float]) -> float | None:
+    """exp of the mean logarithm, the mean for perplexities and ratios; None where there is no value."""
+    return math.exp(sum(map(math.log, values)) / len(values)) if values else None
+
+
+def proportion(right: Sequence[bool]) -> tuple[float, float | None]:
+    """The share that is right and its standard error, sqrt(p (1 - p) / (n - 1)); None for one answer alone."""
+    share, count = sum(right) / len(right), len(right)
+    return share, math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else None
+
+
+# ---------------------------------------------------------------- of measurements
+
+
+@dataclass(frozen=True)
+class Fit:
+    """y = intercept + slopes · x by least squares; r2: the share of y's variance that it explains."""
+
+    intercept: float
+    slopes: tuple[float, ...]
+    r2: float
+
+
+def fit(y: Sequence[float], *x: Sequence[float]) -> Fit:
+    """Least squares of y on one or several x. Errors: too few measurements, or an x that the others tell already."""
+    table = np.column_stack([np.ones(len(y)), *x])
+    found, _, rank, _ = np.linalg.lstsq(table, np.asarray(y, dtype=float), rcond=None)
+    if rank < table.shape[1]:
+        raise ValueError(f"{len(y)} measurements do not tell {table.shape[1]} unknowns apart: measure more cells")
+    left = np.asarray(y) - table @ found
+    total = float(np.square(np.asarray(y) - np.mean(y)).sum())
+    return Fit(float(found[0]), tuple(map(float, found[1:])), 1 - float(left @ left) / total if total else 1.0)
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
+    """The indices of the points that no other beats in both numbers, lower being better, by the first number."""
+    front: list[int] = []
+    for index in sorted(range(len(points)), key=lambda i: points[i]):
+        if not front or points[index][1] < points[front[-1]][1]:
+            front.append(index)
+    return front
+
+
+# ----------------------------------------------------------------------------------------------------------- quality
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A mean over texts and its standard error."""
+
+    value: float
+    error: float
+
+    @classmethod
+    def of(cls, values: Sequence[float | None]) -> Measure:
+        """The mean of the values that there are (NaN for none)."""
+        there = np.array([value for value in values if value is not None], dtype=float)
+        if len(there) == 0:
+            return cls(math.nan, math.nan)
+        return cls(
+            float(there.mean()), float(there.std(ddof=1)) / math.sqrt(len(there)) if len(there) > 1 else math.nan
+        )
+
+
+def ratio(values: torch.Tensor, sizes: torch.Tensor) -> tuple[float, float]:
+    """sum(values) / sum(sizes) over clusters and its standard error, linearised (Cochran, Sampling Techniques)."""
+    values, sizes = values[sizes > 0], sizes[sizes > 0]
+    mean = float(values.sum() / sizes.sum())
+    clusters = len(values)
+    if clusters < 2:
+        return mean, math.nan
+    residual = values - mean * sizes
+    variance = clusters / (clusters - 1) * float(residual.square().sum()) / float(sizes.sum()) ** 2
+    return mean, math.sqrt(variance)

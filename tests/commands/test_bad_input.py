@@ -1,0 +1,122 @@
+"""Bad input: one clear line on standard error that names the value, the reason and the fix; exit code 2."""
+
+import json
+
+import pytest
+import torch
+
+import dlm
+from tests.helpers import commandline
+from tests.helpers.commandline import make_checkpoint
+
+tokenizer, checkpoint, run = commandline.tokenizer, commandline.checkpoint, commandline.run  # fixtures
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["generate", "x", "--method", "nome"], ["'nome'", "'none'"]),
+        (["generate", "x", "--metod", "none"], ["--metod", "--method"]),
+        (["generate", "x", "--gen-len", "3"], ["--gen-len", "--gen-length"]),  # no abbreviations
+        (["genrate", "x"], ["'genrate'", "'generate'"]),
+        (["generate", "x", "--steps", "x"], ["--steps", "'x'"]),
+        (["generate", "x", "--steps", "2", "--gen-length", "99"], ["steps", "2", "4 blocks"]),
+        (["generate", "x", "--gen-length", "0"], ["--gen-length is 0"]),
+        (["generate", "x", "--gen-length", "-3"], ["--gen-length is -3"]),
+        (["generate", "x", "--steps", "0"], ["--steps is 0"]),
+        (["generate", "x", "--block-length", "0"], ["--block-length is 0"]),
+        (["generate", "x", "--temperature", "nan"], ["--temperature is nan"]),
+        (["generate", "x", "--batch-size", "0"], ["--batch-size is 0"]),
+        (["generate", "x", "--num-samples", "-1"], ["--num-samples is -1"]),
+        (["generate", "x", "--delay", "-1"], ["--delay"]),
+        (["generate", "x", "--gen-length", "127"], ["129", "128", "shorten"]),
+        (["generate", "x", "--method", "block_causal"], ["full-attention", "dual"]),
+        (["generate", "x", "--device", "abacus"], ["device abacus"]),
+        (["generate", "x", "--dtype", "float3"], ["'float3'", "float32"]),
+        (["generate", "x", "--attn-implementation", "sdpaa"], ["'sdpaa'", "'sdpa'"]),
+        (["generate", "a <|mdm_mask|> b"], ["mask token <|mdm_mask|>"]),
+        (["generate", "--prompts", "/nowhere/p.txt"], ["/nowhere/p.txt", "No such file"]),
+        (["infill", "nothing"], ["'nothing'", "___"]),
+        (["infill", "a ___{0}"], ["___{0}"]),
+        (["infill", "a ___", "--blank-length", "0"], ["--blank-length is 0"]),
+        (["infill", "a ___ <|mdm_mask|>"], ["mask token"]),
+        (["info", "/nowhere"], ["/nowhere"]),
+        (["info", "nobody/nothing"], ["nobody/nothing", "hub"]),
+    ],
+)
+def test_bad_options(run, arguments, words):
+    code, out, error = run(*arguments)
+    assert code == 2 and out == ""
+    assert error.startswith("dlm: error: ") and error.count("\n") == 1 and "Traceback" not in error
+    assert all(word in error for word in words), error
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"\xff\xfe", ["UTF-8"]),
+        (b"", ["no prompt"]),
+        (b" \n\n", ["no prompt"]),
+        (b'{"prompt": "a"}\n{"text": "b"}\n', ["line 2", '"prompt"']),
+        (b'{"prompt": 5}\n', ["line 1"]),
+    ],
+)
+def test_bad_prompt_files(run, tmp_path, content, words):
+    file = tmp_path / "prompts.jsonl"
+    file.write_bytes(content)
+    code, out, error = run("generate", "--prompts", file)
+    assert code == 2 and out == "" and error.count("\n") == 1
+    assert all(word in error for word in [*words, str(file)]), error
+
+
+def damage(folder, tokenizer, kind):
+    file, settings = folder / "model.safetensors", folder / "config.json"
+    if kind == "no config":
+        settings.unlink()
+    elif kind == "no weights":
+        file.unlink()
+    elif kind == "truncated":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif kind == "another family":
+        settings.write_text(settings.read_text().replace('"llada"', '"gpt2"'))
+    elif kind == "no mask token":
+        fields = json.loads(settings.read_text()) | {"mask_token_id": len(tokenizer) + 7}
+        settings.write_text(json.dumps(fields))
+    elif kind == "no tokenizer":
+        (folder / "tokenizer.json").unlink()
+        (folder / "tokenizer_config.json").unlink()
+    elif kind == "no folder":
+        return folder / "sub"
+    return folder
+
+
+@pytest.mark.parametrize(
+    "kind, words",
+    [
+        ("no config", ["no config.json"]),
+        ("no weights", ["no weights"]),
+        ("truncated", ["cut short"]),
+        ("another family", ["'gpt2'"]),
+        ("no mask token", ["lacks the mask token"]),
+        ("no tokenizer", ["no tokenizer"]),
+        ("no folder", ["is not a folder"]),
+    ],
+)
+def test_bad_checkpoints(run, tmp_path, tokenizer, kind, words):
+    folder = damage(make_checkpoint(tmp_path / "bad", tokenizer), tokenizer, kind)
+    code, out, error = run("generate", "x", model=folder)
+    assert code == 2 and out == "" and error.count("\n") == 1 and "Traceback" not in error
+    assert all(word in error for word in words), error
+    if kind in ("no config", "no weights", "truncated", "another family", "no folder"):
+        code, _, error = run("info", folder)
+        assert code == 2 and error.count("\n") == 1 and all(word in error for word in words), error
+
+
+def test_logits_that_are_not_numbers_are_a_failure_that_names_the_pass(run, tmp_path, tokenizer):
+    folder = make_checkpoint(tmp_path / "nan", tokenizer)
+    model, _ = dlm.load(folder)
+    with torch.no_grad():
+        model.model.transformer.ln_f.weight.fill_(float("nan"))
+    model.save_pretrained(folder)
+    code, out, error = run("generate", "x", "--gen-length", 2, model=folder)
+    assert code == 2 and out == "" and error.count("\n") == 1 and "pass 1" in error and "nan" in error

@@ -1,0 +1,79 @@
+"""What README.md tells a reader to type works."""
+
+import contextlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from dlm.checkpoints.load import SHIPPED
+from dlm.cli import main, scripts
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"(<!-- test: run -->\n)?```(\w*)\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line for run, kind, text in BLOCKS if run and kind == "sh" for line in text.splitlines() if line.strip()]
+PROGRAMS = [text for run, kind, text in BLOCKS if run and kind == "python"]
+
+needs_model = pytest.mark.skipif(not SHIPPED.is_dir(), reason="there is no shipped model in this tree")
+
+
+@needs_model
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_runs(command, capsys):
+    program, *arguments = shlex.split(command, comments=True)
+    assert program == "dlm"
+    assert main.main(arguments) == 0
+    out, error = capsys.readouterr()
+    assert out.strip() and not error
+
+
+@needs_model
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_program_runs(program, capsys):
+    exec(compile(program, "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_there_is_something_to_run():
+    assert len(COMMANDS) >= 5 and len(PROGRAMS) == 1
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"\bmake ([a-z]+)\b", README))
+    assert {"demo", "test"} <= named <= targets
+
+
+def options_of(command, capsys):
+    """What `dlm COMMAND --help` lists, and what it reads without listing."""
+    with contextlib.suppress(SystemExit):
+        main.main([*command, "--help"])
+    listed = set(re.findall(r"--[a-z][a-z_-]+", capsys.readouterr().out))
+    return LM_EVAL if command == ["eval", "harness"] else listed
+
+
+LM_EVAL = {"--tasks", "--model_args"}  # options of lm_eval itself, which is an extra
+TORCHRUN = {"--nproc-per-node"}
+SHOWN = sorted({line.split("#")[0].strip() for _, kind, text in BLOCKS if kind == "sh" for line in text.splitlines()})
+SHOWN = [line for line in SHOWN if re.match(r"dlm \w+ .*--\w", line)]
+
+
+@pytest.mark.parametrize("line", SHOWN)
+def test_options_of_a_command_exist(line, capsys):
+    words = line.split()[1:]
+    command = words[: 2 if words[0] in scripts.FOLDERS else 1]
+    assert set(re.findall(r"--[a-z][a-z_-]+", line)) <= options_of(command, capsys)
+
+
+def test_options_exist(capsys):
+    commands = [[command, name] for command in scripts.FOLDERS for name in scripts.scripts(command)]
+    commands += [[word] for word in ("generate", "infill", "chat", "info")] + [["train", "--estimate"]]
+    known = set().union(*(options_of(command, capsys) for command in commands)) | {"--estimate"} | TORCHRUN
+    assert set(re.findall(r"--[a-z][a-z_-]+", README)) <= known
+
+
+def test_files_exist():
+    named = re.findall(r"`((?:dlm|train|tests|eval|benchmarks)/[\w/.]*)`", README)
+    assert named and all((ROOT / name).exists() for name in named)

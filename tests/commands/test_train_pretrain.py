@@ -1,0 +1,136 @@
+"""The pretraining recipe: settings by name, a run from text to a model that loads, interrupt and resume."""
+
+import json
+import os
+import shlex
+import signal
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+import dlm
+from dlm.training import trainer
+from dlm.training.state import checkpoints
+from train.pretrain import main, parse
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate(monkeypatch, tmp_path):
+    """Accelerate keeps one precision for a process; tokenized data goes to the test's own folder."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("DLM_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """A recipe of four steps on twelve stories, as a function of the output folder."""
+    stories = [f"The {animal} saw {n} red stars and went home." for animal in ("cat", "dog") for n in range(6)]
+    (tmp_path / "stories.txt").write_text("\n<|endoftext|>\n".join(stories), encoding="utf-8")
+    config = {
+        "data": tmp_path / "stories.txt", "valid": tmp_path / "stories.txt", "vocab_size": 270, "sequence_length": 24,
+        "d_model": 16, "n_layers": 1, "n_heads": 2, "mlp_hidden_size": 32, "max_steps": 4, "batch_size": 2,
+        "warmup_steps": 1, "valid_every": 0, "sample_every": 0, "checkpoint_every": 100, "precision": "no",
+    }  # fmt: skip
+    (tmp_path / "tiny.yaml").write_text("".join(f"{key}: {value}\n" for key, value in config.items()))
+    return lambda output: ["--config", str(tmp_path / "tiny.yaml"), "--output", str(tmp_path / output)]
+
+
+def weights(folder):
+    model, _ = dlm.load(folder, device="cpu")
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--attn-implementation", "flax_attention"], "did you mean 'flex_attention'"),
+        (["--learning-rat", "1e-3"], "unknown option --learning-rat: did you mean --learning-rate?"),
+        (["--max-step=3"], "unknown option --max-step: did you mean --max-steps?"),
+        (["--max-steps", "many"], "max_steps is 'many': it must be an int"),
+        (["--objective", "difusion"], "did you mean 'diffusion'"),
+        (["--export-dtype", "float99", "--data", "x.txt"], "use bfloat16, float16 or float32"),
+        ([], "no data: give --data"),
+        (["--data", "nowhere.txt"], "nowhere.txt: no such file"),
+    ],
+)
+def test_a_wrong_option_is_one_line_with_the_nearest_name(tmp_path, capsys, argv, message):
+    assert main([*argv, "--output", str(tmp_path / "run")]) == 2
+    told = capsys.readouterr().err
+    assert message in told and told.count("\n") == 1 and "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("batchsize: 4\n", r"tiny.yaml: unknown key 'batchsize': did you mean 'batch_size'\?"),
+        ("batch_size: four\n", "batch_size is 'four': it must be an int"),
+        ("compile: 1\n", "compile is 1: it must be a bool"),
+        ("- batch_size\n", "a list, not a list of"),
+        ("a: b: c\n", "not YAML"),
+    ],
+)
+def test_a_wrong_key_of_the_yaml_names_file_and_nearest_name(tmp_path, text, message):
+    (tmp_path / "tiny.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        parse(["--config", str(tmp_path / "tiny.yaml")])
+    with pytest.raises(ValueError, match=r"missing.yaml: No such file"):
+        parse(["--config", str(tmp_path / "missing.yaml")])
+
+
+def test_the_command_line_overrides_the_yaml(tmp_path):
+    (tmp_path / "tiny.yaml").write_text("max_steps: 7\nlearning_rate: 1e-3\nsample_prompts: [a, b]\nn_kv_heads: null\n")
+    recipe = parse(["--config", str(tmp_path / "tiny.yaml"), "--max-steps", "9", "--no-compile", "--resume"])
+    assert (recipe.max_steps, recipe.learning_rate, recipe.sample_prompts) == (9, 1e-3, ("a", "b"))
+    assert recipe.resume and not recipe.compile and recipe.n_kv_heads is None
+    assert parse([]).batch_size == 32  # a default
+
+
+def test_text_becomes_a_model_that_loads_and_writes(tmp_path, arguments, capsys):
+    export = tmp_path / "export"
+    assert main([*arguments("run"), "--export", str(export), "--valid-every", "2", "--valid-rows", "2"]) == 0
+    assert f"wrote {export}" in capsys.readouterr().out
+    model, tokenizer = dlm.load(export, device="cpu")
+    assert model.config.mask_token_id == tokenizer.mask_token_id
+    assert json.loads((export / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    out = dlm.generate(model, ["The cat"], dlm.SamplingConfig(gen_length=8, steps=4), tokenizer=tokenizer)
+    assert out.sequences.shape == (1, 8) and not (out.sequences == tokenizer.mask_token_id).any()
+    notes = json.loads((export / "training.json").read_text())
+    assert notes["steps"] == 4 and notes["recipe"]["batch_size"] == 2 and notes["validation"]["nats_per_token"] > 0
+    assert shlex.split(notes["command"])[:3] == ["python", "-m", "train.pretrain"]
+    # what is exported is the moving average, rounded
+    assert torch.equal(weights(export), weights(tmp_path / "run" / "model").bfloat16())
+
+
+def test_interrupt_exits_130_and_the_printed_command_goes_on_bit_for_bit(tmp_path, arguments, capsys, monkeypatch):
+    assert main(arguments("whole")) == 0
+    take, steps = trainer.Run.train_step, []
+
+    def interrupted_once(self, stop):
+        steps.append(self.step)
+        if len(steps) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return take(self, stop)
+
+    monkeypatch.setattr(trainer.Run, "train_step", interrupted_once)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    capsys.readouterr()
+    assert main(arguments("parts")) == 130
+    told = capsys.readouterr().out
+    assert steps == [0, 1, 2] and "SIGINT" in told
+    assert [step for step, _ in checkpoints(tmp_path / "parts")] == [3]
+    command = shlex.split(told.strip().splitlines()[-1])
+    assert command[:3] == ["python", "-m", "train.pretrain"] and command[-1] == "--resume"
+    assert not (tmp_path / "parts" / "model").exists()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main(command[3:]) == 0 and steps == [0, 1, 2, 3]
+    assert torch.equal(weights(tmp_path / "whole" / "model"), weights(tmp_path / "parts" / "model"))
+
+
+def test_a_model_goes_on_with_its_own_tokenizer(tmp_path, arguments, capsys):
+    assert main(arguments("first")) == 0
+    AcceleratorState._reset_state(reset_partial_state=True)
+    first = tmp_path / "first" / "model"
+    assert main([*arguments("second"), "--model", str(first), "--objective", "autoregressive"]) == 0
+    assert not torch.equal(weights(first), weights(tmp_path / "second" / "model"))
+    assert not (tmp_path / "second" / "tokenizer").exists()  # none was trained

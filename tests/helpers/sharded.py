@@ -1,0 +1,31 @@
+"""Runs the pretraining recipe under FSDP2 on CPU processes; test_processes.py starts it once for each.
+
+Accelerate reads its FSDP settings on accelerators alone, though FSDP2 itself shards over CPU processes just as well:
+this script tells Accelerate that it is sharding, and changes nothing else.
+"""
+
+import sys
+
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+from dlm.training import accelerator as accelerators
+from dlm.training import recipe
+from train.pretrain import main
+
+
+def make_accelerator(config):
+    accelerator = accelerators.make_accelerator(config)
+    assert accelerator.num_processes > 1
+    for shared in (PartialState._shared_state, accelerator.state._shared_state):
+        shared["distributed_type"] = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["LLaDABlock"],
+        cpu_ram_efficient_loading=False, state_dict_type="SHARDED_STATE_DICT",
+    )  # fmt: skip
+    assert accelerator.is_fsdp2
+    return accelerator
+
+
+recipe.make_accelerator = make_accelerator
+sys.exit(main(sys.argv[1:]))

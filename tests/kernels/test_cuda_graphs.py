@@ -1,0 +1,153 @@
+"""Passes that are replayed: with a recorder that stands in for CUDA's, the tokens are those of passes that are not.
+
+The stand-in keeps what a graph has: the function is run again on the memory that it was recorded with, and its result
+lies where it lay at first. What it cannot show is whether CUDA can record these kernels.
+"""
+
+import random
+
+import pytest
+import torch
+
+import dlm
+from dlm import SamplingConfig
+from dlm.kernels.cuda_graphs import KEPT, Graphs
+from dlm.kernels.packed import packed
+from dlm.models.kv_cache import KVCache
+from dlm.sampling import denoise
+from tests.helpers.toys import tiny_model
+
+
+class Recorder:
+    def __init__(self):
+        self.recorded = self.replayed = 0
+
+    def __call__(self, function, pool):
+        result = function().clone()
+        self.recorded += 1
+
+        def replay():
+            self.replayed += 1
+            result.copy_(function())
+
+        return replay, result
+
+
+@pytest.fixture
+def replaying(monkeypatch):
+    """model -> its Graphs, which the sampler uses from then on."""
+
+    def make(model):
+        graphs = Graphs(packed(model), Recorder())
+        monkeypatch.setattr(denoise, "packed", lambda _: graphs)
+        return graphs
+
+    return make
+
+
+@pytest.mark.parametrize("method", ["none", "prefix", "dual", "vicinity", "c2f"])
+def test_tokens_are_those_of_plain_passes(replaying, monkeypatch, method):
+    """Prompts of many lengths, rows that come to their blocks at different passes, guidance, every commit rule."""
+    rng, model = random.Random(method), tiny_model(3, dtype=torch.float32)
+    runs = []
+    for _ in range(12):
+        config = SamplingConfig(
+            gen_length=12, block_length=rng.choice([3, 4, 12]), steps=rng.choice([4, 6, 12]), method=method,
+            commit=rng.choice(["quota", "quota", "threshold"]), temperature=rng.choice([0.0, 0.0, 0.7]),
+            cfg_scale=rng.choice([0.0, 0.0, 1.5]), window=2, seed=rng.randrange(99),
+        )  # fmt: skip
+        prompts = [[rng.randrange(38) for _ in range(rng.choice([2, 4]))] for _ in range(rng.choice([1, 1, 2]))]
+        runs.append((prompts, config, dlm.generate(model, prompts, config)))
+    graphs = replaying(model)
+    for prompts, config, want in runs:
+        got = dlm.generate(model, prompts, config)
+        assert got.sequences.tolist() == want.sequences.tolist(), config
+        assert (got.nfe.tolist(), got.positions_computed.tolist()) == (
+            want.nfe.tolist(),
+            want.positions_computed.tolist(),
+        )
+    assert graphs.record.replayed > 2 * graphs.record.recorded > 0
+
+
+def test_block_causal_too(replaying):
+    model = tiny_model(4, dtype=torch.float32, block_length=4)
+    config = SamplingConfig(gen_length=16, method="block_causal", steps=16)
+    want = [dlm.generate(model, [prompt], config).sequences.tolist() for prompt in ([1, 2, 3], [4, 5, 6])]
+    graphs = replaying(model)
+    assert [dlm.generate(model, [prompt], config).sequences.tolist() for prompt in ([1, 2, 3], [4, 5, 6])] == want
+    assert graphs.record.replayed > graphs.record.recorded > 0
+
+
+def test_a_second_generation_records_nothing(replaying):
+    model = tiny_model(5, dtype=torch.float32)
+    graphs, config = replaying(model), SamplingConfig(gen_length=8, block_length=4, steps=8, method="dual")
+    dlm.generate(model, [[1, 2]], config)
+    dlm.generate(model, [[1, 3]], config)
+    assert graphs.record.recorded == 2  # all slots, a block's slots
+    before = graphs.record.replayed
+    dlm.generate(model, [[5, 6]], config)
+    assert (graphs.record.recorded, graphs.record.replayed) == (2, before + 8)
+
+
+def test_generations_at_once_do_not_share_a_cache(replaying):
+    model = tiny_model(6, dtype=torch.float32)
+    config = SamplingConfig(gen_length=8, block_length=4, steps=8, method="dual")
+    prompts = [[1, 2], [3, 4]]
+    want = [dlm.generate(model, [prompt], config).sequences.tolist() for prompt in prompts]
+    replaying(model)
+    for _ in range(2):
+        runs = [dlm.denoise(model, dlm.Canvas.from_prompts([prompt], 8, 39), config) for prompt in prompts]
+        for states in zip(*runs, strict=True):  # turn by turn
+            last = states
+        assert [state.canvas.region(0).tolist() for state in last] == want
+
+
+def test_caches_come_back_and_old_shapes_go():
+    graphs = Graphs(packed(tiny_model(7, dtype=torch.float32)), Recorder())
+    first = graphs.borrow(1, 8)
+    assert graphs.borrow(1, 8) is not first
+    graphs.give_back(first)
+    assert graphs.borrow(1, 8) is first and isinstance(first, KVCache)
+    graphs.give_back(first)
+    for length in range(20, 20 + KEPT):
+        graphs.borrow(1, length)
+    assert graphs.borrow(1, 8) is not first
+
+
+def test_a_generation_that_is_left_gives_its_cache_back(replaying):
+    model = tiny_model(8, dtype=torch.float32)
+    graphs, config = replaying(model), SamplingConfig(gen_length=8, block_length=4, steps=8, method="dual")
+    states = dlm.denoise(model, dlm.Canvas.from_prompts([[1, 2]], 8, 39), config)
+    next(states)
+    states.close()
+    assert len(graphs._canvas(1, 10).free) == 1
+
+
+def test_a_processor_has_no_cuda_graphs():
+    with pytest.raises(ValueError, match="cuda_graphs need one GPU, and the model goes to cpu"):
+        dlm.load(device="cpu", cuda_graphs=True)
+    model = tiny_model(9, dtype=torch.float32)
+    model.cuda_graphs = True
+    assert not isinstance(packed(model), Graphs)
+
+
+@pytest.mark.parametrize("bad", [2, 4])
+def test_a_check_that_lags_a_turn_names_the_pass_and_misses_none(bad):
+    """As on a GPU: what is no number at pass 2 of 4 is said a turn later, and at the last pass at the end."""
+    passes = 0
+
+    def predictor(tokens, positions=None, *, logits_to_keep, **_):
+        nonlocal passes
+        passes += 1
+        logits = torch.randn(*logits_to_keep.shape, 40)
+        return logits * float("nan") if passes == bad else logits
+
+    config = SamplingConfig(gen_length=4, block_length=4, steps=4)
+    run = denoise._Run(predictor, dlm.Canvas.from_prompts([[1, 2]], 4, 39), config, None, ())
+    assert run.lag == 0
+    run.lag, turns = 1, run.turns()
+    for _ in range(bad):
+        next(turns)
+    with pytest.raises(FloatingPointError, match=f"pass {bad}: "):
+        next(turns)
+    assert passes == min(bad + 1, 4)

@@ -1,0 +1,241 @@
+"""Time and memory: operations and weights counted on a model, a published cost, what a tracker and a log are given."""
+
+import json
+import math
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch.utils.flop_counter import FlopCounterMode
+
+from dlm.cli.main import main as dlm_main
+from dlm.models.configuration import LLaDAConfig
+from dlm.models.flops import PEAKS, block_parameters, parameters, peak_flops, training_flops
+from dlm.models.transformer import LLaDAModelLM
+from dlm.training import state
+from dlm.training.accelerator import checkpoint_activations
+from dlm.training.estimate import LLADA_8B, activation_bytes, estimate
+from dlm.training.logging import Display, start_tracker, tracker_of
+from dlm.training.state import STATE_FILE, checkpoints
+from tests.helpers.ranks import settings, tiny_data
+from tests.helpers.training import fresh_accelerate, train, weights
+
+assert fresh_accelerate  # a fixture for every test here
+
+
+def model_of(tying=False, **changes):
+    torch.manual_seed(0)
+    shape = {"d_model": 64, "n_heads": 4, "n_layers": 2, "mlp_hidden_size": 128, "vocab_size": 96, **changes}
+    config = LLaDAConfig(
+        **shape, weight_tying=tying, mask_token_id=1, eos_token_id=2, pad_token_id=2, max_sequence_length=128,
+        init_fn="normal",
+    )  # fmt: skip
+    return LLaDAModelLM(config)
+
+
+@pytest.mark.parametrize("tying", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 2}, {"attention_layer_norm": True, "n_layers": 3}])
+def test_weights_are_counted_exactly(tying, changes):
+    model = model_of(tying, **changes)
+    assert parameters(model.config) == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_operations_are_those_that_torch_counts(frozen):
+    model = model_of(n_kv_heads=2)
+    model.config._attn_implementation = "eager"  # products that the counter knows on a CPU
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = not frozen or "wte" in name  # gradients must still flow through all layers
+    tokens, keep = torch.randint(3, 96, (2, 32)), torch.zeros(2, 32, dtype=torch.bool)
+    keep[:, ::2] = True
+    with FlopCounterMode(display=False) as counter:
+        model(tokens, logits_to_keep=keep).sum().backward()
+    assert counter.get_total_flops() == training_flops(model.config, 64, 32, 32, frozen=frozen)
+
+
+def saved_bytes(layers, checkpointing=False, width=64):
+    """Bytes a token that autograd keeps, without the weights and the bf16 copies that autocast makes of them."""
+    model = model_of(n_layers=layers, d_model=128, mlp_hidden_size=256).train()
+    if checkpointing:
+        checkpoint_activations(model)
+    weights = {parameter.data_ptr() for parameter in model.parameters()}
+    held, sizes = [], {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            held.append(tensor)  # so that no address is used twice
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        model(torch.randint(3, 96, (1, width)))
+    copies = 0 if checkpointing else 2 * block_parameters(model.config)
+    return (sum(sizes.values()) - copies) / width
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_of_a_layer_are_what_autograd_keeps(checkpointing):
+    counted = [
+        activation_bytes(
+            model_of(d_model=128, mlp_hidden_size=256, n_layers=n).config, 1, 0, checkpointing=checkpointing
+        )
+        for n in (3, 4)
+    ]
+    seen = saved_bytes(4, checkpointing) - saved_bytes(3, checkpointing)
+    assert counted[1] - counted[0] == pytest.approx(seen, rel=0.05)
+
+
+def test_logits_of_a_large_vocabulary_are_held_for_a_chunk_of_places():
+    config = LLaDAConfig(**LLADA_8B)
+    base = activation_bytes(config, 4096, 0, checkpointing=False)
+    assert activation_bytes(config, 4096, 2048, checkpointing=False) - base == 2048 * 126_464 * 10
+    assert activation_bytes(config, 4096, 2048, checkpointing=False, chunk=1061) - base == 1061 * 126_464 * 6
+    found = estimate(config, tokens=1e9, gpus=1, peak=1e15, mfu=0.3, width=4096, rows=1)
+    assert found.activations - base == 1061 * 126_464 * 6
+
+
+def test_llada_8b_costs_what_was_published():
+    """2.3T tokens in 0.13 million H800 hours (arXiv:2502.09992, section 3.1), within a quarter."""
+    config = LLaDAConfig(**LLADA_8B)
+    found = estimate(config, tokens=2.3e12, gpus=256, peak=PEAKS["H800"], mfu=0.3, width=4096, rows=1)
+    assert found.parameters == pytest.approx(8.02e9, rel=0.001)
+    assert found.gpu_hours == pytest.approx(0.13e6, rel=0.25)
+    assert found.tokens_per_second * found.seconds == pytest.approx(2.3e12)
+
+
+def test_sharding_and_checkpointing_save_what_they_should():
+    config = LLaDAConfig(**LLADA_8B)
+
+    def memory(**changes):
+        return estimate(config, tokens=1e9, gpus=8, peak=1e15, mfu=0.3, width=4096, rows=1, **changes)
+
+    plain, zero2, fsdp = memory(), memory(sharding="zero2"), memory(sharding="fsdp")
+    size = plain.parameters
+    assert (plain.weights, plain.gradients, plain.optimizer, plain.average) == (6 * size, 4 * size, 8 * size, 4 * size)
+    assert zero2.weights == plain.weights and zero2.optimizer == plain.optimizer / 8 == fsdp.optimizer
+    assert fsdp.weights == plain.weights / 8 and memory(ema=False).average == 0
+    assert memory(optimizer="muon").optimizer == 4 * size
+    assert memory(checkpointing=True).activations < 0.25 * plain.activations
+    assert memory(block_diffusion=True).flops > 2 * plain.flops * 0.9
+
+
+def test_the_command_prints_a_table_or_json(capsys, tmp_path):
+    assert dlm_main(["train", "--estimate", "--gpu", "H800", "--gpus", "256", "--sharding", "fsdp", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert 97_500 < found["gpu_hours"] < 162_500 and found["memory"] < 80e9
+    model_of().config.save_pretrained(tmp_path)
+    options = ["--model", str(tmp_path), "--tokens", "1e6", "--sequence-length", "64", "--n-layers", "3"]
+    assert dlm_main(["train", "--estimate", *options]) == 0
+    told = capsys.readouterr().out
+    assert "GPU hours" in told and "memory on each GPU" in told
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gpu", "H10"], "is not known: one of"),
+        (["--tokenz", "2"], "the nearest is --tokens"),
+        (["--gpus", "0"], "--gpus is 0: it must be above 0"),
+        (["--mfu", "40"], "a share, above 0 and at most 1"),
+        (["--model", "nowhere"], "No such file"),
+        (["--rows", "many"], "invalid int value: 'many'"),
+    ],
+)
+def test_wrong_options_are_one_line(capsys, options, message):
+    assert dlm_main(["train", "--estimate", *options]) == 2
+    told = capsys.readouterr().err
+    assert message in told and "Traceback" not in told
+
+
+def test_devices_are_told_apart_by_name():
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12 and peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12 and peak_flops("NVIDIA H200") == 989e12
+    assert peak_flops("NVIDIA L40S") == 362e12 and peak_flops("NVIDIA L4") == 121e12
+    assert peak_flops("Some Accelerator 9000") is None and peak_flops("NVIDIA H20") == 148e12
+
+
+def test_mfu_is_the_share_of_the_peak():
+    lines = []
+    display = Display(lines.append, 0, 4, log_every=2, log_seconds=0.0, peak=1e12)
+    assert display.add(1, 2.0, 10, 1.0, 2.0, [1e-3], 10, 1e12) is None
+    record = display.add(2, 2.0, 10, 1.0, 2.0, [1e-3], 20, 1e12)
+    assert record["mfu"] == pytest.approx(0.5) and "(50.0% MFU)" in lines[0]
+    assert "mfu" not in Display(lines.append, 0, 1, log_every=1, log_seconds=0.0).add(1, 1.0, 1, 1.0, 1.0, [1.0], 1)
+
+
+def test_tensorboard_gets_what_the_log_gets(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(tmp_path, tracker="auto", valid=tiny_data(seed=1), valid_every=3, valid_rows=2)
+    events = EventAccumulator(str(tmp_path / "dlm"))
+    events.Reload()
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in records if record["kind"] == "train"]
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(losses, rel=1e-6)
+    assert [event.step for event in events.Scalars("valid/bound")] == [3, 6]
+
+
+def test_a_tracker_that_is_missing_is_left_out_or_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert tracker_of(settings(tmp_path, tracker="auto")) is None
+    with pytest.raises(ValueError, match="tracker is 'wandb', which is not installed"):
+        tracker_of(settings(tmp_path, tracker="wandb"))
+    with pytest.raises(ValueError, match="did you mean 'wandb'"):
+        settings(tmp_path, tracker="wandbb")
+
+
+def test_wandb_is_handed_to_accelerate(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    config = settings(tmp_path, tracker="wandb")
+    assert tracker_of(config) == "wandb"
+    seen = {}
+
+    class Accelerator:
+        log_with = ["wandb"]
+
+        def init_trackers(self, name, config):
+            seen.update(config, project=name)
+
+    start_tracker(Accelerator(), config)
+    assert seen["project"] == "dlm" and seen["max_steps"] == 6 and seen["block_length"] == "None"
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    save = state.save_file
+
+    def full(tensors, path):
+        if "00000004" in str(path):
+            raise OSError(28, "No space left on device")
+        save(tensors, path)
+
+    monkeypatch.setattr(state, "save_file", full)
+    with pytest.raises(ValueError, match=r"step 4 cannot be written.*No space left.*step-00000002.*--resume"):
+        train(tmp_path)
+    assert [step for step, _ in checkpoints(tmp_path)] == [2]
+    assert not list((tmp_path / "checkpoints").glob(".step*"))
+    monkeypatch.setattr(state, "save_file", save)
+    _, result = train(tmp_path, resume=True)
+    assert result.step == 6 and math.isfinite(result.seconds)
+
+
+def test_fp16_trains_like_fp32_and_resumes_with_its_loss_scale(tmp_path):
+    """The first steps overflow and are skipped until the scale fits, so the curves are compared by where they end."""
+    fp16 = {"precision": "fp16", "optimizer": "adamw", "max_steps": 60, "checkpoint_every": 20, "batch_size": 2}
+    half, _ = train(tmp_path / "half", **fp16)
+    train(tmp_path / "parts", **fp16)
+    for step, folder in checkpoints(tmp_path / "parts"):
+        if step > 40:
+            (folder / STATE_FILE).unlink()
+    again, _ = train(tmp_path / "parts", **fp16, resume=True)
+    assert torch.equal(weights(half), weights(again))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(tmp_path / "whole", **{**fp16, "precision": "no"})
+    last = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()][-10:]
+        for name in ("half", "whole")
+    ]
+    assert sum(last[0]) == pytest.approx(sum(last[1]), rel=0.02) and math.isfinite(sum(last[0]))
+    with pytest.raises(ValueError, match="muon is two"):
+        settings(tmp_path, precision="fp16")

@@ -25,7 +25,7 @@ tokenizer, checkpoint, run = commandline.tokenizer, commandline.checkpoint, comm
 
 
 def test_help_fits_a_screen_and_needs_no_torch():
-    code = "import sys; from dlm.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    code = "import sys; from dlm.cli.main import main; main(['--help']); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
     assert done.returncode == 0, "torch was imported"
     lines = done.stdout.splitlines()

@@ -25,6 +25,7 @@ from dlm.cli.parser import Parser, check_least
 from dlm.cli.scripts import guarded
 from dlm.cli.workload import open_workload, workload_options
 from dlm.kernels import packed as packing
+from dlm.kernels.cuda_graphs import Graphs
 from dlm.models import transformer
 from dlm.models.flops import parameters, pass_bytes, pass_flops
 from dlm.models.kv_cache import KVCache
@@ -123,26 +124,20 @@ class _Kernels:
 
 
 def profile(model, prompts, config, clock=time.perf_counter) -> dict[str, float]:
-    """Shares of one generation's time: body, attention, head, confidence, commit, cache, and host (all the rest)."""
+    """Shares of one generation's time: body, attention, head, confidence, commit, cache, and host (all the rest); of
+    passes that are replayed, which hold attention, head and cache, the pass in their place."""
     watch = Stopwatch(model.device, clock)
     predictor = packing.packed(model)
     dlm.generate(model, prompts, config)
     commits = {name: watch.around("commit", rule) for name, rule in COMMITS.items()}
     patches = [
-        mock.patch.object(packing, "attention", watch.around("attention", packing.attention)),
-        mock.patch.object(transformer, "ALL_ATTENTION_FUNCTIONS", _Kernels(transformer.ALL_ATTENTION_FUNCTIONS, watch)),
-        mock.patch.object(KVCache, "update", watch.around("cache", KVCache.update)),
         mock.patch.object(step, "decide", watch.around("confidence", step.decide)),
         mock.patch.dict(COMMITS, commits),
     ]
-    if predictor is model:
-        table = model.get_output_embeddings()
-        if not model.config.weight_tying:
-            patches.append(mock.patch.object(table, "forward", watch.around("head", table.forward)))
-        patches.append(mock.patch.object(type(model), "forward", watch.around("body", type(model).forward)))
+    if isinstance(predictor, Graphs):  # nothing may wait inside of a recording
+        patches.append(mock.patch.object(Graphs, "__call__", watch.around("pass", Graphs.__call__)))
     else:
-        patches.append(mock.patch.object(predictor, "head", watch.around("head", predictor.head)))
-        patches.append(mock.patch.object(packing.Packed, "__call__", watch.around("body", packing.Packed.__call__)))
+        patches += _inside(model, predictor, watch)
     for patch in patches:
         patch.start()
     try:
@@ -153,6 +148,25 @@ def profile(model, prompts, config, clock=time.perf_counter) -> dict[str, float]
             patch.stop()
     total = sum(watch.seconds.values())
     return {name: seconds / total for name, seconds in sorted(watch.seconds.items(), key=lambda item: -item[1])}
+
+
+def _inside(model, predictor, watch: Stopwatch) -> list:
+    """What times the parts of a pass: patches."""
+    table = _Kernels(transformer.ALL_ATTENTION_FUNCTIONS, watch)
+    patches = [
+        mock.patch.object(packing, "attention", watch.around("attention", packing.attention)),
+        mock.patch.object(transformer, "ALL_ATTENTION_FUNCTIONS", table),
+        mock.patch.object(KVCache, "update", watch.around("cache", KVCache.update)),
+    ]
+    if predictor is model:
+        table = model.get_output_embeddings()
+        if not model.config.weight_tying:
+            patches.append(mock.patch.object(table, "forward", watch.around("head", table.forward)))
+        patches.append(mock.patch.object(type(model), "forward", watch.around("body", type(model).forward)))
+    else:
+        patches.append(mock.patch.object(predictor, "head", watch.around("head", predictor.head)))
+        patches.append(mock.patch.object(packing.Packed, "__call__", watch.around("body", packing.Packed.__call__)))
+    return patches
 
 
 # ---------------------------------------------------------------- the command

@@ -49,17 +49,41 @@ def has_kernel(device: torch.device) -> bool:
     return True
 
 
+REFUSED: set[tuple[torch.device, int, int, int]] = set()  # (device, N, K, O) that have no product with a scale a row
+
+
 def _product(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """(N, O) in bf16 on tensor cores. They add up in less than fp32, and far faster (pytorch issue 147971)."""
-    return torch._scaled_mm(
-        x,
-        weight.t(),
-        scale_a=x_scale,
-        scale_b=scale[None],
-        bias=bias,
-        out_dtype=torch.bfloat16,
-        use_fast_accum=True,
-    )
+    """(N, O) in bf16 on tensor cores. They add up in less than fp32, and far faster (pytorch issue 147971).
+
+    cuBLASLt has the product with a scale a row for some sizes, GPUs and versions only (pytorch issues 192707, ao 4582)
+    and refuses the others; those have a product without scales, which are multiplied in afterwards.
+    """
+    size = (x.device, *x.shape, len(weight))
+    if size not in REFUSED:
+        try:
+            return torch._scaled_mm(
+                x,
+                weight.t(),
+                scale_a=x_scale,
+                scale_b=scale[None],
+                bias=bias,
+                out_dtype=torch.bfloat16,
+                use_fast_accum=True,
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            REFUSED.add(size)
+    one = _one(x.device)
+    y = torch._scaled_mm(x, weight.t(), scale_a=one, scale_b=one, out_dtype=torch.float32, use_fast_accum=True)
+    y = y.mul_(scale).mul_(x_scale)
+    return (y if bias is None else y + bias).bfloat16()
+
+
+@cache  # a copy from the host waits for the GPU, and a recorded pass reads its memory
+def _one(device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.ones((), dtype=torch.float32, device=device)
 
 
 class Float8(FewBits):

@@ -5,7 +5,8 @@ Shapes: B batch, Q queried tokens, T slots of the canvas, M places asked about, 
 What differs from `transformer` is where the time went: linear layers are those of `linear` (on a CPU, oneDNN on
 weights that were blocked once), query, key and value (and gate and up) are one product, rotary positions are one
 complex product, residuals are added inside the product before, and the last layer computes only the places asked
-about. The checkpoint's weights are not touched: these are copies, and `packed` makes new ones when they have changed.
+about; on a GPU with Triton, rotary positions and the cache's scatter are one kernel, and silu and the product after it
+another. The checkpoint's weights are not touched: these are copies, and `packed` makes new ones when they have changed.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dlm.kernels.available import triton_kernels
 from dlm.kernels.cuda_graphs import Graphs
 from dlm.kernels.int8 import FewBits
 from dlm.kernels.linear import QUANTIZED, Blocked, Plain, kind_for
 from dlm.models.attention import Visible, attention_mask, block_causal, full
 from dlm.models.head import Head
+from dlm.models.kv_cache import KVCache
 from dlm.models.transformer import LLaDABlock, LLaDAModelLM, RMSNorm, rotary_angles
 
 __all__ = ["Packed", "packed"]
@@ -163,6 +166,22 @@ def _pack_layer(block: LLaDABlock, last: bool) -> _Layer:
     )
 
 
+@dataclass(frozen=True)
+class _Where:
+    """slots (B, Q) of what is computed, None for 0..Q-1, and their rotary turns (B or 1, Q, 1, D / 2)."""
+
+    slots: Tensor | None
+    turns: Tensor | None
+
+    def at(self, asked: Tensor) -> _Where:
+        """Of the places `asked` (B, M) among these."""
+        slots = asked if self.slots is None else self.slots.gather(1, asked)
+        if self.turns is None:
+            return _Where(slots, None)
+        turns = self.turns.expand(len(asked), -1, -1, -1)
+        return _Where(slots, turns.take_along_dim(asked[..., None, None], dim=1))
+
+
 class Packed:
     """A mask predictor with the signature of `LLaDAModelLM.forward`, without gradients.
 
@@ -187,7 +206,13 @@ class Packed:
         self.head = kind_for(self.embedding.device, self.embedding.dtype).of(
             [transformer.wte.weight if tied else transformer.ff_out.weight], [None if tied else transformer.ff_out.bias]
         )
-        self.turns = torch.empty(0, self.size // 2, dtype=torch.complex64, device=self.embedding.device)
+        device = self.embedding.device
+        # exp(i angle) of every slot, (T', D / 2). Of all slots from the start: a recorded pass (`Graphs`) reads this memory.
+        cos, sin = rotary_angles(torch.arange(config.max_sequence_length, device=device), config, torch.float32)
+        self.turns = torch.complex(cos, sin)[:, 0]
+        self.fixed_shapes = device.type == "cuda"  # a GPU's libraries make a plan for each number of places asked about
+        self.additive = device.type == "cuda"
+        self.kernels = triton_kernels(device)
 
     @torch.no_grad()
     def __call__(
@@ -209,59 +234,100 @@ class Packed:
         if self.scale_in is not None:
             x = x * self.scale_in
         keys = queries if cache is None else cache.length
-        turns = self._turns(positions, keys if cache is not None or positions is None else int(positions.max()) + 1)
+        if keys > len(self.turns):
+            limit = len(self.turns)
+            raise ValueError(f"{keys} slots are above the model's max_sequence_length {limit}: give it fewer tokens")
         slots = None if cache is None else positions
         mask = attention_mask("sdpa", visible, valid, slots, (batch, queries, keys), tokens.device)
         asked = logits_to_keep if logits_to_keep is not None and logits_to_keep.dtype != torch.bool else None
+        where, bias = self._where(positions, queries, cache), self._bias(mask, x)
         for number, layer in enumerate(self.layers[:-1]):
-            x = self._layer(layer, number, x, x, turns, turns, mask, positions, cache)
-        few, few_turns = x, turns
+            x = self._layer(layer, number, x, x, where, where, bias, cache)
+        few, few_where = x, where
         if asked is not None:
             few = x.take_along_dim(asked[..., None], dim=1)  # (B, M, d_model)
-            few_turns = turns.expand(batch, -1, -1, -1).take_along_dim(asked[..., None, None], dim=1)
+            few_where = where.at(asked)
             if mask is not None:
                 mask = mask.expand(batch, -1, -1, -1).take_along_dim(asked[:, None, :, None], dim=2)
-        x = self._layer(self.layers[-1], len(self.layers) - 1, few, x, few_turns, turns, mask, positions, cache)
+                bias = self._bias(mask, x)
+        x = self._layer(self.layers[-1], len(self.layers) - 1, few, x, few_where, where, bias, cache)
         if logits_to_keep is not None and asked is None:
             x = x[logits_to_keep]  # (N, d_model)
         logits = self.head(self._norm(x, self.last_norm))
         return logits if self.scale_out is None else logits * self.scale_out
 
-    def _layer(self, layer: _Layer, number: int, x: Tensor, every: Tensor, x_turns, turns, mask, positions, cache):
-        """x (B, M, d_model) after the layer, attending to the keys of `every` (B, Q, d_model) and what is stored."""
-        kv_width = self.kv_heads * self.size
+    def _layer(self, layer: _Layer, number: int, x: Tensor, every: Tensor, x_where: _Where, where: _Where, bias, cache):
+        """x (B, M, d_model) after the layer, attending to the keys of `every` (B, Q, d_model) and what is stored. Both
+        stand where `x_where` and `where` say; on a GPU the sums may lie in the memory of x."""
         normed = self._norm(every, layer.attn_norm)
+        asking = normed if x is every else self._norm(x, layer.attn_norm)
+        queried = self._queried if where.turns is not None else self._queried_at_once
+        q, k, v = queried(layer, number, asking, normed, x_where, where, cache)
+        x = layer.out.plus(attention(q, k, v, bias), x)
+        both = layer.gate_up(self._norm(x, layer.ff_norm))
+        if self.kernels is not None:
+            return layer.down.plus(self.kernels.gated(both), x)
+        gate, up = both.chunk(2, dim=-1)
+        return layer.down.plus(F.silu(gate).mul_(up), x)
+
+    def _queried(self, layer: _Layer, number: int, asking: Tensor, normed: Tensor, x_where, where, cache):
+        """Queries (B, M, H, D) of what asks, and keys and values (B, T, H_kv, D)."""
+        kv_width = self.kv_heads * self.size
         if layer.qkv is not None:
             qk, v = layer.qkv(normed).split((self.width + kv_width, kv_width), dim=-1)
             if layer.q_norm is None:
-                q, k = self._rotated(qk, turns).split((self.heads, self.kv_heads), dim=2)
+                q, k = self._rotated(qk, where.turns).split((self.heads, self.kv_heads), dim=2)
             else:
                 q, k = qk.split((self.width, kv_width), dim=-1)
-                q = self._rotated(self._norm(q, layer.q_norm), turns)
-                k = self._rotated(self._norm(k, layer.k_norm), turns)
+                q = self._rotated(self._norm(q, layer.q_norm), where.turns)
+                k = self._rotated(self._norm(k, layer.k_norm), where.turns)
         else:
-            q = layer.q(normed if x is every else self._norm(x, layer.attn_norm))
+            q = layer.q(asking)
             k, v = layer.kv(normed).chunk(2, dim=-1)
             if layer.q_norm is not None:
                 q, k = self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)
-            q, k = self._rotated(q, x_turns), self._rotated(k, turns)
+            q, k = self._rotated(q, x_where.turns), self._rotated(k, where.turns)
         v = v.unflatten(-1, (-1, self.size))
         if cache is not None:
-            k, v = cache.update(number, positions, k, v)  # (B, T, H, D)
-        x = layer.out.plus(attention(q, k, v, mask), x)
-        gate, up = layer.gate_up(self._norm(x, layer.ff_norm)).chunk(2, dim=-1)
-        return layer.down.plus(F.silu(gate).mul_(up), x)
+            k, v = cache.update(number, where.slots, k, v)
+        return q, k, v
+
+    def _queried_at_once(self, layer: _Layer, number: int, asking: Tensor, normed: Tensor, x_where, where, cache):
+        """`_queried` by one kernel that turns what it reads and writes keys and values where they are kept."""
+        if cache is not None:
+            stored = cache.stored(number, normed.new_empty(0, self.kv_heads, self.size))
+        else:
+            shape = (len(normed), self.kv_heads, normed.shape[1], self.size)
+            stored = normed.new_empty(shape), normed.new_empty(shape)
+        if layer.qkv is not None:
+            q = self.kernels.place(layer.qkv(normed), self.turns, where.slots, self.heads, stored)
+        else:
+            q = self.kernels.place(layer.q(asking), self.turns, x_where.slots, self.heads, None)
+            self.kernels.place(layer.kv(normed), self.turns, where.slots, 0, stored)
+        return q, *(x.transpose(1, 2) for x in stored)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self.eps)
 
-    def _turns(self, positions: Tensor | None, slots: int) -> Tensor:
-        """exp(i angle) for the rotary angles of these positions, or of all `slots`, (B or 1, Q, 1, D / 2), from a
-        table that grows."""
-        if slots > len(self.turns):
-            cos, sin = rotary_angles(torch.arange(2 * slots, device=self.turns.device), self.config, torch.float32)
-            self.turns = torch.complex(cos, sin)[:, 0]
-        return (self.turns[None, :slots] if positions is None else self.turns[positions])[:, :, None]
+    def _where(self, positions: Tensor | None, queries: int, cache) -> _Where:
+        """Where queries stand; without turns where one kernel looks them up, which it can in whole canvases."""
+        whole = positions is None if cache is None else type(cache) is KVCache
+        if self.kernels is not None and whole and self.layers[0].q_norm is None:
+            return _Where(positions, None)
+        turns = self.turns[None, :queries] if positions is None else self.turns[positions]
+        return _Where(positions, turns[:, :, None])
+
+    def _bias(self, mask: Tensor | None, x: Tensor) -> Tensor | None:
+        """The mask (B, 1, Q, T) for `attention`: for every head of a group, and on a GPU as what is added to scores,
+        which torch would otherwise make of it in every layer, in rows of a multiple of 8 numbers as its kernels read."""
+        if mask is None:
+            return None
+        mask = mask.repeat(1, 1, self.heads // self.kv_heads, 1)
+        if not self.additive:
+            return mask
+        width = mask.shape[-1]
+        bias = x.new_full((*mask.shape[:-1], -(-width // 8) * 8), -torch.inf)[..., :width]
+        return bias.masked_fill_(mask, 0)
 
     def _rotated(self, x: Tensor, turns: Tensor) -> Tensor:
         """x (B, Q, H * D) with its pairs turned, (B, Q, H, D); in fp32, where it can, in place."""
@@ -272,6 +338,8 @@ class Packed:
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(D)) v for q (B, Q, H, D) and k, v (B, T, H_kv, D), heads joined: (B, Q, H * D).
 
+    mask (B or 1, 1, Q H / H_kv, T): True where a key may be seen, or what is added to scores.
+
     The queries of a group of heads are rows of one product with the keys they share, so that none is repeated. On a
     CPU in bf16 two products take half the time of the fused kernel, which computes its scores in fp32 there.
     """
@@ -280,7 +348,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if groups > 1:
         q = q.reshape(batch, -1, groups * queries, size)
-        mask = mask if mask is None else mask.repeat(1, 1, groups, 1)
     fused = q.device.type != "cpu" or q.dtype == torch.float32
     if fused or q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] > WIDEST:
         out = F.scaled_dot_product_attention(q, k, v, mask)

@@ -170,3 +170,85 @@ def _quantise(x, row_stride, stride, numbers, scale, size, WIDTH: tl.constexpr):
     step = tl.maximum(tl.div_rn(tl.max(tl.abs(values), axis=0), LARGEST), SMALLEST)
     tl.store(numbers + row * size + lane, tl.div_rn(values, step).to(tl.float8e4nv), mask=inside)
     tl.store(scale + row, step)
+
+
+# ---------------------------------------------------------------- a layer's small operations
+
+
+def place(x: Tensor, turns: Tensor, positions: Tensor | None, heads: int, stored: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Queries, turned by their rotary angles, and keys (turned) and values where they are kept, in one kernel.
+
+    x (B, Q, (H + 2 H_kv) D): queries, keys and values of every slot, the pairs of a head side by side. turns (T', D / 2)
+    complex: exp(i angle) of every slot. positions (B, Q) int64: the slots; None is 0..Q-1. stored: keys and values
+    (B, H_kv, T, D) to write to, None where x is of queries alone. Gives the queries (B, Q, H, D).
+    """
+    batch, queries, _ = x.shape
+    size = 2 * turns.shape[1]
+    q = torch.empty((batch, queries, heads, size), dtype=x.dtype, device=x.device)
+    keys, values = stored or (q, q)
+    kv_heads, slots = (keys.shape[1], keys.shape[2]) if stored else (0, 0)
+    assert keys.is_contiguous() and values.is_contiguous() and turns.is_contiguous()
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    where = rows if positions is None else positions.contiguous()
+    grid = (len(rows), heads + 2 * kv_heads)
+    with torch.cuda.device_of(x):
+        _place[grid](
+            rows, rows.stride(0), torch.view_as_real(turns), where, q, keys, values, queries, heads, kv_heads, slots,
+            positions is not None, size // 2, triton.next_power_of_2(size // 2), num_warps=1,
+        )  # fmt: skip
+    return q
+
+
+@triton.jit
+def _place(
+    x, row_stride, turns, positions, q, keys, values, queries, heads, kv_heads, slots,
+    GIVEN: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Program (n, h): head h of token n, of the queries, then keys, then values. HALF: D / 2, at most WIDTH."""
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if GIVEN:
+        slot = tl.load(positions + token)
+    else:
+        slot = token % queries
+    lane = tl.arange(0, 2 * WIDTH)
+    inside = lane < 2 * HALF
+    value = tl.load(x + token * row_stride + head.to(tl.int64) * (2 * HALF) + lane, mask=inside, other=0.0)
+    if head < heads + kv_heads:
+        first, second = tl.split(value.to(tl.float32).reshape(WIDTH, 2))
+        cos, sin = tl.split(tl.load(turns + slot * (2 * HALF) + lane, mask=inside, other=0.0).reshape(WIDTH, 2))
+        value = tl.join(first * cos - second * sin, first * sin + second * cos).reshape(2 * WIDTH).to(value.dtype)
+    row = token // queries
+    if head < heads:
+        out = q + (token * heads + head) * (2 * HALF)
+    elif head < heads + kv_heads:
+        out = keys + ((row * kv_heads + head - heads) * slots + slot) * (2 * HALF)
+    else:
+        out = values + ((row * kv_heads + head - heads - kv_heads) * slots + slot) * (2 * HALF)
+    tl.store(out + lane, value, mask=inside)
+
+
+GATED = 1024  # outputs that one program makes
+
+
+def gated(x: Tensor) -> Tensor:
+    """silu(gate) * up of x (..., 2F) = [gate ; up]: (..., F), rounded once."""
+    rows = x.reshape(-1, x.shape[-1])
+    size = rows.shape[1] // 2
+    y = torch.empty((len(rows), size), dtype=x.dtype, device=x.device)
+    with torch.cuda.device_of(x):
+        _gated[(len(rows), triton.cdiv(size, GATED))](rows, rows.stride(0), y, size, GATED, num_warps=4)
+    return y.view(*x.shape[:-1], size)
+
+
+@triton.jit
+def _gated(x, row_stride, y, size, WIDTH: tl.constexpr):
+    """Program (n, c): outputs c * WIDTH and on of row n."""
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    inside = lane < size
+    gate = tl.load(x + row * row_stride + lane, mask=inside, other=0.0)
+    up = tl.load(x + row * row_stride + size + lane, mask=inside, other=0.0).to(tl.float32)
+    wide = gate.to(tl.float32)
+    tl.store(y + row * size + lane, (wide / (1 + tl.exp(-wide)) * up).to(gate.dtype), mask=inside)

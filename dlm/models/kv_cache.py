@@ -27,14 +27,15 @@ class KVCache:
 
     def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Scatters k, v (B, Q, H, D) to slots `positions` (B, Q) and returns all keys and values (B, T, H, D)."""
-        keys, values = self._stored(layer, k)
+        keys, values = self.stored(layer, k)
         keys[self._every, :, positions] = k
         values[self._every, :, positions] = v
         return keys.transpose(1, 2), values.transpose(1, 2)
 
-    def _stored(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    def stored(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's keys and values (B, H, T, D), made at the first call for keys `like` (..., H, D)."""
         if layer not in self._layers:
-            shape = (self.rows, like.shape[2], self.length, like.shape[3])
+            shape = (self.rows, like.shape[-2], self.length, like.shape[-1])
             self._every = self._every.to(like.device)
             # Zeros, not garbage: a slot that no pass has computed is hidden, but 0 x NaN would still be NaN.
             self._layers[layer] = (like.new_zeros(shape), like.new_zeros(shape))
@@ -53,7 +54,7 @@ class _Rows:
         return self.cache.length
 
     def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = self.cache._stored(layer, k)
+        keys, values = self.cache.stored(layer, k)
         keys[self.rows[:, None], :, positions] = k
         values[self.rows[:, None], :, positions] = v
         return keys[self.rows].transpose(1, 2), values[self.rows].transpose(1, 2)

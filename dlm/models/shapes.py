@@ -23,18 +23,21 @@ SHAPES = {
 }
 
 
-def random_model(name: str, *, dtype=torch.float32, device="cpu", seed: int = 0, length: int = 16_384) -> LLaDAModelLM:
-    """A model of that shape with weights N(0, 1 / fan-in), in evaluation mode, for canvases of up to `length` slots.
+def random_model(
+    name: str, *, dtype=torch.float32, device="cpu", seed: int = 0, length: int = 16_384, layers: int | None = None
+) -> LLaDAModelLM:
+    """A model of that shape with weights N(0, 1 / fan-in), in evaluation mode, for canvases of up to `length` slots;
+    layers: how many it has in place of the shape's.
 
     The last id is the mask token and the one before it end-of-text. Raises ValueError for an unknown name.
     """
     check_name("config", name, SHAPES)
-    width, heads, kv_heads, layers, hidden, vocabulary = SHAPES[name]
+    width, heads, kv_heads, depth, hidden, vocabulary = SHAPES[name]
     config = LLaDAConfig(
         d_model=width,
         n_heads=heads,
         n_kv_heads=kv_heads,
-        n_layers=layers,
+        n_layers=layers or depth,
         mlp_hidden_size=hidden,
         vocab_size=vocabulary,
         embedding_size=vocabulary,

@@ -21,7 +21,7 @@ from dlm.sampling.commit import COMMITS, Step, coarse_block
 from dlm.sampling.config import SamplingConfig
 from dlm.sampling.methods import METHODS, Planner, Signals, visibility
 from dlm.sampling.schedule import schedule
-from dlm.sampling.step import Request, refuse_nan, run_step
+from dlm.sampling.step import Check, Request, run_step
 
 __all__ = ["DenoiseState", "denoise"]
 
@@ -98,7 +98,10 @@ class _Run:
         self.left = [sizes[0] if sizes else 0 for sizes in self.sizes]  # ... and the places still masked in it
         self.nfe, self.computed = [0] * rows, [0] * rows
         self._plans: dict[Planner, tuple] = {}
-        self._unchecked: deque[tuple[int, Tensor, Request]] = deque()
+        # (B, S) each row's quota at every turn, since a row that is not done has a pass at each
+        turns = [torch.tensor(sum(blocks, []), dtype=torch.int64) for blocks in self.quotas]
+        self.quota_at = torch.nn.utils.rnn.pad_sequence(turns, batch_first=True).to(self.device)
+        self._unchecked: deque[tuple[int, Check]] = deque()
         self.lag = int(self.device.type != "cpu")  # a GPU is asked about a turn while it works on the next one
 
     def _lay_out(self) -> tuple[Tensor, list[list[int]]]:
@@ -159,9 +162,9 @@ class _Run:
     def _refuse_nan(self, before: int) -> None:
         """FloatingPointError if the logits of a turn before that one were not numbers."""
         while self._unchecked and self._unchecked[0][0] < before:
-            step, largest, request = self._unchecked.popleft()
+            step, check = self._unchecked.popleft()
             try:
-                refuse_nan(largest, request)
+                check.refuse()
             except FloatingPointError as error:
                 raise FloatingPointError(f"pass {step}: {error}") from None
 
@@ -180,7 +183,8 @@ class _Run:
             most = max(self.sizes[row][self.block[row]] for row in rows)
         ragged = any(self.lengths[row] < canvas.tokens.shape[1] for row in rows)
         slots = _leading(asked, most if getattr(self.model, "fixed_shapes", False) else max(counts))
-        request = Request(None if whole else index, positions, slots, counts, canvas.valid if ragged else None)
+        eligible, valid = asked.gather(1, slots), canvas.valid if ragged else None
+        request = Request(None if whole else index, positions, slots, counts, eligible, valid)
         token, confidence, largest = run_step(
             self.model,
             canvas,
@@ -192,16 +196,16 @@ class _Run:
             suppressed=self.eos if self.config.suppress_eos else (),
             generators=[self.generators[row] for row in rows],
         )
-        self._unchecked.append((step, largest, request))
-        eligible, certain = request.eligible, confidence
+        self._unchecked.append((step, Check(largest, request)))
+        certain = confidence
         if self.config.delay_eos:
             certain = confidence.masked_fill(_is_any(token, self.eos), -torch.inf)
         if choosing:
             size = torch.tensor([self.left[row] for row in rows], device=self.device)
             eligible = coarse_block(certain, eligible, _is_any(token, self.eos), size)
             self.layout[index] = self.layout[index].scatter_add(1, slots, eligible * (current + 1))
-        quota = torch.tensor([self._quota(row) for row in rows], device=self.device)
-        config = self.config
+        config, at = self.config, min(step, self.quota_at.shape[1]) - 1
+        quota = self.quota_at[:, at] if whole else self.quota_at[index, at]
         rule = Step(quota, config.threshold, config.factor, config.entropy_bound)
         chosen = COMMITS[config.commit](certain, eligible, rule)
         for row in rows:

@@ -5,7 +5,7 @@ Shapes: T slots of the canvas, R rows of this pass, Q slots it computes, M maske
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -17,25 +17,21 @@ from dlm.sampling.canvas import Canvas
 from dlm.sampling.config import SamplingConfig
 from dlm.sampling.propose import propose
 
-__all__ = ["Request", "denoise_step", "refuse_nan", "run_step"]
+__all__ = ["Check", "Request", "denoise_step", "run_step"]
 
 
 @dataclass(frozen=True)
 class Request:
     """What one forward pass is asked. rows (R,): of the canvas and the cache, None for all. positions (R, Q): the
     slots it computes, ascending, None for all. slots (R, M): the places it proposes for, of which row i's first
-    counts[i] are masked and the rest padding. valid (R, T): which slots exist, None for all."""
+    counts[i] are masked and the rest padding: eligible (R, M) bool. valid (R, T): which slots exist, None for all."""
 
     rows: Tensor | None
     positions: Tensor | None
     slots: Tensor
     counts: list[int]
+    eligible: Tensor
     valid: Tensor | None
-
-    @cached_property
-    def eligible(self) -> Tensor:
-        counts = torch.tensor(self.counts, device=self.slots.device)
-        return torch.arange(self.slots.shape[1], device=self.slots.device)[None] < counts[:, None]
 
 
 def denoise_step(
@@ -58,7 +54,7 @@ def denoise_step(
         model, canvas, request, config, visible=visible, cache=cache, vocab_size=vocab_size, suppressed=suppressed,
         generators=generators,
     )  # fmt: skip
-    refuse_nan(largest, request)
+    Check(largest, request).refuse()
     return token, confidence
 
 
@@ -75,7 +71,7 @@ def run_step(
     generators: Sequence[torch.Generator],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`denoise_step` that does not wait for the device: token, confidence and largest logit, (R, M) each, the last for
-    `refuse_nan`.
+    `Check`.
 
     `canvas` holds the request's rows. `suppressed` ids, those from `vocab_size` on and the mask token are not proposed.
     With guidance the model's batch holds every row twice, the second time with what is given masked, and the
@@ -168,13 +164,33 @@ def _forbidden(size: int, vocab_size: int | None, ids: tuple[int, ...], device: 
         return torch.tensor(sorted(ids), dtype=torch.int64, device=device)
 
 
-def refuse_nan(largest: Tensor, request: Request) -> None:
-    """Raises FloatingPointError where the largest logit (R, M) of a place that was asked about is not a number."""
-    bad = request.eligible & ~(largest < torch.inf)
-    if bool(bad.any()):
-        row, place = bad.nonzero()[0].tolist()
-        number = row if request.rows is None else int(request.rows[row])
+class Check:
+    """Whether the largest logits (R, M) of the places a pass was asked about are numbers.
+
+    On a GPU the answer travels to the host behind the pass that it is about: `refuse` waits for that pass alone, not
+    for what was launched after it.
+    """
+
+    def __init__(self, largest: Tensor, request: Request):
+        self.largest, self.request, self.done = largest, request, None
+        self.bad = request.eligible & ~(largest < torch.inf)
+        self.any = self.bad.any()
+        if largest.is_cuda:
+            found, self.any = self.any, torch.empty((), dtype=torch.bool, pin_memory=True)
+            self.any.copy_(found, non_blocking=True)
+            self.done = torch.cuda.Event()
+            self.done.record()
+
+    def refuse(self) -> None:
+        """Raises FloatingPointError where one is not."""
+        if self.done is not None:
+            self.done.synchronize()
+        if not bool(self.any):
+            return
+        row, place = self.bad.nonzero()[0].tolist()
+        rows, slots = self.request.rows, self.request.slots
         raise FloatingPointError(
-            f"the model's logits are {largest[row, place].item()} at slot {int(request.slots[row, place])} of row "
-            f"{number}: its weights are damaged, or overflow in this dtype (try float32)"
+            f"the model's logits are {self.largest[row, place].item()} at slot {int(slots[row, place])} of row "
+            f"{row if rows is None else int(rows[row])}: its weights are damaged, or overflow in this dtype "
+            "(try float32)"
         )

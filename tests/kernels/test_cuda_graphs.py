@@ -151,3 +151,75 @@ def test_a_check_that_lags_a_turn_names_the_pass_and_misses_none(bad):
     with pytest.raises(FloatingPointError, match=f"pass {bad}: "):
         next(turns)
     assert passes == min(bad + 1, 4)
+
+
+def test_longer_canvases_leave_what_recordings_read():
+    """A table of rotary turns that grew was made anew, and recordings read the memory of the old one."""
+    graphs = Graphs(packed(tiny_model(10, dtype=torch.float32, max_sequence_length=64)), Recorder())
+    tokens, turns = torch.arange(8)[None], graphs.predictor.turns
+    with torch.inference_mode():
+        graphs(tokens)
+        graphs(torch.arange(64)[None] % 38)
+    assert graphs.predictor.turns is turns and len(turns) == 64
+    with pytest.raises(ValueError, match="65 slots are above the model's max_sequence_length 64"):
+        graphs(torch.zeros(1, 65, dtype=torch.int64))
+
+
+# ---------------------------------------------------------------- on a GPU
+
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="it takes a GPU")
+
+
+@on_a_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["none", "dual", "c2f"])
+def test_cuda_graphs(method, dtype):
+    """Short, long and ragged canvases one after the other, each three times: tokens of passes that are not replayed,
+    and in fp32 those of the plain model."""
+    model = tiny_model(11, dtype=torch.float32, n_layers=3).to("cuda", dtype)
+    prompts = [[[1, 2, 3]], [[4] * 40], [[5, 6], [7, 8, 9, 10]]]
+    answers = {}
+    for name, implementation, graphs in (("plain", "eager", False), ("packed", "sdpa", False), ("graphs", "sdpa", True)):
+        model.config._attn_implementation, model.cuda_graphs = implementation, graphs
+        assert isinstance(packed(model), Graphs) == graphs
+        answers[name] = [
+            dlm.generate(model, rows, SamplingConfig(gen_length=16, block_length=8, steps=steps, method=method)).sequences.tolist()
+            for _ in range(3)
+            for rows in prompts
+            for steps in (16, 4)
+        ]
+    assert answers["graphs"] == answers["packed"]
+    if dtype == torch.float32:
+        assert answers["packed"] == answers["plain"]
+    assert any(each for canvas in packed(model)._canvases.values() for each in canvas.recordings.values())
+
+
+@on_a_gpu
+@pytest.mark.parametrize("graphs", [False, True])
+def test_the_host_does_not_wait_within_a_block(graphs):
+    model = tiny_model(12, dtype=torch.float32).to("cuda")
+    model.cuda_graphs = graphs
+    config = SamplingConfig(gen_length=16, block_length=16, steps=16, method="dual")
+    for turn in range(2):
+        try:
+            for state in dlm.denoise(model, dlm.Canvas.from_prompts([[1, 2]], 16, 39, device="cuda"), config):
+                if turn and state.step in (4, 15):
+                    torch.cuda.set_sync_debug_mode("error" if state.step == 4 else "default")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@on_a_gpu
+@pytest.mark.parametrize("bad", [1, 3, 4])
+def test_damage_is_said_on_a_gpu_too(bad):
+    passes = 0
+
+    def predictor(tokens, positions=None, *, logits_to_keep, **_):
+        nonlocal passes
+        passes += 1
+        logits = torch.randn(*logits_to_keep.shape, 40, device="cuda")
+        return logits * float("nan") if passes == bad else logits
+
+    canvas = dlm.Canvas.from_prompts([[1, 2]], 4, 39, device="cuda")
+    with pytest.raises(FloatingPointError, match=f"pass {bad}: "):
+        list(dlm.denoise(predictor, canvas, SamplingConfig(gen_length=4, block_length=4, steps=4)))

@@ -129,6 +129,28 @@ def test_the_product_is_what_is_emulated(monkeypatch):
     torch.testing.assert_close(results[1], results[0], rtol=2**-7, atol=0.05)
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_sizes_that_are_refused_a_scale_a_row(monkeypatch, with_bias):
+    """As cuBLASLt does of few rows (pytorch issues 192707, ao 4582): scales come afterwards, asked once a size."""
+    x, weight = random(17, 256), random(48, 256, seed=1)
+    x[3] *= 1e4
+    linear = layer(weight, random(48, seed=2) if with_bias else None)
+    want, scaled_mm, asked = linear(x), torch._scaled_mm, []
+
+    def refusing(*inputs, scale_a, **more):
+        asked.append(scale_a.numel())
+        if scale_a.numel() > 1:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling cublasLtMatmulAlgoGetHeuristic")
+        return scaled_mm(*inputs, scale_a=scale_a, **more)
+
+    monkeypatch.setattr(fp8, "has_kernel", lambda device: True)
+    monkeypatch.setattr(fp8, "REFUSED", set())
+    monkeypatch.setattr(torch, "_scaled_mm", refusing)
+    for _ in range(2):
+        torch.testing.assert_close(linear(x), want, rtol=2**-7, atol=0.05)
+    assert asked == [17, 1, 1]
+
+
 @torch.no_grad()
 def test_a_model_predicts_nearly_the_same(measured):
     """All linear layers of the blocks: the logits keep their direction."""

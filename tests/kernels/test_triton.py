@@ -20,6 +20,7 @@ import dlm.kernels
 from dlm import Canvas, SamplingConfig
 from dlm.kernels import fp8
 from dlm.kernels.available import triton_kernels
+from dlm.kernels.packed import packed
 from dlm.sampling import step
 from dlm.sampling.step import decide
 from tests.helpers.toys import MASK, BreaksAt, tiny_model
@@ -446,3 +447,78 @@ def test_damage_is_refused_in_the_same_words(monkeypatch):
             list(dlm.denoise(BreaksAt(40, 2), canvas, SamplingConfig(gen_length=4)))
         said.append(str(error.value))
     assert said[0] == said[1] and "nan at slot" in said[0]
+
+
+# ---------------------------------------------------------------- a layer's small operations
+
+
+def turned(x, turns, slots):
+    """Pairs of x (B, Q, H D) times turns (T, D / 2) at slots (B, Q), in fp64: (B, Q, H, D)."""
+    pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, turns.shape[1], 2)).contiguous())
+    return torch.view_as_real(pairs * turns.to(torch.complex128)[slots][:, :, None]).flatten(-2)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [8, 12])
+def test_queries_turn_and_keys_and_values_go_where_they_are_kept(dtype, size):
+    """Some slots of a longer canvas, each row its own; what is not computed keeps its value."""
+    heads, kv_heads, slots = 4, 2, 9
+    generator = torch.Generator().manual_seed(size)
+    x = torch.randn(2, 3, (heads + 2 * kv_heads) * size, generator=generator).to(DEVICE, dtype)
+    turns = torch.polar(torch.ones(slots, size // 2), torch.randn(slots, size // 2, generator=generator)).to(DEVICE)
+    where = torch.tensor([[4, 1, 8], [0, 2, 7]], device=DEVICE)
+    stored = [torch.full((2, kv_heads, slots, size), 7.0, dtype=dtype, device=DEVICE) for _ in range(2)]
+    q, k, v = x.split((heads * size, kv_heads * size, kv_heads * size), dim=-1)
+    tolerance = {"rtol": 0, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 0}  # interpreted, it truncates
+
+    wanted = [torch.full_like(stored[0], 7.0) for _ in range(2)]
+    rows = torch.arange(2, device=DEVICE)[:, None]
+    wanted[0][rows, :, where] = turned(k, turns, where).to(dtype)
+    wanted[1][rows, :, where] = v.unflatten(-1, (kv_heads, size))
+    got = triton.place(x, turns, where, heads, (stored[0], stored[1]))
+    torch.testing.assert_close(got, turned(q, turns, where).to(dtype), **tolerance)
+    torch.testing.assert_close(stored[0], wanted[0], **tolerance)
+    assert torch.equal(stored[1], wanted[1])
+
+    alone = triton.place(q, turns, where, heads, None)  # a view of wider rows
+    assert torch.equal(alone, got)
+    again = [torch.full_like(stored[0], 7.0) for _ in range(2)]
+    assert triton.place(x[..., heads * size :], turns, where, 0, (again[0], again[1])).numel() == 0
+    assert all(torch.equal(one, two) for one, two in zip(again, stored, strict=True))
+
+    every = torch.arange(3, device=DEVICE).expand(2, 3)
+    torch.testing.assert_close(triton.place(q, turns, None, heads, None), turned(q, turns, every).to(dtype), **tolerance)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gated(dtype, monkeypatch):
+    monkeypatch.setattr(triton, "GATED", 16)
+    x = 4 * torch.randn(2, 3, 74, generator=torch.Generator().manual_seed(9)).to(DEVICE, dtype)
+    x[0, 0, :2] = torch.tensor([1e4, -1e4])
+    gate, up = x.double().chunk(2, dim=-1)
+    wanted = (gate.sigmoid() * gate * up).to(dtype)
+    tolerance = {"rtol": 2e-6, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 1e-30}
+    torch.testing.assert_close(triton.gated(x), wanted, **tolerance)
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", [{}, {"n_kv_heads": 1}, {"n_kv_heads": 4, "include_bias": True}, {"block_length": 4}])
+def test_a_pass_in_fewer_kernels_gives_the_tokens_of_the_plain_path(shape):
+    """Ragged rows that come to their blocks at different passes; `eager` attention keeps the plain model."""
+    model = tiny_model(5, dtype=torch.float32, **shape).to(DEVICE)
+    prompts = [[1, 2, 3], [4]]
+    for options in (
+        {"method": "none"},
+        {"method": "block_causal"} if "block_length" in shape else {"method": "dual", "commit": "threshold"},
+    ):
+        config = SamplingConfig(gen_length=8, steps=4, threshold=0.5, **({"block_length": 4} | options))
+        model.config._attn_implementation = "eager"
+        want = dlm.generate(model, prompts, config)
+        model.config._attn_implementation = "sdpa"
+        copy = packed(model)
+        copy.kernels = triton
+        with patch.object(triton, "place", side_effect=triton.place) as place:
+            got = dlm.generate(model, prompts, config)
+        assert place.call_count > 0 and got.sequences.tolist() == want.sequences.tolist()

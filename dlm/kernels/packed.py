@@ -319,14 +319,14 @@ class Packed:
 
     def _bias(self, mask: Tensor | None, x: Tensor) -> Tensor | None:
         """The mask (B, 1, Q, T) for `attention`: for every head of a group, and on a GPU as what is added to scores,
-        which torch would otherwise make of it in every layer, in rows of a multiple of 8 numbers as its kernels read."""
+        which torch would otherwise make of it in every layer, in rows of a multiple of 16 numbers as its kernels read."""
         if mask is None:
             return None
         mask = mask.repeat(1, 1, self.heads // self.kv_heads, 1)
         if not self.additive:
             return mask
         width = mask.shape[-1]
-        bias = x.new_full((*mask.shape[:-1], -(-width // 8) * 8), -torch.inf)[..., :width]
+        bias = x.new_full((*mask.shape[:-1], -(-width // 16) * 16), -torch.inf)[..., :width]
         return bias.masked_fill_(mask, 0)
 
     def _rotated(self, x: Tensor, turns: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A GPU measured in a fixed time: tests, correctness, speed, profile, eight bits, training, each part with its own limit.
+"""A GPU measured in a fixed time: tests, correctness, speed, eight bits, training, each part with its own limit.
 
     python -m benchmarks.gpu --out benchmarks/gpu --seconds 540
     python -m benchmarks.gpu --out benchmarks/gpu --seconds 100 --parts quick

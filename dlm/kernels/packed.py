@@ -207,7 +207,7 @@ class Packed:
             [transformer.wte.weight if tied else transformer.ff_out.weight], [None if tied else transformer.ff_out.bias]
         )
         device = self.embedding.device
-        # exp(i angle) of every slot, (T', D / 2). Of all slots from the start: a recorded pass (`Graphs`) reads this memory.
+        # exp(i angle), (T', D / 2), of all slots from the start: a recorded pass (`Graphs`) reads this memory
         cos, sin = rotary_angles(torch.arange(config.max_sequence_length, device=device), config, torch.float32)
         self.turns = torch.complex(cos, sin)[:, 0]
         self.fixed_shapes = device.type == "cuda"  # a GPU's libraries make a plan for each number of places asked about
@@ -319,7 +319,7 @@ class Packed:
 
     def _bias(self, mask: Tensor | None, x: Tensor) -> Tensor | None:
         """The mask (B, 1, Q, T) for `attention`: for every head of a group, and on a GPU as what is added to scores,
-        which torch would otherwise make of it in every layer, in rows of a multiple of 16 numbers as its kernels read."""
+        which torch would otherwise make of it in every layer, in rows of a multiple of 16 numbers."""
         if mask is None:
             return None
         mask = mask.repeat(1, 1, self.heads // self.kv_heads, 1)

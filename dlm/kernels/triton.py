@@ -175,10 +175,12 @@ def _quantise(x, row_stride, stride, numbers, scale, size, WIDTH: tl.constexpr):
 # ---------------------------------------------------------------- a layer's small operations
 
 
-def place(x: Tensor, turns: Tensor, positions: Tensor | None, heads: int, stored: tuple[Tensor, Tensor] | None) -> Tensor:
+def place(
+    x: Tensor, turns: Tensor, positions: Tensor | None, heads: int, stored: tuple[Tensor, Tensor] | None
+) -> Tensor:
     """Queries, turned by their rotary angles, and keys (turned) and values where they are kept, in one kernel.
 
-    x (B, Q, (H + 2 H_kv) D): queries, keys and values of every slot, the pairs of a head side by side. turns (T', D / 2)
+    x (B, Q, (H + 2 H_kv) D): queries, keys and values of every slot, a head's pairs side by side. turns (T', D / 2)
     complex: exp(i angle) of every slot. positions (B, Q) int64: the slots; None is 0..Q-1. stored: keys and values
     (B, H_kv, T, D) to write to, None where x is of queries alone. Gives the queries (B, Q, H, D).
     """

@@ -99,7 +99,9 @@ class _Run:
         self.nfe, self.computed = [0] * rows, [0] * rows
         self._plans: dict[Planner, tuple] = {}
         # (B, S) each row's quota at every turn, since a row that is not done has a pass at each
-        turns = [torch.tensor(sum(blocks, []), dtype=torch.int64) for blocks in self.quotas]
+        turns = [
+            torch.tensor([quota for block in blocks for quota in block], dtype=torch.int64) for blocks in self.quotas
+        ]
         self.quota_at = torch.nn.utils.rnn.pad_sequence(turns, batch_first=True).to(self.device)
         self._unchecked: deque[tuple[int, Check]] = deque()
         self.lag = int(self.device.type != "cpu")  # a GPU is asked about a turn while it works on the next one

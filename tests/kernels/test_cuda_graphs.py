@@ -179,11 +179,17 @@ def test_cuda_graphs(method, dtype):
     model = tiny_model(11, dtype=torch.float32, n_layers=3).to("cuda", dtype)
     prompts = [[[1, 2, 3]], [[4] * 40], [[5, 6], [7, 8, 9, 10]]]
     answers = {}
-    for name, implementation, graphs in (("plain", "eager", False), ("packed", "sdpa", False), ("graphs", "sdpa", True)):
+    for name, implementation, graphs in (
+        ("plain", "eager", False),
+        ("packed", "sdpa", False),
+        ("graphs", "sdpa", True),
+    ):
         model.config._attn_implementation, model.cuda_graphs = implementation, graphs
         assert isinstance(packed(model), Graphs) == graphs
         answers[name] = [
-            dlm.generate(model, rows, SamplingConfig(gen_length=16, block_length=8, steps=steps, method=method)).sequences.tolist()
+            dlm.generate(
+                model, rows, SamplingConfig(gen_length=16, block_length=8, steps=steps, method=method)
+            ).sequences.tolist()
             for _ in range(3)
             for rows in prompts
             for steps in (16, 4)

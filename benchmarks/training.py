@@ -25,11 +25,11 @@ import numpy as np
 import torch
 
 from dlm.benchmarking.roofline import matmul_rate
-from dlm.checkpoints.load import ATTENTION
 from dlm.cli.parser import Parser, check_least
 from dlm.cli.scripts import guarded
 from dlm.data.documents import Documents
 from dlm.data.examples import Examples
+from dlm.models.choices import ATTENTION
 from dlm.models.flops import peak_flops
 from dlm.models.shapes import SHAPES, random_model
 from dlm.objectives.losses import OBJECTIVES

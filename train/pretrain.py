@@ -27,9 +27,9 @@ from dlm.models.configuration import LLaDAConfig
 from dlm.models.transformer import LLaDAModelLM
 from dlm.tokenizer import train_tokenizer
 from dlm.training import recipe
+from dlm.training.config import RecipeConfig
 from dlm.training.recipe import (
     Prepared,
-    RecipeConfig,
     check_fit,
     load_examples,
     open_model,

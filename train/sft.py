@@ -21,13 +21,14 @@ if __package__ in (None, ""):  # `accelerate launch train/sft.py` from a clone: 
 
 import torch
 
-from dlm.checkpoints.load import SHIPPED
-from dlm.data.conversations import OVERLONG, ChatFormat, chat_source, load_chats
+from dlm.checkpoints.files import SHIPPED
+from dlm.data.choices import OVERLONG
+from dlm.data.conversations import ChatFormat, chat_source, load_chats
 from dlm.training import recipe
+from dlm.training.config import RecipeConfig
 from dlm.training.lora import TARGETS, add_lora, merge_lora
 from dlm.training.recipe import (
     Prepared,
-    RecipeConfig,
     check_fit,
     load_examples,
     open_model,

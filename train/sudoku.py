@@ -27,7 +27,8 @@ from dlm.evaluation import sudoku
 from dlm.models.configuration import LLaDAConfig
 from dlm.models.transformer import LLaDAModelLM
 from dlm.training import recipe
-from dlm.training.recipe import Prepared, RecipeConfig, open_model
+from dlm.training.config import RecipeConfig
+from dlm.training.recipe import Prepared, open_model
 from dlm.utils.progress import counted
 
 

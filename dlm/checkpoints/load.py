@@ -10,18 +10,17 @@ from safetensors import SafetensorError
 from transformers import PretrainedConfig
 from transformers.utils import logging as hf_logging
 
+from dlm.checkpoints.files import SHIPPED, TWIN
 from dlm.kernels.linear import QUANTIZED, quantize_
 from dlm.kernels.tensor_parallel import shared_out
+from dlm.models.choices import ATTENTION
 from dlm.models.configuration import LLaDAConfig
 from dlm.models.transformer import LLaDAModelLM
 from dlm.utils.names import check_name
 
 __all__ = ["SHIPPED", "TWIN", "load", "quiet", "read_config", "read_objective"]
 
-SHIPPED = Path(__file__).parent.parent / "assets" / "llama-stories-6m"  # the model that comes with the package
-TWIN = SHIPPED.with_name("llama-stories-6m-autoregressive")  # its autoregressive twin: its judge, and a baseline
 WIDENED = 1_000_000_000  # parameters; above this, float32 would take too much of a machine's memory
-ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 

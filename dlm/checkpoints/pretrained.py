@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,12 +12,12 @@ from typing import Any
 
 from torch import nn
 
+from dlm.checkpoints.files import own_defaults
 from dlm.checkpoints.load import read_objective
 from dlm.kernels.linear import QUANTIZED
 from dlm.models.configuration import LLaDAConfig
-from dlm.sampling.config import SAMPLING
 
-__all__ = ["is_autoregressive", "number_type"]
+__all__ = ["is_autoregressive", "number_type", "own_defaults"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,30 +52,6 @@ def hub_errors(path: str) -> Iterator[None]:
         raise OSError(
             f"{path} is no folder here, and the hub did not give it ({reason}): check the name and the network"
         ) from error
-
-
-def own_defaults(path: str, revision: str | None = None) -> dict[str, Any]:
-    """The entry "dlm" of a checkpoint's generation_config.json: sampling options, perhaps "chat": false.
-
-    Errors: an entry that is no option.
-    """
-    file: str | Path | None = Path(path) / "generation_config.json"
-    if not Path(path).is_dir():
-        from transformers.utils import cached_file
-
-        file = cached_file(
-            path,
-            "generation_config.json",
-            revision=revision,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-    if file is None or not Path(file).is_file():
-        return {}
-    found = json.loads(Path(file).read_text(encoding="utf-8")).get("dlm", {})
-    for name in sorted(set(found) - set(SAMPLING) - {"chat"}):
-        raise ValueError(f'{file}: "dlm" has the entry {name!r}, which is no sampling option: remove it')
-    return found
 
 
 def is_autoregressive(path: str | os.PathLike, revision: str | None = None) -> bool:

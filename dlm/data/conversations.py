@@ -11,6 +11,7 @@ from itertools import chain, islice
 
 import numpy as np
 
+from dlm.data.choices import OVERLONG
 from dlm.data.documents import Documents, cached, join, token_type
 from dlm.data.sources import columns_of, identity, read_rows
 from dlm.data.streaming import StreamedSource
@@ -21,7 +22,6 @@ MESSAGES = ("messages", "conversations", "conversation")
 PROMPTS = ("prompt", "question", "instruction", "input", "query")
 RESPONSES = ("response", "answer", "completion", "output")
 ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "model": "assistant"}  # ShareGPT's words
-OVERLONG = ("truncate", "skip")
 COUNTS = ("rows", "truncated", "skipped", "without_answer")
 
 

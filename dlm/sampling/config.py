@@ -4,13 +4,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 
-from dlm.sampling.commit import COMMITS
-from dlm.sampling.methods import METHODS
-from dlm.sampling.propose import CONFIDENCES
-from dlm.sampling.schedule import SPLITS
 from dlm.utils.names import check_name
 
-__all__ = ["SAMPLING", "SamplingConfig", "as_ids"]
+__all__ = ["COMMIT_NAMES", "CONFIDENCE_NAMES", "METHOD_NAMES", "SAMPLING", "SPLIT_NAMES", "SamplingConfig", "as_ids"]
+
+# Names of the choices. The functions are in tables that need torch; a test holds the names to their keys.
+METHOD_NAMES = ("none", "prefix", "dual", "vicinity", "c2f", "block_causal")  # methods.METHODS
+COMMIT_NAMES = ("quota", "threshold", "factor", "entropy_bound")  # commit.COMMITS
+CONFIDENCE_NAMES = ("probability", "margin", "entropy", "random")  # propose.CONFIDENCES
+SPLIT_NAMES = ("remainder_first", "rounded")  # schedule.SPLITS
 
 # Field of SamplingConfig: (type, help). The one place where the options of sampling are written.
 SAMPLING: dict[str, tuple[Callable, str]] = {
@@ -47,10 +49,10 @@ class SamplingConfig:
         decide themselves when a block is done, and do not read it.
     block_length: tokens in a block; None is the model's own where it is block-causal, else 32. It need not divide
         gen_length: the last block is shorter.
-    method: the order and what is recomputed at each pass, a row of `cache.METHODS`. window: vicinity's reach.
-    commit: which places are committed at a pass (`unmasking.COMMITS`), with threshold, factor or entropy_bound.
-    split: how a block's tokens are shared over its passes (`unmasking.SPLITS`).
-    confidence: what orders them (`unmasking.CONFIDENCES`); None is `entropy` for commit `entropy_bound`, else
+    method: the order and what is recomputed at each pass, a row of `methods.METHODS`. window: vicinity's reach.
+    commit: which places are committed at a pass (`commit.COMMITS`), with threshold, factor or entropy_bound.
+    split: how a block's tokens are shared over its passes (`schedule.SPLITS`).
+    confidence: what orders them (`propose.CONFIDENCES`); None is `entropy` for commit `entropy_bound`, else
         `probability`. tempered_confidence: of the distribution sampled from (Dream), not the model's own (LLaDA).
     temperature: 0 takes the most probable token, above 0 samples. top_k, top_p: which tokens may be sampled.
     cfg_scale: w of classifier-free guidance, l = u + (w + 1)(c - u); 0 is none, and costs nothing.
@@ -83,11 +85,11 @@ class SamplingConfig:
     delay_eos: bool = False
 
     def __post_init__(self):
-        check_name("method", self.method, METHODS)
-        check_name("commit", self.commit, COMMITS)
-        check_name("split", self.split, SPLITS)
+        check_name("method", self.method, METHOD_NAMES)
+        check_name("commit", self.commit, COMMIT_NAMES)
+        check_name("split", self.split, SPLIT_NAMES)
         if self.confidence is not None:
-            check_name("confidence", self.confidence, CONFIDENCES)
+            check_name("confidence", self.confidence, CONFIDENCE_NAMES)
         for name in ("gen_length", "steps", "block_length", "top_k"):
             value = getattr(self, name)
             optional = value is None and name != "gen_length"
@@ -139,7 +141,7 @@ class SamplingConfig:
 
     @property
     def ordering(self) -> str:
-        """The confidence in force, a name in `unmasking.CONFIDENCES`."""
+        """The confidence in force, a name in `propose.CONFIDENCES`."""
         return self.confidence or ("entropy" if self.commit == "entropy_bound" else "probability")
 
     @property

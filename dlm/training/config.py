@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dlm.models.head import loss_chunk
-from dlm.objectives.losses import OBJECTIVES
-from dlm.objectives.noise import ESTIMATORS, NOISE_SCHEDULES, NoiseSettings
-from dlm.training.optim import SCHEDULES
+from dlm.models.choices import ATTENTION, FLOATS
+from dlm.objectives.config import ESTIMATORS, NOISE_SCHEDULE_NAMES, OBJECTIVE_NAMES, NoiseSettings
 from dlm.utils.names import check_name
 
 PRECISIONS = ("no", "bf16", "fp16")
 OPTIMIZERS = ("muon", "adamw")
+LEARNING_RATE_SCHEDULES = ("wsd", "cosine", "constant")  # the keys of `optim.SCHEDULES`
 EOS_PADDING = ("none", "longest")
 TRACKERS = ("none", "auto", "tensorboard", "wandb")
 
@@ -78,8 +77,8 @@ class TrainingConfig:
 
     def __post_init__(self):
         choices = {
-            "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "objective": OBJECTIVES,
-            "estimator": ESTIMATORS, "noise_schedule": NOISE_SCHEDULES, "precision": PRECISIONS,
+            "optimizer": OPTIMIZERS, "schedule": LEARNING_RATE_SCHEDULES, "objective": OBJECTIVE_NAMES,
+            "estimator": ESTIMATORS, "noise_schedule": NOISE_SCHEDULE_NAMES, "precision": PRECISIONS,
             "eos_padding": EOS_PADDING, "tracker": TRACKERS,
         }  # fmt: skip
         for name, allowed in choices.items():
@@ -148,5 +147,40 @@ class TrainingConfig:
     def chunk(self, places: int, vocabulary: int) -> int | None:
         """Of how many places logits are held at a time in a micro-batch of `places`; None: of all that are asked."""
         if self.loss_chunk is None and self.precision != "fp16":
+            from dlm.models.head import loss_chunk
+
             return loss_chunk(places, vocabulary)
         return self.loss_chunk or None
+
+
+@dataclass(frozen=True)
+class RecipeConfig(TrainingConfig):
+    """The settings that all recipes share: the run (TrainingConfig), the data, the model to begin with, the export.
+
+    data, valid: comma separated sources (`data.sources`), those of data with weights or without; split: of data sets
+    of the hub. streaming: read `data` while training, shuffled in windows of shuffle_window examples.
+    model: a folder or hub id to go on from; tokenizer: in place of the model's own. attn_implementation: the attention
+    kernel; flex_attention on a GPU skips what packing and blocks hide.
+    """
+
+    output: str = "runs/recipe"
+    max_steps: int = 1000
+    tracker: str = "auto"
+    data: str = ""
+    valid: str = ""
+    split: str = "train"
+    sequence_length: int = 256
+    streaming: bool = False
+    shuffle_window: int = 1000
+    model: str = ""
+    tokenizer: str = ""
+    attn_implementation: str = "sdpa"
+    name: str = ""
+    export: str = ""
+    export_dtype: str = "bfloat16"
+    resume: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_name("attn_implementation", self.attn_implementation, ATTENTION)
+        check_name("export_dtype", self.export_dtype, FLOATS)

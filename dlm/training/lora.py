@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out")
 
@@ -14,6 +16,8 @@ def add_lora(model, rank: int, alpha: float, targets: tuple[str, ...], seed: int
     targets: names of the linear layers of a block that get one; the output projection never does.
     Errors: PEFT is not installed; a name that no layer has.
     """
+    import torch
+
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
@@ -27,11 +31,13 @@ def add_lora(model, rank: int, alpha: float, targets: tuple[str, ...], seed: int
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, lora_dropout=0.0))
 
 
-@torch.no_grad()
 def merge_lora(model, weights: dict[str, Tensor] | None):
     """The plain model with the adapters added to its weights; `weights` (a moving average) replace adapters by name."""
-    if weights is not None:
-        parameters = dict(model.named_parameters())
-        for name, weight in weights.items():
-            parameters[name].copy_(weight)
-    return model.merge_and_unload()
+    import torch
+
+    with torch.no_grad():
+        if weights is not None:
+            parameters = dict(model.named_parameters())
+            for name, weight in weights.items():
+                parameters[name].copy_(weight)
+        return model.merge_and_unload()

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from dlm.checkpoints import save
-from dlm.checkpoints.load import ATTENTION, quiet
+from dlm.checkpoints.load import quiet
 from dlm.data.documents import Documents
 from dlm.data.examples import Examples
 from dlm.data.sources import parse_sources
@@ -27,48 +27,12 @@ from dlm.data.streaming import StreamedExamples, StreamedSource
 from dlm.models.transformer import LLaDAModelLM
 from dlm.tokenizer import load_tokenizer, mask_id
 from dlm.training.accelerator import make_accelerator
-from dlm.training.config import TrainingConfig
+from dlm.training.config import RecipeConfig
 from dlm.training.sharding import whole_state
 from dlm.training.trainer import Result, fit
 from dlm.utils.distributed import leave_processes
 from dlm.utils.hardware import commit, hardware
-from dlm.utils.names import check_name
 from dlm.utils.settings import parse
-
-
-@dataclass(frozen=True)
-class RecipeConfig(TrainingConfig):
-    """The settings that all recipes share: the run (TrainingConfig), the data, the model to begin with, the export.
-
-    data, valid: comma separated sources (`dlm.reading`), those of data with weights or without; split: of data sets of
-    the hub. streaming: read `data` while training, shuffled in windows of shuffle_window examples (`dlm.streaming`).
-    model: a folder or hub id to go on from; tokenizer: in place of the model's own. attn_implementation: the attention
-    kernel; flex_attention on a GPU skips what packing and blocks hide.
-    """
-
-    output: str = "runs/recipe"
-    max_steps: int = 1000
-    tracker: str = "auto"
-    data: str = ""
-    valid: str = ""
-    split: str = "train"
-    sequence_length: int = 256
-    streaming: bool = False
-    shuffle_window: int = 1000
-    model: str = ""
-    tokenizer: str = ""
-    attn_implementation: str = "sdpa"
-    name: str = ""
-    export: str = ""
-    export_dtype: str = "bfloat16"
-    resume: bool = False
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_name("attn_implementation", self.attn_implementation, ATTENTION)
-        if not isinstance(getattr(torch, self.export_dtype, None), torch.dtype):
-            raise ValueError(f"export_dtype is {self.export_dtype!r}: use bfloat16, float16 or float32")
-
 
 # ------------------------------------------------------------------------------------------------- model and data
 

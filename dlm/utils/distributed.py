@@ -8,8 +8,6 @@ import sys
 import time
 from collections.abc import Sequence
 
-import torch
-
 LETTING_GO_SECONDS = 0.1  # for threads of a group that DTensor still remembers: they go on, and need the interpreter
 
 
@@ -22,6 +20,7 @@ class Sharing:
     def __init__(self, cpu: bool = False) -> None:
         self.rank, self.size, self.device = 0, 1, None
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            import torch
             from accelerate import PartialState
 
             state = PartialState(cpu=cpu or not torch.cuda.is_available())
@@ -49,6 +48,10 @@ def leave_processes(failed: bool = False) -> None:
     failed: this process stops on an error, and the others may be waiting for it. Groups of NCCL, whose processes must
         agree on the end, are then left as they are.
     """
+    if "torch" not in sys.modules:  # a command that only printed its help
+        return
+    import torch
+
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
         return

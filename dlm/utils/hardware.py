@@ -7,8 +7,10 @@ import os
 import platform
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -27,6 +29,8 @@ def commit() -> str:
 
 def hardware() -> str:
     """The GPUs, or the processor and the threads in use."""
+    import torch
+
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     name = platform.processor() or platform.machine()
@@ -41,6 +45,7 @@ def hardware() -> str:
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that decide about speed and results."""
     import tokenizers
+    import torch
     import transformers
 
     import dlm
@@ -57,6 +62,8 @@ def versions() -> dict[str, str]:
 def synchronise(device: torch.device) -> None:
     """Wait until the device has done all that was asked of it."""
     if device.type in ("cuda", "xpu", "mps"):
+        import torch
+
         getattr(torch, device.type).synchronize()
 
 
@@ -70,12 +77,16 @@ class PeakMemory:
         self.device, self.bytes = device, None
 
     def __enter__(self) -> PeakMemory:
+        import torch
+
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self._cleared = self.device.type == "cpu" and _clear_peak()
         return self
 
     def __exit__(self, *_) -> None:
+        import torch
+
         if self.device.type == "cuda":
             self.bytes = torch.cuda.max_memory_allocated(self.device)
         elif self._cleared:

@@ -43,7 +43,8 @@ class Batch:
 
     tokens (B, T) int64; segments (B, T) int64: the number e of the token's example in this batch, -1 for padding;
     target (B, T) bool; positions (B, T) int64: place within the example; index (E,) and epoch (E,) int64: which
-    example of the data, in which pass over it (together they name its noise).
+    example of the data, in which pass over it (together they name its noise). advantages (E,) fp32, where an objective
+    weighs examples by a reward; None elsewhere.
     """
 
     tokens: Tensor
@@ -52,14 +53,16 @@ class Batch:
     positions: Tensor
     index: Tensor
     epoch: Tensor
+    advantages: Tensor | None = None
 
     def __post_init__(self):
         assert self.tokens.shape == self.segments.shape == self.target.shape == self.positions.shape
         assert self.index.shape == self.epoch.shape
+        assert self.advantages is None or self.advantages.shape == self.index.shape
 
     def to(self, device) -> Batch:
-        tensors = (self.tokens, self.segments, self.target, self.positions, self.index, self.epoch)
-        return Batch(*(tensor.to(device) for tensor in tensors))
+        tensors = (self.tokens, self.segments, self.target, self.positions, self.index, self.epoch, self.advantages)
+        return Batch(*(None if tensor is None else tensor.to(device) for tensor in tensors))
 
 
 def pack(rows: Sequence[Sequence[tuple[int, Example]]], length: int, pad_id: int) -> Batch:

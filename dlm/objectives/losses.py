@@ -9,7 +9,7 @@ chunk: places whose logits are held at a time; None: all of them, until the back
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from dlm.data.examples import Batch
 from dlm.models import attention
 from dlm.models.attention import both, causal, document
 from dlm.models.head import Targets, weighted_sum
-from dlm.objectives.noise import Noise, corrupt
+from dlm.objectives.noise import Noise, NoiseSettings, Strata, corrupt, draw_noise
 
 
 @dataclass(frozen=True)
@@ -90,18 +90,62 @@ def autoregressive(
     return _loss(total, ce, ones, example, ones, predicted, batch)
 
 
-@dataclass(frozen=True)
-class Objective:
-    """loss(model, batch, noise, mask_id, chunk=None) -> Loss; targets(batch) -> (B, T) bool: the tokens that count."""
+class Objective(ABC):
+    """What a run minimises: which tokens count, the noise they get, the loss on them.
 
-    loss: Callable[..., Loss]
-    targets: Callable[[Batch], Tensor]
+    An objective is an object, so that it may hold a reference model, a teacher or settings of its own; the three below
+    hold nothing. A batch may carry `advantages`, which an objective of policy gradients reads.
+    """
+
+    def targets(self, batch: Batch) -> Tensor:
+        """(B, T) bool: the tokens that count."""
+        return batch.target
+
+    def count(self, batch: Batch) -> int:
+        """The batch's share of the number that a step's loss is divided by: its tokens that count."""
+        return int(self.targets(batch).sum())
+
+    def noise(self, batch: Batch, settings: NoiseSettings, seed: int, strata: Strata | None = None) -> Noise:
+        """The noise of a batch, on the CPU; strata: of the whole optimizer step (`deal_strata`)."""
+        return draw_noise(batch, settings, seed, strata=strata)
+
+    @abstractmethod
+    def loss(self, model, batch: Batch, noise: Noise, mask_id: int, chunk: int | None = None) -> Loss:
+        """The loss of a batch, a sum that is divided by the step's `count`."""
+
+    def to(self, device) -> Objective:
+        """Called once before the first step: models that the objective holds go to the device."""
+        return self
 
 
-OBJECTIVES = {
-    "diffusion": Objective(masked_diffusion, lambda batch: batch.target),
-    "block_diffusion": Objective(block_diffusion, lambda batch: batch.target),
-    "autoregressive": Objective(autoregressive, next_token_targets),
+class MaskedDiffusion(Objective):
+    """`masked_diffusion`: the bound of an example that is masked anywhere."""
+
+    def loss(self, model, batch, noise, mask_id, chunk=None):
+        return masked_diffusion(model, batch, noise, mask_id, chunk)
+
+
+class BlockDiffusion(Objective):
+    """`block_diffusion`: the bound of blocks that see what is clean before them."""
+
+    def loss(self, model, batch, noise, mask_id, chunk=None):
+        return block_diffusion(model, batch, noise, mask_id, chunk)
+
+
+class Autoregressive(Objective):
+    """`autoregressive`: the causal twin; the noise is drawn and not used."""
+
+    def targets(self, batch):
+        return next_token_targets(batch)
+
+    def loss(self, model, batch, noise, mask_id, chunk=None):
+        return autoregressive(model, batch, noise, mask_id, chunk)
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "diffusion": MaskedDiffusion(),
+    "block_diffusion": BlockDiffusion(),
+    "autoregressive": Autoregressive(),
 }
 
 

@@ -1,4 +1,4 @@
-"""What surrounds a run: the accelerator, the tracker, activation checkpointing, and a polite stop."""
+"""What surrounds a run: the accelerator, the model and its optimizers made ready for it, and a polite stop."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import threading
 
 import torch
 
+from dlm.training import zero
 from dlm.training.config import TrainingConfig
 from dlm.training.logging import tracker_of
+from dlm.training.optim import build_optimizers
+from dlm.training.sharding import check_sharding, keep_sums_exact, tables_in_root
 
 
 def make_accelerator(config: TrainingConfig):
@@ -28,6 +31,45 @@ def checkpoint_activations(model) -> None:
     """Have every layer keep only its input, and compute the rest again in the backward pass."""
     newer = getattr(model, "activation_checkpointing_enable", None)  # its name in later releases of transformers
     (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
+def prepare_model(accelerator, model, config: TrainingConfig):
+    """(model, optimizers) as Accelerate prepares them, on the device.
+
+    Errors: settings that sharding does not allow.
+    """
+    if config.objective != "autoregressive" and hasattr(model, "config"):
+        model.config.block_length = config.block_length  # what it sees from now on, and says in its checkpoint
+    if config.activation_checkpointing:
+        checkpoint_activations(model)
+    model.to(accelerator.device)  # before the optimizers: they look at where the parameters are
+    optimizers = build_optimizers(
+        model,
+        config.optimizer,
+        learning_rate=config.learning_rate,
+        muon_learning_rate=config.muon_learning_rate,
+        weight_decay=config.weight_decay,
+        betas=(config.beta1, config.beta2),
+        momentum=config.momentum,
+    )
+    if config.compile:
+        for module in model.modules():
+            if type(module).__name__ in (getattr(model, "_no_split_modules", None) or ()):
+                module.compile()  # layer by layer: one shape, one compilation
+    check_sharding(accelerator, optimizers)
+    keep_sums_exact(accelerator, config.precision)
+    zero.configure(accelerator, config)
+    with tables_in_root(model):
+        prepared, *optimizers = accelerator.prepare(model, *optimizers)
+    return prepared, optimizers
+
+
+def sum_over_processes(accelerator, values: list[float]) -> list[float]:
+    """The sum of each value over all processes, which all call this."""
+    if accelerator.num_processes == 1:
+        return values
+    tensor = torch.tensor(values, dtype=torch.float32 if accelerator.device.type == "mps" else torch.float64)
+    return accelerator.reduce(tensor.to(accelerator.device), reduction="sum").tolist()
 
 
 class StopSignal:

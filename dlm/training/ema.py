@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -42,3 +45,12 @@ class EMA:
             kept = own.clone()
             own.copy_(average)
             average.copy_(kept)
+
+    @contextmanager
+    def in_place_of(self, model: nn.Module) -> Iterator[None]:
+        """The average stands in the model's weights meanwhile."""
+        self.swap(model)
+        try:
+            yield
+        finally:
+            self.swap(model)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 
 from dlm.training.config import TrainingConfig
 from dlm.utils.progress import duration
@@ -81,6 +84,28 @@ class Display:
             self.shown = elapsed
         self._clear()
         return record
+
+
+class Metrics:
+    """metrics.jsonl of a run, and its tracker: one record a line, written by the first process."""
+
+    def __init__(self, accelerator, output: str | os.PathLike):
+        self.accelerator, self.path = accelerator, Path(output) / "metrics.jsonl"
+
+    def add(self, record: dict) -> None:
+        """Append a record, and tell the tracker its numbers."""
+        if self.accelerator.is_main_process:
+            with self.path.open("a", encoding="utf-8") as log:
+                log.write(json.dumps(record) + "\n")
+        numbers = {f"{record['kind']}/{k}": v for k, v in record.items() if isinstance(v, float)}
+        self.accelerator.log(numbers, step=record["step"])
+
+    def forget_after(self, step: int) -> None:
+        """Drop the records of steps that will be done again."""
+        if self.accelerator.is_main_process and self.path.is_file():
+            records = [json.loads(line) for line in self.path.read_text().splitlines() if line.strip().endswith("}")]
+            kept = [record for record in records if record["step"] <= step]
+            self.path.write_text("".join(json.dumps(record) + "\n" for record in kept))
 
 
 def tracker_of(config: TrainingConfig) -> str | None:

@@ -71,3 +71,35 @@ def validate(
     bound, error = ratio(sums[:, 0], sums[:, 1])
     buckets = tuple(float(a / n) if n else None for a, n in counts.tolist())
     return Validation(bound, error, int(sums[:, 1].sum()), int(seen[-1]), buckets)
+
+
+def check_in(run, rows: int | None) -> Validation:
+    """Validate a run's raw weights and their average on the same noise, and log both; returns the average's.
+
+    rows: packed rows to look at; None: all.
+    """
+    config = run.config
+    settings = {
+        "objective": config.objective,
+        "estimator": NoiseSettings(block_length=config.block_length),  # the whole bound, whatever trains it
+        "mask_id": run.mask_id,
+        "pad_id": run.batches.pad_id,
+        "seed": 0,
+        "micro_batch": run.micro_batch,
+        "rows": rows,
+        "chunk": run.chunk,
+    }
+    run.model.eval()
+    raw = averaged = validate(run.model, run.valid, run.accelerator, **settings)
+    if run.ema is not None:
+        with run.ema.in_place_of(run.plain):
+            averaged = validate(run.model, run.valid, run.accelerator, **settings)
+    rate = " ".join("-" if b is None else f"{b:.2f}" for b in averaged.buckets)
+    run.report(
+        f"step {run.step}  validation {averaged.bound:.4f} ± {averaged.error:.4f} nats/token"
+        + (f" (average of weights; raw {raw.bound:.4f})" if run.ema is not None else "")
+        + f", {averaged.tokens} tokens; CE by mask rate 0.1…1: {rate}"
+    )
+    entry = {"kind": "valid", "bound": averaged.bound, "error": averaged.error, "raw_bound": raw.bound}
+    run.metrics.add({**entry, "step": run.step, "tokens": averaged.tokens, "buckets": averaged.buckets})
+    return averaged

@@ -21,6 +21,7 @@ from dlm.data.examples import Examples
 from dlm.data.streaming import StreamedExamples, StreamedSource
 from dlm.models.configuration import LLaDAConfig
 from dlm.models.transformer import LLaDAModelLM
+from dlm.objectives import losses
 from dlm.training import trainer
 from dlm.training.config import TrainingConfig
 from dlm.utils.distributed import leave_processes
@@ -89,7 +90,7 @@ class Watched(Accelerator):
 def one_step(output, streamed=False, **changes) -> dict:
     """The gradient of a step of eight rows, its loss, and the noise in this process: what is masked, by example."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    seen, draw = {}, trainer.draw_noise
+    seen, draw = {}, losses.draw_noise
 
     def watched(batch, *rest, **more):
         noise = draw(batch, *rest, **more)
@@ -100,12 +101,12 @@ def one_step(output, streamed=False, **changes) -> dict:
 
     accelerator = Watched()
     config = settings(output, max_steps=1, batch_size=8, optimizer="adamw", **changes)
-    trainer.draw_noise = watched
+    losses.draw_noise = watched
     data, quiet = streamed_data() if streamed else tiny_data(), lambda line: None
     try:
         trainer.fit(tiny_model(), None, data, None, config, mask_id=MASK, accelerator=accelerator, report=quiet)
     finally:
-        trainer.draw_noise = draw
+        losses.draw_noise = draw
     [record] = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
     return {"gradient": accelerator.gradient, "noise": seen, "loss": record["loss"]}
 

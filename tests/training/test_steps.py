@@ -9,7 +9,7 @@ import torch
 from dlm.data.examples import Example, crop, fetch
 from dlm.objectives.losses import OBJECTIVES
 from dlm.objectives.noise import NoiseSettings, deal_strata, draw_noise
-from dlm.training import trainer
+from dlm.training import batches
 from dlm.training.accelerator import checkpoint_activations
 from dlm.training.state import STATE_FILE, checkpoints
 from tests.helpers import ranks
@@ -71,7 +71,7 @@ def test_strata_are_dealt_anew_in_every_step(tmp_path, monkeypatch):
         dealt.append((list(keys), step))
         return deal(dealt[-1][0], seed, step)
 
-    monkeypatch.setattr(trainer, "deal_strata", watched)
+    monkeypatch.setattr(batches, "deal_strata", watched)
     train(tmp_path, estimator="stratified", optimizer="adamw", max_steps=3)
     assert [step for _, step in dealt] == [0, 1, 2]
     assert all(len(keys) >= 4 for keys, _ in dealt)  # of the whole step

@@ -1,0 +1,72 @@
+"""The batches of an optimizer step: which rows this process computes, laid out, with their noise.
+
+Everything here is on the CPU and a function of (seed, step, data) alone, so that a step can be made ahead of its time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dlm.data.examples import Batch, Examples, drop_prompts, fetch
+from dlm.data.streaming import StreamedExamples
+from dlm.objectives.losses import Objective
+from dlm.objectives.noise import Noise, deal_strata
+from dlm.training.config import TrainingConfig
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """One process's part of an optimizer step.
+
+    parts: (batch, noise) of each micro-batch, in order. count: this process's share of the step's normaliser.
+    examples: the numbers of the examples, for messages. position: of the stream after the step, for a checkpoint.
+    """
+
+    parts: list[tuple[Batch, Noise]]
+    count: int
+    examples: list[int]
+    position: list
+
+
+class Batches:
+    """Makes a run's steps from packed examples, one after another; `position` says where it stands."""
+
+    def __init__(
+        self, data: Examples | StreamedExamples, config: TrainingConfig, objective: Objective, *,
+        rank: int, world: int, pad_id: int, end_id: int | None, mask_id: int,
+    ):  # fmt: skip
+        self.data, self.config, self.objective = data, config, objective
+        self.rank, self.world = rank, world
+        self.pad_id, self.end_id, self.mask_id = pad_id, end_id, mask_id
+        self.go_to(None)
+
+    def go_to(self, position) -> None:
+        """Go on from a position that a checkpoint kept; None: from the beginning."""
+        self.stream = self.data.stream(self.config.seed, self.config.packing, position)
+
+    @property
+    def position(self) -> list:
+        """Where the next step begins."""
+        return list(self.stream.position)
+
+    def next(self, step: int) -> StepBatches:
+        """The micro-batches of optimizer step `step` (0-based) in this process."""
+        config = self.config
+        step_rows = self.stream.take(config.batch_size)
+        strata = None
+        if config.estimator == "stratified":  # over the whole step, which every process knows
+            strata = deal_strata((key for row in step_rows for key in row), config.seed, step)
+        rows = step_rows[self.rank :: self.world]
+        size = len(rows) // config.accumulation
+        options = {"random_length": config.random_length, "seed": config.seed}
+        if not config.packing:  # rows as long as the longest example of the step, whoever has it
+            lengths = self.data.lengths
+            options["width"] = max(int(lengths[index]) for row in step_rows for _, index in row)
+            options["end_id"] = self.end_id if config.eos_padding == "longest" else None
+        parts = []
+        for start in range(0, len(rows), size):
+            batch = fetch(self.data, rows[start : start + size], self.pad_id, **options)
+            batch = drop_prompts(batch, config.dropout_prompt, config.seed, self.mask_id)
+            parts.append((batch, self.objective.noise(batch, config.noise(), config.seed, strata)))
+        count = sum(self.objective.count(batch) for batch, _ in parts)
+        return StepBatches(parts, count, sorted({index for row in rows for _, index in row}), self.position)

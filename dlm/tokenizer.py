@@ -39,17 +39,6 @@ def template(tokenizer, text: str, blank_length: int, mask: int) -> list[int]:
     return ids + encode_prompt(tokenizer, text[at:], mask, beginning=False)
 
 
-def chat_ids(tokenizer, messages: Sequence[dict[str, str]], mask: int) -> list[int]:
-    """Ids of a conversation, ready for the answer.
-
-    Errors: a message that contains the mask token.
-    """
-    ids = list(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False))
-    if mask in ids:
-        raise ValueError("the message contains the mask token: remove it")
-    return ids
-
-
 BOS, EOS, MASK = "<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>"
 START_HEADER, END_HEADER, EOT = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
 SPECIAL_TOKENS = (BOS, EOS, MASK, START_HEADER, END_HEADER, EOT)  # in this order at the end of the vocabulary

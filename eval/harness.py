@@ -30,7 +30,6 @@ import torch
 import dlm
 from dlm.checkpoints.load import SHIPPED
 from dlm.checkpoints.pretrained import number_type, own_defaults
-from dlm.cli.parser import one_line
 from dlm.data.examples import Example
 from dlm.data.windows import cut
 from dlm.models.flops import parameters
@@ -39,6 +38,7 @@ from dlm.objectives.likelihood import LikelihoodConfig, answer, bound
 from dlm.sampling.config import SamplingConfig
 from dlm.tokenizer import decode, encode_prompt, mask_id
 from dlm.utils.distributed import leave_processes
+from dlm.utils.errors import one_line
 from dlm.utils.names import nearest
 
 log = logging.getLogger(__name__)

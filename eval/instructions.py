@@ -80,7 +80,8 @@ def score(answers: list[str], rows: list[dict]) -> dict[str, dict]:
 def answer_all(model, tokenizer, rows: list[dict], config, batch: int) -> list[str]:
     """The model's answer to each row's prompt."""
     from dlm import generate
-    from dlm.tokenizer import chat_ids, decode, mask_id
+    from dlm.chat_template import chat_ids
+    from dlm.tokenizer import decode, mask_id
 
     mask, answers = mask_id(tokenizer, model.config), []
     parts = [rows[first : first + batch] for first in range(0, len(rows), batch)]

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from dlm.utils import settings
 from dlm.utils.files import whole_folder
 
 if __package__ in (None, ""):  # `accelerate launch train/pretrain.py` from a clone: find dlm/ beside train/
@@ -36,6 +35,7 @@ from dlm.training.recipe import (
     open_tokenizer,
     stream_examples,
 )
+from dlm.utils import settings
 
 
 @dataclass(frozen=True)

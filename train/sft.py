@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from dlm.utils import settings
-
 if __package__ in (None, ""):  # `accelerate launch train/sft.py` from a clone: find dlm/ beside train/
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -35,6 +33,7 @@ from dlm.training.recipe import (
     open_tokenizer,
     stream_examples,
 )
+from dlm.utils import settings
 from dlm.utils.names import check_name
 
 FORMATS = ("auto", "chat", "plain")

@@ -13,8 +13,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from dlm.utils import settings
-
 if __package__ in (None, ""):  # `accelerate launch train/sudoku.py` from a clone: find dlm/ beside train/
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -29,6 +27,7 @@ from dlm.models.transformer import LLaDAModelLM
 from dlm.training import recipe
 from dlm.training.config import RecipeConfig
 from dlm.training.recipe import Prepared, open_model
+from dlm.utils import settings
 from dlm.utils.progress import counted
 
 

@@ -6,6 +6,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Sequence
 
+from dlm.chat_template import chat_ids
 from dlm.checkpoints.pretrained import Opened
 from dlm.cli import live
 from dlm.cli.parser import Parser, check_least, shown_defaults
@@ -24,7 +25,7 @@ from dlm.cli.session import (
     text_of,
     text_pieces,
 )
-from dlm.tokenizer import chat_ids, template
+from dlm.tokenizer import template
 
 
 def add_common(parser: Parser, argv: Sequence[str], leave_out: Sequence[str] = ()) -> None:

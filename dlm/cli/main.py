@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from dlm.cli.parser import one_line
+from dlm.utils.errors import one_line
 from dlm.utils.names import nearest
 
 COMMANDS = {  # name: (where its function is, one line for the help)

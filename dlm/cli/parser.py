@@ -104,10 +104,3 @@ def shown_defaults(argv: Sequence[str]):
     import dlm
 
     return dlm.SamplingConfig()
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error on one line."""
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dlm.cli.parser import one_line
+from dlm.utils.errors import one_line
 from dlm.utils.names import nearest
 
 FOLDERS = {"train": "train", "eval": "eval", "bench": "benchmarks"}  # command: folder

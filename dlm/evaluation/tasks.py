@@ -18,10 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
+from dlm.chat_template import chat_ids
 from dlm.data.prompts import read_prompts
 from dlm.data.sources import HUB, read_rows
 from dlm.sampling.canvas import Canvas
-from dlm.tokenizer import BLANK, chat_ids, encode_prompt, template
+from dlm.tokenizer import BLANK, encode_prompt, template
 from dlm.utils.names import nearest
 
 GSM8K = HUB + "openai/gsm8k/main"

@@ -13,9 +13,10 @@ import time
 import pytest
 
 import dlm
+from dlm.chat_template import chat_ids
 from dlm.cli import main, scripts
 from dlm.sampling.config import SAMPLING
-from dlm.tokenizer import chat_ids, template
+from dlm.tokenizer import template
 from tests.helpers import commandline
 from tests.helpers.commandline import ENVIRONMENT, make_checkpoint
 

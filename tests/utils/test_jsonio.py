@@ -1,0 +1,38 @@
+"""JSON that is broken in every way is one line; what is written holds no NaN."""
+
+import json
+import math
+
+import pytest
+
+from dlm.utils.jsonio import finite, parse_json, read_json
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"a": ', "not JSON .*column 7"),
+        ('{"a": 1,\n "b": }\n', "not JSON .*line 2, column 7"),
+        ("[" * 100_000, "nested too deeply"),
+        ("9" * 5000, "not JSON that can be read"),
+        ("", "not JSON"),
+    ],
+)
+def test_what_is_no_json_is_one_line(text, reason):
+    with pytest.raises(ValueError, match=rf"^here: .*{reason}") as raised:
+        parse_json(text, "here")
+    assert "\n" not in str(raised.value)
+
+
+def test_files_with_a_byte_order_mark_and_not_utf8(tmp_path):
+    (tmp_path / "mark.json").write_bytes(b'\xef\xbb\xbf{"a": [1]}')
+    assert read_json(tmp_path / "mark.json") == {"a": [1]}
+    (tmp_path / "latin.json").write_bytes(b'{"a": "\xe9"}')
+    with pytest.raises(ValueError, match=r"latin\.json: not UTF-8 text \(byte 7\)"):
+        read_json(tmp_path / "latin.json")
+
+
+def test_numbers_that_json_lacks():
+    value = {"a": [math.nan, 1.5, (math.inf,)], "b": -math.inf, "c": "NaN", "d": 3}
+    assert finite(value) == {"a": [None, 1.5, [None]], "b": None, "c": "NaN", "d": 3}
+    json.dumps(finite(value), allow_nan=False)

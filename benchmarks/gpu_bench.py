@@ -57,6 +57,8 @@ class Bench:
     def replayed(self) -> Graphs:
         """The model's passes, replayed; on a CPU by a stand-in that runs them again."""
         plain = packed(self.model)
+        if self.args.torch_kernels:
+            plain.kernels = None
         return Graphs(plain) if self.cuda else Graphs(plain, again)
 
     def prompts(self, batch: int, seed: int = 0) -> list[list[int]]:

@@ -27,7 +27,7 @@ class Step:
 def _sorted(confidence: Tensor, eligible: Tensor) -> tuple[Tensor, Tensor]:
     """Confidence from high to low and the places it belongs to; eligible places first, ties by place."""
     floor = torch.finfo(confidence.dtype).min
-    ranked = torch.where(eligible, confidence.clamp_min(floor), -torch.inf)
+    ranked = confidence.clamp_min(floor).masked_fill(~eligible, -torch.inf)
     return ranked.sort(dim=-1, descending=True, stable=True)
 
 

@@ -153,7 +153,7 @@ class _Run:
                 where, chosen, token, certain = self._pass(planner, rows, step)
                 tokens[where] = torch.where(chosen, token, tokens[where])
                 committed[where] = chosen
-                confidence[where] = torch.where(chosen, certain.float(), 0.0)
+                confidence[where] = certain.float().masked_fill(~chosen, 0.0)  # `where` copies a number to a GPU, and waits
             self.canvas = replace(self.canvas, tokens=tokens)
             self._refuse_nan(before=step + 1 - self.lag)
             self._advance(active, committed)

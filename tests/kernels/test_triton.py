@@ -300,7 +300,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from dlm import kernels
+from dlm.kernels import triton as kernels
 
 chunk = {"logits": None, "row_stride": "i32", "stride": "constexpr", "roles": "*i8", "index": "*i32", "parts": "*fp32",
          "size": "i32", "CHUNK": "constexpr"}
@@ -314,6 +314,14 @@ for kind in ("fp32", "bf16", "fp16"):
 triton.compile(ASTSource(kernels._merge, merge, {"WIDTH": 32}), target=GPUTarget("cuda", 90, 32))
 source = ASTSource(kernels._quantise, quantise, {"stride": 1, "WIDTH": 4096})
 assert "cvt.rn.satfinite.e4m3x2.f32" in triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+place = {"x": "*bf16", "row_stride": "i32", "turns": "*fp32", "positions": "*i64", "q": "*bf16", "keys": "*bf16",
+         "values": "*bf16", "queries": "i32", "heads": "i32", "kv_heads": "i32", "slots": "i32", "GIVEN": "constexpr",
+         "HALF": "constexpr", "WIDTH": "constexpr"}
+for given in (True, False):
+    source = ASTSource(kernels._place, place, {"GIVEN": given, "HALF": 48, "WIDTH": 64})
+    triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1})
+gated = {"x": "*bf16", "row_stride": "i32", "y": "*bf16", "size": "i32", "WIDTH": "constexpr"}
+triton.compile(ASTSource(kernels._gated, gated, {"WIDTH": kernels.GATED}), target=GPUTarget("cuda", 90, 32))
 print("compiled")
 """
 

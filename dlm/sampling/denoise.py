@@ -153,7 +153,8 @@ class _Run:
                 where, chosen, token, certain = self._pass(planner, rows, step)
                 tokens[where] = torch.where(chosen, token, tokens[where])
                 committed[where] = chosen
-                confidence[where] = certain.float().masked_fill(~chosen, 0.0)  # `where` copies a number to a GPU, and waits
+                # not torch.where: it copies a number to a GPU, and waits
+                confidence[where] = certain.float().masked_fill(~chosen, 0.0)
             self.canvas = replace(self.canvas, tokens=tokens)
             self._refuse_nan(before=step + 1 - self.lag)
             self._advance(active, committed)

@@ -12,7 +12,6 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import cached_property
-from unittest import mock
 
 import torch
 
@@ -22,7 +21,6 @@ from dlm.benchmarking.roofline import Pass, limits
 from dlm.kernels.cuda_graphs import Graphs
 from dlm.kernels.packed import packed
 from dlm.models.shapes import random_model
-from dlm.sampling import denoise as loop
 from dlm.utils.hardware import synchronise
 
 PROMPT = 32
@@ -76,11 +74,6 @@ def again(function, pool):
     return lambda: result.copy_(function()), result
 
 
-def using(predictor):
-    """`denoise` with that predictor, whatever the model's packed copy is."""
-    return mock.patch.object(loop, "packed", lambda model: predictor)
-
-
 class Ticks:
     """Points in time on the device."""
 
@@ -110,15 +103,14 @@ def run(bench: Bench, predictor, batch: int, config: SamplingConfig, turns: int 
     ticks, computed, before = Ticks(bench.cuda), [], 0
     synchronise(bench.device)
     began = time.perf_counter()
-    with using(predictor):
+    ticks.tick()
+    for state in dlm.denoise(predictor, canvas, config):
         ticks.tick()
-        for state in dlm.denoise(bench.model, canvas, config):
-            ticks.tick()
-            total = int(state.positions_computed[0])
-            computed.append(total - before)
-            before = total
-            if state.step == turns:
-                break
+        total = int(state.positions_computed[0])
+        computed.append(total - before)
+        before = total
+        if state.step == turns:
+            break
     host = time.perf_counter() - began
     synchronise(bench.device)
     seconds = time.perf_counter() - began

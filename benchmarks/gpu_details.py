@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity
 
 import dlm
-from benchmarks.gpu_bench import PROMPT, Bench, again, cell, timed, using
+from benchmarks.gpu_bench import PROMPT, Bench, again, cell, timed
 from dlm import Canvas, SamplingConfig
 from dlm.benchmarking.roofline import limits
 from dlm.kernels import fp8
@@ -46,9 +46,9 @@ def waits(bench: Bench, predictor, config: SamplingConfig) -> dict:
         bench.prompts(1), config.gen_length, bench.model.config.mask_token_id, device=bench.device
     )
     found = Counter()
-    with using(predictor), warnings.catch_warnings(record=True) as seen:
+    with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        for state in dlm.denoise(bench.model, canvas, config):
+        for state in dlm.denoise(predictor, canvas, config):
             if state.step == 10:
                 seen.clear()
                 torch.cuda.set_sync_debug_mode("warn")
@@ -67,15 +67,14 @@ def profiled(bench: Bench, predictor, config: SamplingConfig) -> dict:
     )
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if bench.cuda else [])]
     turns, profiler = 8, torch.profiler.profile(activities=activities)
-    with using(predictor):
-        for state in dlm.denoise(bench.model, canvas, config):
-            if state.step == 10:
-                synchronise(bench.device)
-                profiler.start()
-            if state.step == 10 + turns:
-                synchronise(bench.device)
-                profiler.stop()
-                break
+    for state in dlm.denoise(predictor, canvas, config):
+        if state.step == 10:
+            synchronise(bench.device)
+            profiler.start()
+        if state.step == 10 + turns:
+            synchronise(bench.device)
+            profiler.stop()
+            break
     rows = profiler.key_averages()
     called = {row.key: row.count / turns for row in rows if row.key.startswith("cu") or "Synchronize" in row.key}
     kernels = [

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 
 import dlm
-from benchmarks.gpu_bench import Bench, again, cell, run, using, whole
+from benchmarks.gpu_bench import Bench, again, cell, run, whole
 from benchmarks.gpu_details import eight_bits, pieces, profile
 from dlm import SamplingConfig
 from dlm.kernels import packed as packing
 from dlm.kernels.available import triton_kernels
 from dlm.kernels.cuda_graphs import Graphs
-from dlm.kernels.packed import Packed, packed
+from dlm.kernels.packed import Direct, Packed, packed
 from dlm.models.shapes import random_model
 from dlm.utils.hardware import commit, hardware, synchronise, versions
 
@@ -58,9 +58,8 @@ def equal(bench: Bench) -> None:
             same, plain_same = [], []
             for rows in ([prompts[0]], [prompts[0][::-1]], prompts, prompts[::-1]):
                 answers = []
-                for predictor in (model, copy, graphs):
-                    with using(predictor):
-                        answers.append(dlm.generate(model, rows, config).sequences)
+                for predictor in (Direct(model), copy, graphs):
+                    answers.append(dlm.generate(predictor, rows, config).sequences)
                 plain_same.append(float((answers[0] == answers[1]).float().mean()))
                 same.append(float((answers[1] == answers[2]).float().mean()))
             bench.write(shape=name, dtype=str(dtype), method=method, packed_as_plain=plain_same, graphs_as_packed=same)
@@ -155,8 +154,7 @@ def peers(bench: Bench) -> None:
 
     def ours(prompt, length, block, steps, method="dual"):
         config = SamplingConfig(gen_length=length, block_length=block, steps=steps, method=method)
-        with using(bench.replayed):
-            return dlm.generate(model, prompt, config).canvas.tokens
+        return dlm.generate(bench.replayed, prompt, config).canvas.tokens
 
     both = {"fast-dllm": samplers["dual"], "ours": ours}
     for steps in (length // 8, length):

@@ -29,7 +29,7 @@ from dlm.kernels.cuda_graphs import Graphs
 from dlm.models import transformer
 from dlm.models.flops import parameters, pass_bytes, pass_flops
 from dlm.models.kv_cache import KVCache
-from dlm.sampling import denoise, step
+from dlm.sampling import step
 from dlm.sampling.commit import COMMITS
 from dlm.utils.files import write_json
 from dlm.utils.hardware import PeakMemory, synchronise
@@ -58,13 +58,13 @@ def measure(model, prompts, config, warm_up: int, repeats: int, limit: Limits, c
     device, times, passes = model.device, [], []
     for _ in range(warm_up):
         dlm.generate(model, prompts, config)
-    watched = mock.patch.object(denoise, "packed", lambda model: Recorder(packing.packed(model), passes))
-    with PeakMemory(device) as memory, watched:
+    watched = Recorder(packing.packed(model), passes)
+    with PeakMemory(device) as memory:
         for _ in range(repeats):
             passes.clear()
             synchronise(device)
             began = clock()
-            out = dlm.generate(model, prompts, config)
+            out = dlm.generate(watched, prompts, config)
             synchronise(device)
             times.append(clock() - began)
     seconds = statistics.median(times)
@@ -158,7 +158,7 @@ def _inside(model, predictor, watch: Stopwatch) -> list:
         mock.patch.object(transformer, "ALL_ATTENTION_FUNCTIONS", table),
         mock.patch.object(KVCache, "update", watch.around("cache", KVCache.update)),
     ]
-    if predictor is model:
+    if isinstance(predictor, packing.Direct):
         table = model.get_output_embeddings()
         if not model.config.weight_tying:
             patches.append(mock.patch.object(table, "forward", watch.around("head", table.forward)))

@@ -15,8 +15,8 @@ _WHERE = {
     "LLaDAConfig": "models.configuration",
     "LLaDAModelLM": "models.transformer",
     "SamplingConfig": "sampling.config",
-    "denoise": "sampling.denoise",
-    "generate": "sampling.generate",
+    "denoise": "checkpoints.generation",
+    "generate": "checkpoints.generation",
     "likelihood": "objectives.likelihood",
     "load": "checkpoints.load",
 }

@@ -26,6 +26,7 @@ if __package__ in (None, ""):  # `accelerate launch eval/compare.py` from a clon
 import numpy as np
 import torch
 
+from dlm.checkpoints.generation import generate
 from dlm.checkpoints.load import TWIN
 from dlm.cli.parser import Parser
 from dlm.cli.scripts import guarded
@@ -39,7 +40,6 @@ from dlm.models.attention import causal
 from dlm.objectives.likelihood import Bound, LikelihoodConfig, bound
 from dlm.sampling import autoregressive
 from dlm.sampling.config import SamplingConfig
-from dlm.sampling.generate import generate
 from dlm.utils.files import write_json
 from dlm.utils.hardware import commit, hardware, synchronise, versions
 from dlm.utils.stats import Measure

@@ -39,7 +39,7 @@ def measure(model, tokenizer, paths: list[str], length: int, passes: int) -> dic
 
     Of an autoregressive model the likelihood itself, in one pass, since no noise is drawn.
     """
-    causal = model.objective == "autoregressive"
+    causal = model.config.objective == "autoregressive"
     passes = 1 if causal else passes
     parts = [load_documents(path, tokenizer) for path in paths]
     examples = Examples(parts, length)
@@ -134,7 +134,7 @@ def main(argv: list[str]) -> int:
         for file in source.iterdir():
             if file.name != "training.json":
                 shutil.copy(file, folder / file.name)
-        if model.objective != "autoregressive":  # the sampler's defaults
+        if model.config.objective != "autoregressive":  # the sampler's defaults
             write_json(folder / "generation_config.json", {"dlm": {**defaults, "chat": chat}}, indent=2)
         write_json(folder / "training.json", {**notes, "before": before, "validation": bound}, indent=2)
         (folder / "README.md").write_text(card, encoding="utf-8")

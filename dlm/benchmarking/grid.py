@@ -14,12 +14,13 @@ from statistics import median
 
 import torch
 
+from dlm.checkpoints.generation import generate
 from dlm.evaluation.tasks import Question
 from dlm.models.attention import full
 from dlm.sampling.canvas import Canvas
 from dlm.sampling.commit import COMMITS
 from dlm.sampling.config import SamplingConfig, as_ids
-from dlm.sampling.generate import GenerationOutput, generate
+from dlm.sampling.generate import GenerationOutput
 from dlm.sampling.methods import METHODS, visibility
 from dlm.sampling.schedule import schedule
 from dlm.tokenizer import EOT, mask_id

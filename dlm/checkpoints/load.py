@@ -18,7 +18,7 @@ from dlm.models.configuration import LLaDAConfig
 from dlm.models.transformer import LLaDAModelLM
 from dlm.utils.names import check_name
 
-__all__ = ["SHIPPED", "TWIN", "load", "quiet", "read_config", "read_objective"]
+__all__ = ["SHIPPED", "TWIN", "load", "quiet", "read_config"]
 
 WIDENED = 1_000_000_000  # parameters; above this, float32 would take too much of a machine's memory
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -84,7 +84,7 @@ def load(
         model = model.float()
     if bits in QUANTIZED:
         quantize_(model, bits)
-    model.objective, model.cuda_graphs = read_objective(path), cuda_graphs
+    model.cuda_graphs = cuda_graphs
     return model, tokenizer
 
 
@@ -111,14 +111,6 @@ def quiet():
         hf_logging.set_verbosity(level)
         if bar:
             hf_logging.enable_progress_bar()
-
-
-def read_objective(path: str | os.PathLike) -> str | None:
-    """What a checkpoint of dlm's own was trained for, by the notes beside it (training.json); None: not known."""
-    notes = Path(path) / "training.json"
-    if not notes.is_file():
-        return None
-    return json.loads(notes.read_text(encoding="utf-8")).get("recipe", {}).get("objective")
 
 
 def read_config(path: str, revision: str | None = None) -> LLaDAConfig:

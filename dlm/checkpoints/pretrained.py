@@ -13,7 +13,6 @@ from typing import Any
 from torch import nn
 
 from dlm.checkpoints.files import own_defaults
-from dlm.checkpoints.load import read_objective
 from dlm.kernels.linear import QUANTIZED
 from dlm.models.configuration import LLaDAConfig
 
@@ -55,8 +54,8 @@ def hub_errors(path: str) -> Iterator[None]:
 
 
 def is_autoregressive(path: str | os.PathLike, revision: str | None = None) -> bool:
-    """Whether a checkpoint predicts the next token: any family but LLaDA's, or one of ours whose notes
-    (`training.json`) name that objective."""
+    """Whether a checkpoint predicts the next token: any family but LLaDA's, or one of ours whose config.json names
+    that objective."""
     from transformers import PretrainedConfig
 
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
@@ -64,7 +63,7 @@ def is_autoregressive(path: str | os.PathLike, revision: str | None = None) -> b
     fields, _ = PretrainedConfig.get_config_dict(str(path), revision=revision or "main")
     if fields.get("model_type") != LLaDAConfig.model_type:
         return True
-    return read_objective(path) == "autoregressive"
+    return fields.get("objective") == "autoregressive"
 
 
 def identify(path: str, revision: str | None, config) -> str:

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 
+from dlm.checkpoints.generation import generate
 from dlm.checkpoints.load import SHIPPED, load
 from dlm.checkpoints.pretrained import identify, is_autoregressive
 from dlm.evaluation.judge import Judge
 from dlm.evaluation.metrics import distinct, is_degenerate, repetition, unigram_entropy
 from dlm.sampling.autoregressive import generate as generate_causal
 from dlm.sampling.config import SamplingConfig, as_ids
-from dlm.sampling.generate import generate
 from dlm.tokenizer import mask_id
 from dlm.utils.stats import Measure, ratio
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dlm.checkpoints.load import TWIN, load, quiet, read_objective
+from dlm.checkpoints.load import TWIN, load, quiet
 from dlm.checkpoints.pretrained import identify, number_type
 from dlm.evaluation.metrics import perplexity
 from dlm.kernels.linear import QUANTIZED
@@ -142,7 +142,7 @@ def open_judge(
     config = AutoConfig.from_pretrained(path, revision=revision)
     own = load_tokenizer(path, revision)
     if config.model_type == LLaDAConfig.model_type:
-        _check_autoregressive(path)
+        _check_autoregressive(path, config.objective)
         model, _ = load(path, revision=revision, device=device, dtype=dtype)
 
         def logits(tokens: Tensor, valid: Tensor, keep: Tensor) -> Tensor:
@@ -183,9 +183,9 @@ def _open_causal(path: str, revision: str | None, device, dtype: str):
     return model.eval()
 
 
-def _check_autoregressive(path: str) -> None:
-    """Errors: a checkpoint in dlm's layout whose notes say that it was trained for something else."""
-    if (objective := read_objective(path)) not in (None, "autoregressive"):
+def _check_autoregressive(path: str, objective: str) -> None:
+    """Errors: a checkpoint in dlm's layout that was trained for something else."""
+    if objective != "autoregressive":
         raise ValueError(
             f"the judge {path} was trained on the objective {objective}: a judge must be autoregressive, "
             "so that it gives a text one probability"

@@ -64,7 +64,8 @@ class Graphs:
     fixed_shapes = True  # the sampler pads what it asks about, so that shapes repeat
 
     def __init__(self, predictor, record: Recorder = record_cuda):
-        self.predictor, self.config, self.record = predictor, predictor.config, record
+        self.predictor, self.record = predictor, record
+        self.config, self.device, self.kernels = predictor.config, predictor.device, predictor.kernels
         self.pool = torch.cuda.graph_pool_handle() if record is record_cuda else None
         self._canvases: OrderedDict[tuple[int, int], _Canvas] = OrderedDict()
 

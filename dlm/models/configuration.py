@@ -6,6 +6,8 @@ from transformers import PretrainedConfig
 
 __all__ = ["LLaDAConfig"]
 
+_OBJECTIVES = ("diffusion", "block_diffusion", "autoregressive")
+
 # Field -> the only values we implement, and what the field would do otherwise.
 _ONLY = {
     "alibi": ((False,), "ALiBi position biases"),
@@ -24,7 +26,8 @@ class LLaDAConfig(PretrainedConfig):
     """The configuration of a mask predictor in LLaDA's layout (`model_type` llada).
 
     Fields and defaults are those of LLaDA-8B's `config.json`. Ours beside them, written only where set:
-    `block_length` (a model trained with block-causal attention of that block length, BD3-LM).
+    `block_length` (a model trained with block-causal attention of that block length, BD3-LM). `objective`, always
+    written, is what the weights were trained for: diffusion, block_diffusion or autoregressive.
     Raises ValueError, naming the field, for a variant that is not implemented and for sizes that do not fit.
     """
 
@@ -90,6 +93,7 @@ class LLaDAConfig(PretrainedConfig):
     precision: str | None = None
     use_cache: bool = False
     block_length: int | None = None
+    objective: str | None = None
 
     def __post_init__(self, **kwargs: Any):
         for field, (allowed, meaning) in _ONLY.items():
@@ -116,7 +120,10 @@ class LLaDAConfig(PretrainedConfig):
             self.mlp_hidden_size = int(self.mlp_ratio * self.d_model)
         if self.embedding_size is None:
             self.embedding_size = self.vocab_size
+        if self.objective is None:
+            self.objective = "diffusion" if self.block_length is None else "block_diffusion"
         self._check_sizes()
+        self._check_objective()
         if self.architectures is None:
             self.architectures = ["LLaDAModelLM"]
         super().__post_init__(**kwargs)
@@ -151,6 +158,15 @@ class LLaDAConfig(PretrainedConfig):
             )
         if self.block_length is not None and self.block_length < 1:
             raise ValueError(f"config field block_length={self.block_length}: give 1 or more, or leave it out")
+
+    def _check_objective(self) -> None:
+        if self.objective not in _OBJECTIVES:
+            raise ValueError(f"config field objective={self.objective!r}: it is one of {', '.join(_OBJECTIVES)}")
+        if (self.objective == "block_diffusion") != (self.block_length is not None):
+            raise ValueError(
+                f"config has objective={self.objective!r} and block_length={self.block_length}: "
+                "a block_length belongs to block_diffusion, and to no other"
+            )
 
     @property
     def head_dim(self) -> int:

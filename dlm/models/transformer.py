@@ -224,7 +224,6 @@ class LLaDAModelLM(LLaDAPreTrainedModel):
     """
 
     _tied_weights_keys = {}
-    objective: str | None = None  # what it was trained for, where that is known: a field of `training`
     cuda_graphs = False  # whether generation on a GPU replays its passes (`graphs`)
 
     def __init__(self, config: LLaDAConfig):

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dlm.kernels.packed import packed
 from dlm.models.attention import full
 from dlm.models.kv_cache import KVCache
 from dlm.sampling.canvas import Canvas
@@ -49,7 +48,7 @@ class DenoiseState:
 
 @torch.inference_mode()
 def denoise(
-    model,
+    predictor,
     canvas: Canvas,
     config: SamplingConfig | None = None,
     *,
@@ -58,11 +57,12 @@ def denoise(
 ) -> Iterator[DenoiseState]:
     """Fills the masked places of `canvas` and yields a state after every turn.
 
-    `model` is any mask predictor: a callable with the signature of `LLaDAModelLM.forward`. vocab_size: ids from
-    there on are never proposed (embeddings beyond the tokenizer). eos_token_ids: what ends a text, unless the config
-    says. Raises ValueError for settings that do not fit the model or the canvas, FloatingPointError for NaN logits.
+    `predictor` is any callable with the signature of `Packed.__call__`; a model is called as it is (`dlm.denoise` packs
+    it first). vocab_size: ids from there on are never proposed (embeddings beyond the tokenizer). eos_token_ids: what
+    ends a text, unless the config says. Raises ValueError for settings that do not fit the model or the canvas,
+    FloatingPointError for NaN logits.
     """
-    yield from _Run(model, canvas, config or SamplingConfig(), vocab_size, eos_token_ids).turns()
+    yield from _Run(predictor, canvas, config or SamplingConfig(), vocab_size, eos_token_ids).turns()
 
 
 class _Run:
@@ -70,7 +70,7 @@ class _Run:
     waits for the device only where a rule must know what was committed."""
 
     def __init__(self, model, canvas: Canvas, config: SamplingConfig, vocab_size: int | None, eos: Sequence[int]):
-        self.model, self.canvas, self.config, self.vocab_size = packed(model), canvas, config, vocab_size
+        self.model, self.canvas, self.config, self.vocab_size = model, canvas, config, vocab_size
         self.method, self.device = METHODS[config.method], canvas.tokens.device
         self.eos = config.eos_ids or tuple(eos)
         if (config.stop_at_eos or config.suppress_eos or config.delay_eos) and not self.eos:

@@ -32,16 +32,16 @@ class GenerationOutput(ModelOutput):
 # ---------------------------------------------------------------- the whole
 
 
-def generate(model, inputs, config: SamplingConfig | None = None, *, tokenizer=None) -> GenerationOutput:
-    """Generates for a batch: `prepare`, then `denoise` to the end.
+def generate(predictor, inputs, config: SamplingConfig | None = None, *, tokenizer=None) -> GenerationOutput:
+    """Generates for a batch with any mask predictor: `prepare`, then `denoise` to the end.
 
     inputs: id lists of any lengths, ids (B, P) or (P,), texts (these need `tokenizer`), or a `Canvas`.
     Raises ValueError for inputs or settings that do not fit the model, FloatingPointError for NaN logits.
     """
     config = config or SamplingConfig()
-    canvas, settings = prepare(model, inputs, config.gen_length, tokenizer)
+    canvas, settings = prepare(predictor, inputs, config.gen_length, tokenizer)
     state, committed = None, torch.zeros(len(canvas.tokens), dtype=torch.int64, device=canvas.tokens.device)
-    for state in denoise(model, canvas, config, **settings):
+    for state in denoise(predictor, canvas, config, **settings):
         committed += state.committed.sum(dim=1)
     if state is None:
         raise ValueError("the canvas has no masked place: there is nothing to generate")
@@ -55,9 +55,9 @@ def generate(model, inputs, config: SamplingConfig | None = None, *, tokenizer=N
     )
 
 
-def prepare(model, inputs, gen_length: int, tokenizer=None) -> tuple[Canvas, dict]:
+def prepare(predictor, inputs, gen_length: int, tokenizer=None) -> tuple[Canvas, dict]:
     """The canvas for these inputs and what `denoise` should know of the checkpoint (vocab_size, eos_token_ids)."""
-    settings = getattr(model, "config", None)
+    settings = getattr(predictor, "config", None)
     vocab_size = getattr(settings, "vocab_size", None) if tokenizer is None else len(tokenizer)
     known = {"vocab_size": vocab_size, "eos_token_ids": as_ids(getattr(settings, "eos_token_id", None))}
     if isinstance(inputs, Canvas):
@@ -70,8 +70,7 @@ def prepare(model, inputs, gen_length: int, tokenizer=None) -> tuple[Canvas, dic
         if tokenizer is None:
             raise ValueError("text was given but no tokenizer: pass tokenizer=, or give token ids")
         inputs = [encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in inputs]
-    device = next((p.device for p in model.parameters()), None) if isinstance(model, torch.nn.Module) else None
-    canvas = Canvas.from_prompts(inputs, gen_length, mask_id(tokenizer, settings), device=device)
+    canvas = Canvas.from_prompts(inputs, gen_length, mask_id(tokenizer, settings), device=_device_of(predictor))
     size = getattr(settings, "embedding_size", None)
     wrong = canvas.tokens[(canvas.tokens < 0) | (canvas.tokens >= (size or 2**62))]
     if len(wrong):
@@ -79,3 +78,9 @@ def prepare(model, inputs, gen_length: int, tokenizer=None) -> tuple[Canvas, dic
             f"the prompts hold id {int(wrong[0])}, but the model's ids go from 0 to {size - 1 if size else '…'}"
         )
     return canvas, known
+
+
+def _device_of(predictor) -> torch.device | None:
+    if isinstance(predictor, torch.nn.Module):
+        return next((weight.device for weight in predictor.parameters()), None)
+    return getattr(predictor, "device", None)

@@ -105,12 +105,12 @@ def visibility(model, name: str, block_length: int | None) -> tuple[int, Visible
 
     Raises ValueError where the method does not suit the model, or the block length is not what it was trained with.
     """
-    if getattr(model, "objective", None) == "autoregressive":
+    settings = getattr(model, "config", None)
+    if getattr(settings, "objective", None) == "autoregressive":
         raise ValueError(
             "this model predicts the next token, and cannot fill in masks: give a diffusion model "
             "(`dlm eval generative` writes text with either)"
         )
-    settings = getattr(model, "config", None)
     trained = getattr(settings, "block_length", None)
     if name not in methods_for(settings):
         kind, other = ("full-attention", "block-causal") if trained else ("block-causal", "full-attention")

@@ -10,7 +10,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from dlm.kernels.available import triton_kernels
 from dlm.models.attention import Visible, full
 from dlm.models.kv_cache import KVCache
 from dlm.sampling.canvas import Canvas
@@ -91,10 +90,12 @@ def run_step(
     if positions is not None:
         tokens = tokens.gather(1, positions)
     cache = None if cache is None else cache.at(rows)
-    logits = model(tokens, positions, visible=visible, cache=cache, valid=valid, logits_to_keep=kept)  # (R, M, V)
+    predict = getattr(model, "predict", model)
+    logits = predict(tokens, positions, visible=visible, cache=cache, valid=valid, logits_to_keep=kept)  # (R, M, V)
     forbidden = _forbidden(logits.shape[-1], vocab_size, (canvas.mask_id, *suppressed), logits.device)
+    kernels = fused(logits, getattr(model, "kernels", None))
     found = [
-        decide(part, other, request.counts, config, suppressed, forbidden, generators)
+        decide(part, other, request.counts, config, suppressed, forbidden, generators, kernels)
         for part, other in _parts(logits, config)
     ]
     token, confidence, largest = (torch.cat(x, dim=1).view(request.slots.shape) for x in zip(*found, strict=True))
@@ -117,10 +118,10 @@ def _parts(logits: Tensor, config: SamplingConfig) -> list[tuple[Tensor, Tensor 
     return list(zip(*branches, strict=True)) if config.cfg_scale else [(part, None) for part in branches[0]]
 
 
-def decide(logits, other, counts, config: SamplingConfig, suppressed, forbidden, generators):
+def decide(logits, other, counts, config: SamplingConfig, suppressed, forbidden, generators, kernels=None):
     """Token, confidence and largest logit at every place of logits (R, M, V): (R, M) each. other: the logits with
-    what is given masked, for guidance."""
-    if other is None and _greedy(config) and (kernels := fused(logits)):
+    what is given masked, for guidance. kernels: what `fused` gave."""
+    if other is None and _greedy(config) and kernels is not None:
         found = kernels.summarise(logits, forbidden, suppressed)
         return found.token, found.confidence(config.ordering), found.largest
     logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -150,10 +151,10 @@ def _greedy(config: SamplingConfig) -> bool:
     return config.temperature == 0 and not config.tempered_confidence and config.ordering != "random"
 
 
-def fused(logits: Tensor):
-    """`dlm.kernels` where it can read these logits in one pass, else None: torch makes the same proposal in several."""
-    plain = type(logits) is Tensor and logits.dtype != torch.float64
-    return triton_kernels(logits.device) if plain else None
+def fused(logits: Tensor, kernels):
+    """The predictor's kernels where they can read these logits in one pass, else None: torch makes the same proposal in
+    several."""
+    return kernels if type(logits) is Tensor and logits.dtype != torch.float64 else None
 
 
 @lru_cache(maxsize=16)  # a copy from the host waits for the GPU

@@ -38,8 +38,8 @@ def prepare_model(accelerator, model, config: TrainingConfig):
 
     Errors: settings that sharding does not allow.
     """
-    if config.objective != "autoregressive" and hasattr(model, "config"):
-        model.config.block_length = config.block_length  # what it sees from now on, and says in its checkpoint
+    if hasattr(model, "config"):  # what it sees from now on, and says in its checkpoint
+        model.config.objective, model.config.block_length = config.objective, config.block_length
     if config.activation_checkpointing:
         checkpoint_activations(model)
     model.to(accelerator.device)  # before the optimizers: they look at where the parameters are

@@ -6,8 +6,8 @@ from contextlib import nullcontext
 
 import torch
 
+from dlm.checkpoints.generation import generate
 from dlm.sampling.config import SamplingConfig
-from dlm.sampling.generate import generate
 from dlm.tokenizer import decode, encode_prompt
 
 TEMPERATURE = 0.7

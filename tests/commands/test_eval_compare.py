@@ -18,8 +18,7 @@ LINES = (
 
 @pytest.fixture(scope="module")
 def twin(tmp_path_factory, tokenizer):  # noqa: F811
-    folder = make_checkpoint(tmp_path_factory.mktemp("twin") / "tiny-twin", tokenizer)
-    (folder / "training.json").write_text('{"recipe": {"objective": "autoregressive"}}')
+    folder = make_checkpoint(tmp_path_factory.mktemp("twin") / "tiny-twin", tokenizer, objective="autoregressive")
     return folder
 
 

@@ -24,7 +24,7 @@ samples: [bdf, "gjk"]
 
 @pytest.mark.parametrize("objective", ["diffusion", "autoregressive"])
 def test_release(tmp_path, tokenizer, objective):  # noqa: F811
-    model = make_checkpoint(tmp_path / "model", tokenizer)
+    model = make_checkpoint(tmp_path / "model", tokenizer, objective=objective)
     notes = {"name": "m", "seconds": 60, "tokens_seen": 9, "recipe": {"sequence_length": 16, "objective": objective}}
     (model / "training.json").write_text(json.dumps(notes))
     (tmp_path / "valid.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in ("bdfg", "jkqb", "fgjkqbd")))
@@ -44,7 +44,7 @@ def test_release(tmp_path, tokenizer, objective):  # noqa: F811
     assert (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o777 == 0o666 & ~before
 
     released, words = dlm.load(tmp_path / "out")
-    assert released.objective == objective
+    assert released.config.objective == objective
     if causal:
         with pytest.raises(ValueError, match="predicts the next token, and cannot fill in masks"):
             dlm.generate(released, ["b"], dlm.SamplingConfig(gen_length=4), tokenizer=words)

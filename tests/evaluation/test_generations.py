@@ -50,8 +50,7 @@ def test_a_frontier_is_read_between_its_points():
 
 def test_texts_do_not_depend_on_the_batch(checkpoint, tmp_path_factory, tokenizer):  # noqa: F811
     """Of either kind, each with its own seed, and cut at end-of-text."""
-    twin = make_checkpoint(tmp_path_factory.mktemp("twin") / "twin", tokenizer)
-    (twin / "training.json").write_text('{"recipe": {"objective": "autoregressive"}}')
+    twin = make_checkpoint(tmp_path_factory.mktemp("twin") / "twin", tokenizer, objective="autoregressive")
     config = SamplingConfig(gen_length=12, temperature=1.0, seed=3)
     for folder, causal in ((checkpoint, False), (twin, True)):
         writer = open_writer(folder)

@@ -1,6 +1,5 @@
 """The judge's numbers against hand calculations; judges of other kinds and vocabularies."""
 
-import json
 import math
 
 import pytest
@@ -26,8 +25,7 @@ PAIRS = [
 @pytest.fixture(scope="module")
 def twin(tmp_path_factory, tokenizer):
     """A tiny autoregressive checkpoint in dlm's layout."""
-    folder = make_checkpoint(tmp_path_factory.mktemp("twin") / "twin", tokenizer)
-    (folder / "training.json").write_text(json.dumps({"recipe": {"objective": "autoregressive"}}))
+    folder = make_checkpoint(tmp_path_factory.mktemp("twin") / "twin", tokenizer, objective="autoregressive")
     return folder
 
 
@@ -118,7 +116,6 @@ def test_refusals(tmp_path, twin, tokenizer):
     with pytest.raises(ValueError, match="no tokenizer, and its vocabulary of"):
         open_judge(str(bare), device="cpu", tokenizer=tokenizer, vocab_size=999)
     diffusion = make_checkpoint(tmp_path / "diffusion", tokenizer)
-    (diffusion / "training.json").write_text(json.dumps({"recipe": {"objective": "diffusion"}}))
     with pytest.raises(ValueError, match="must be autoregressive"):
         open_judge(str(diffusion), device="cpu")
 

@@ -28,9 +28,8 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def twin(tmp_path_factory, tokenizer):  # noqa: F811
-    """A checkpoint whose notes say that it predicts the next token."""
-    folder = make_checkpoint(tmp_path_factory.mktemp("twin") / "tiny-twin", tokenizer)
-    (folder / "training.json").write_text(json.dumps({"recipe": {"objective": "autoregressive"}}))
+    """A checkpoint whose config.json says that it predicts the next token."""
+    folder = make_checkpoint(tmp_path_factory.mktemp("twin") / "tiny-twin", tokenizer, objective="autoregressive")
     return folder
 
 

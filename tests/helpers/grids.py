@@ -14,9 +14,8 @@ METHODS = ("none", "prefix", "dual", "vicinity", "c2f")
 @pytest.fixture(scope="session")
 def twin(tmp_path_factory, tokenizer):
     """A tiny autoregressive checkpoint: the judge."""
-    folder = make_checkpoint(tmp_path_factory.mktemp("judge") / "tiny-judge", tokenizer, n_layers=1)
-    (folder / "training.json").write_text(json.dumps({"recipe": {"objective": "autoregressive"}}))
-    return folder
+    folder = tmp_path_factory.mktemp("judge") / "tiny-judge"
+    return make_checkpoint(folder, tokenizer, n_layers=1, objective="autoregressive")
 
 
 @pytest.fixture

@@ -33,20 +33,13 @@ class Recorder:
         return replay, result
 
 
-@pytest.fixture
-def replaying(monkeypatch):
-    """model -> its Graphs, which the sampler uses from then on."""
-
-    def make(model):
-        graphs = Graphs(packed(model), Recorder())
-        monkeypatch.setattr(denoise, "packed", lambda _: graphs)
-        return graphs
-
-    return make
+def replaying(model):
+    """The model's passes, replayed."""
+    return Graphs(packed(model), Recorder())
 
 
 @pytest.mark.parametrize("method", ["none", "prefix", "dual", "vicinity", "c2f"])
-def test_tokens_are_those_of_plain_passes(replaying, monkeypatch, method):
+def test_tokens_are_those_of_plain_passes(method):
     """Prompts of many lengths, rows that come to their blocks at different passes, guidance, every commit rule."""
     rng, model = random.Random(method), tiny_model(3, dtype=torch.float32)
     runs = []
@@ -60,7 +53,7 @@ def test_tokens_are_those_of_plain_passes(replaying, monkeypatch, method):
         runs.append((prompts, config, dlm.generate(model, prompts, config)))
     graphs = replaying(model)
     for prompts, config, want in runs:
-        got = dlm.generate(model, prompts, config)
+        got = dlm.generate(graphs, prompts, config)
         assert got.sequences.tolist() == want.sequences.tolist(), config
         assert (got.nfe.tolist(), got.positions_computed.tolist()) == (
             want.nfe.tolist(),
@@ -69,34 +62,34 @@ def test_tokens_are_those_of_plain_passes(replaying, monkeypatch, method):
     assert graphs.record.replayed > 2 * graphs.record.recorded > 0
 
 
-def test_block_causal_too(replaying):
+def test_block_causal_too():
     model = tiny_model(4, dtype=torch.float32, block_length=4)
     config = SamplingConfig(gen_length=16, method="block_causal", steps=16)
     want = [dlm.generate(model, [prompt], config).sequences.tolist() for prompt in ([1, 2, 3], [4, 5, 6])]
     graphs = replaying(model)
-    assert [dlm.generate(model, [prompt], config).sequences.tolist() for prompt in ([1, 2, 3], [4, 5, 6])] == want
+    assert [dlm.generate(graphs, [prompt], config).sequences.tolist() for prompt in ([1, 2, 3], [4, 5, 6])] == want
     assert graphs.record.replayed > graphs.record.recorded > 0
 
 
-def test_a_second_generation_records_nothing(replaying):
+def test_a_second_generation_records_nothing():
     model = tiny_model(5, dtype=torch.float32)
     graphs, config = replaying(model), SamplingConfig(gen_length=8, block_length=4, steps=8, method="dual")
-    dlm.generate(model, [[1, 2]], config)
-    dlm.generate(model, [[1, 3]], config)
+    dlm.generate(graphs, [[1, 2]], config)
+    dlm.generate(graphs, [[1, 3]], config)
     assert graphs.record.recorded == 2  # all slots, a block's slots
     before = graphs.record.replayed
-    dlm.generate(model, [[5, 6]], config)
+    dlm.generate(graphs, [[5, 6]], config)
     assert (graphs.record.recorded, graphs.record.replayed) == (2, before + 8)
 
 
-def test_generations_at_once_do_not_share_a_cache(replaying):
+def test_generations_at_once_do_not_share_a_cache():
     model = tiny_model(6, dtype=torch.float32)
     config = SamplingConfig(gen_length=8, block_length=4, steps=8, method="dual")
     prompts = [[1, 2], [3, 4]]
     want = [dlm.generate(model, [prompt], config).sequences.tolist() for prompt in prompts]
-    replaying(model)
+    graphs = replaying(model)
     for _ in range(2):
-        runs = [dlm.denoise(model, dlm.Canvas.from_prompts([prompt], 8, 39), config) for prompt in prompts]
+        runs = [dlm.denoise(graphs, dlm.Canvas.from_prompts([prompt], 8, 39), config) for prompt in prompts]
         for states in zip(*runs, strict=True):  # turn by turn
             last = states
         assert [state.canvas.region(0).tolist() for state in last] == want
@@ -114,10 +107,10 @@ def test_caches_come_back_and_old_shapes_go():
     assert graphs.borrow(1, 8) is not first
 
 
-def test_a_generation_that_is_left_gives_its_cache_back(replaying):
+def test_a_generation_that_is_left_gives_its_cache_back():
     model = tiny_model(8, dtype=torch.float32)
     graphs, config = replaying(model), SamplingConfig(gen_length=8, block_length=4, steps=8, method="dual")
-    states = dlm.denoise(model, dlm.Canvas.from_prompts([[1, 2]], 8, 39), config)
+    states = dlm.denoise(graphs, dlm.Canvas.from_prompts([[1, 2]], 8, 39), config)
     next(states)
     states.close()
     assert len(graphs._canvas(1, 10).free) == 1

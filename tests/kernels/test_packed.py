@@ -9,7 +9,7 @@ import dlm
 from dlm import Canvas, SamplingConfig
 from dlm.kernels import packed as packing
 from dlm.kernels.linear import has_kernels
-from dlm.kernels.packed import Packed, packed
+from dlm.kernels.packed import Direct, Packed, packed
 from dlm.models.attention import block_causal
 from dlm.models.kv_cache import KVCache
 from tests.helpers.toys import MASK, tiny_model
@@ -125,7 +125,7 @@ def test_generation_gives_the_tokens_of_the_plain_path(method):
         assert type(packed(model)) is Packed
         got = dlm.generate(model, prompts, config)
         model.config._attn_implementation = "eager"
-        assert packed(model) is model
+        assert type(packed(model)) is Direct
         assert got.sequences.tolist() == dlm.generate(model, prompts, config).sequences.tolist(), config
 
 
@@ -193,16 +193,16 @@ def test_a_training_step_and_loaded_weights_are_noticed():
 def test_what_is_not_plain_keeps_its_own_path():
     assert packed(predictor := lambda tokens: None) is predictor
     for changed in (model_of().train(), model_of(dtype=torch.float64), model_of(attn_implementation="eager")):
-        assert packed(changed) is changed
+        assert type(packed(changed)) is Direct
     hooked = model_of()
     hooked.model.transformer.blocks[0].q_proj.register_forward_hook(lambda *_: None)
-    assert packed(hooked) is hooked
+    assert type(packed(hooked)) is Direct
     patched = model_of()
     patched.model.transformer.blocks[0].forward = patched.model.transformer.blocks[0].forward
-    assert packed(patched) is patched
+    assert type(packed(patched)) is Direct
     quantised = model_of()
     quantised.model.transformer.blocks[0].ff_out = type("Other", (torch.nn.Linear,), {})(48, 32, bias=False)
-    assert packed(quantised) is quantised
+    assert type(packed(quantised)) is Direct
 
 
 def test_lora_is_seen_and_merged_lora_too():
@@ -212,7 +212,7 @@ def test_lora_is_seen_and_merged_lora_too():
         model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     ).eval()
     canvas = Canvas.from_prompts([[1, 2, 3]], 6, MASK)
-    assert packed(model) is model  # its q_proj are adapters now
+    assert type(packed(model)) is Direct  # its q_proj are adapters now
     states = list(dlm.denoise(model, canvas, SamplingConfig(gen_length=6)))
     merged = wrapped.merge_and_unload()
     assert type(packed(merged)) is Packed

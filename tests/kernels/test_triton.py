@@ -348,26 +348,25 @@ def test_it_compiles_for_a_gpu(tmp_path):
         ({"cfg_scale": 1.0}, False),
     ],
 )
-def test_which_proposals_are_fused(monkeypatch, options, expected):
-    seen, model = [], tiny_model(0, dtype=torch.float32).to(DEVICE)
+def test_which_proposals_are_fused(options, expected):
+    seen, predictor = [], packed(tiny_model(0, dtype=torch.float32).to(DEVICE))
 
     def summarise(logits, forbidden, suppressed):
         seen.append(suppressed)
         largest, token = logits.max(dim=-1)
         return types.SimpleNamespace(token=token.clamp_max(30), largest=largest, confidence=lambda name: largest)
 
-    fake = types.SimpleNamespace(summarise=summarise)
-    monkeypatch.setattr(step, "fused", lambda logits: fake)
-    dlm.generate(model, [[1, 2, 3]], SamplingConfig(gen_length=4, steps=2, suppress_eos=True, **options))
+    predictor.kernels = types.SimpleNamespace(summarise=summarise)
+    dlm.generate(predictor, [[1, 2, 3]], SamplingConfig(gen_length=4, steps=2, suppress_eos=True, **options))
     assert bool(seen) == expected
     assert all(suppressed == (38,) for suppressed in seen)
 
 
-def test_which_logits_are_fused(monkeypatch):
-    monkeypatch.setattr(step, "triton_kernels", lambda device: device)
-    assert step.fused(torch.zeros(1, 1, 4)) == torch.device("cpu")  # asked what runs there
-    assert step.fused(torch.zeros(1, 1, 4, dtype=torch.float64)) is None
-    assert step.fused(torch.nn.Parameter(torch.zeros(1, 1, 4))) is None  # or any wrapped or sharded tensor
+def test_which_logits_are_fused():
+    kernels = object()
+    assert step.fused(torch.zeros(1, 1, 4), kernels) is kernels
+    assert step.fused(torch.zeros(1, 1, 4, dtype=torch.float64), kernels) is None
+    assert step.fused(torch.nn.Parameter(torch.zeros(1, 1, 4)), kernels) is None  # or any wrapped or sharded tensor
 
 
 def with_module(monkeypatch, module):

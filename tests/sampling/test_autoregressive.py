@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from dlm.checkpoints.load import SHIPPED
 from dlm.checkpoints.pretrained import is_autoregressive
 from dlm.data.examples import Example, pack
 from dlm.models.attention import causal
@@ -76,13 +77,9 @@ def test_likelihood_is_the_objective():
 
 
 def test_which_checkpoints_are_autoregressive(tmp_path):
-    import dlm.models
-
-    assert not is_autoregressive(dlm.models.SHIPPED)
+    assert not is_autoregressive(SHIPPED)
     for kind, objective, wanted in (("llada", "autoregressive", True), ("llada", None, False), ("gpt2", None, True)):
         folder = tmp_path / f"{kind}-{objective}"
         folder.mkdir()
-        (folder / "config.json").write_text(json.dumps({"model_type": kind}))
-        if objective:
-            (folder / "training.json").write_text(json.dumps({"recipe": {"objective": objective}}))
+        (folder / "config.json").write_text(json.dumps({"model_type": kind, "objective": objective}))
         assert is_autoregressive(folder) is wanted

@@ -1,0 +1,40 @@
+"""`generate` and `denoise` of whatever holds a mask predictor: a model is packed for the processor first, once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from dlm.kernels.packed import packed
+from dlm.sampling import denoise as loop
+from dlm.sampling import generate as whole
+from dlm.sampling.canvas import Canvas
+from dlm.sampling.config import SamplingConfig
+from dlm.sampling.denoise import DenoiseState
+from dlm.sampling.generate import GenerationOutput
+
+__all__ = ["denoise", "generate"]
+
+
+def generate(model, inputs, config: SamplingConfig | None = None, *, tokenizer=None) -> GenerationOutput:
+    """Generates for a batch with a model or any mask predictor.
+
+    inputs: id lists of any lengths, ids (B, P) or (P,), texts (these need `tokenizer`), or a `Canvas`. A model's
+    packed copy is made at the first call and kept with it (`kernels.packed`).
+    Raises ValueError for inputs or settings that do not fit the model, FloatingPointError for NaN logits.
+    """
+    return whole.generate(packed(model), inputs, config, tokenizer=tokenizer)
+
+
+def denoise(
+    model,
+    canvas: Canvas,
+    config: SamplingConfig | None = None,
+    *,
+    vocab_size: int | None = None,
+    eos_token_ids: Sequence[int] = (),
+) -> Iterator[DenoiseState]:
+    """Fills the masked places of a canvas with a model or any mask predictor, and yields a state after every turn.
+
+    Arguments and errors are those of `sampling.denoise.denoise`.
+    """
+    return loop.denoise(packed(model), canvas, config, vocab_size=vocab_size, eos_token_ids=eos_token_ids)

@@ -260,7 +260,6 @@ class Packed:
         self.turns = torch.complex(cos, sin)[:, 0]
         self.fixed_shapes = device.type == "cuda"  # a GPU's libraries make a plan for each number of places asked about
         self.additive = device.type == "cuda"
-        self.kernels = triton_kernels(device)
 
     @torch.no_grad()
     def __call__(

@@ -186,19 +186,28 @@ class Stream:
 
     def __init__(self, examples: Examples, seed: int, position: tuple[int, int] = (0, 0), packing: bool = True):
         self.examples, self.seed, self.packing = examples, seed, packing
+        if len(position) != 2 or min(position) < 0:
+            raise ValueError(f"position {list(position)} is none of these data: two numbers that are not negative")
         self.epoch, self.row = position
+        self.window_digest = ""  # what was read is named by the data's own digest
         self._rows: list[list[tuple[int, int]]] | None = None
 
     @property
     def position(self) -> tuple[int, int]:
         return self.epoch, self.row
 
+    def fill(self) -> None:
+        """Have the rows of the epoch ready. Errors: a position behind its last row."""
+        if self._rows is None:
+            self._rows = epoch_rows(self.examples, self.seed, self.epoch, self.packing)
+            if self.row > len(self._rows):
+                raise ValueError(f"position {list(self.position)} is none of these data, of {len(self._rows)} rows")
+
     def take(self, count: int) -> list[list[tuple[int, int]]]:
         """The next `count` rows, each a list of (epoch, example index)."""
         taken = []
         while len(taken) < count:
-            if self._rows is None:
-                self._rows = epoch_rows(self.examples, self.seed, self.epoch, self.packing)
+            self.fill()
             if self.row == len(self._rows):
                 self.epoch, self.row, self._rows = self.epoch + 1, 0, None
                 continue

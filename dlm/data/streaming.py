@@ -7,6 +7,7 @@ of the data, knows the whole of every step, as it does of data on disk. A checkp
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -128,10 +129,13 @@ class StreamedRows:
     def __init__(self, data: StreamedExamples, seed: int, packing: bool = True, position=None):
         self.data, self.seed, self.packing = data, seed, packing
         self.window, self.row, self._began = position or (0, 0, [[0, 0, 0, 0, 0]] * len(data.sources))
+        if len(self._began) != len(data.sources):
+            raise ValueError(f"position {list(position)} is none of these data: it has {len(self._began)} sources")
         self._readers = [
             _Reader(source, data.length, state[:4]) for source, state in zip(data.sources, self._began, strict=True)
         ]
         self._given = [state[4] for state in self._began]
+        self.window_digest = ""  # SHA-256 of the tokens and targets of the window
         self._rows: list[list[tuple[int, Example]]] | None = None
 
     @property
@@ -143,8 +147,7 @@ class StreamedRows:
         taken: list[list[tuple[int, int]]] = []
         self.data.held.clear()
         while len(taken) < count:
-            if self._rows is None:
-                self._rows = self._fill()
+            self.fill()
             if self.row == len(self._rows):
                 self.window, self.row, self._rows = self.window + 1, 0, None
                 continue
@@ -153,6 +156,16 @@ class StreamedRows:
             taken.append([(visit, example.index) for visit, example in row])
             self.row += 1
         return taken
+
+    def fill(self) -> None:
+        """Have the rows of the window ready."""
+        if self._rows is None:
+            self._rows = self._fill()
+            digest = hashlib.sha256()
+            for visit, example in (entry for row in self._rows for entry in row):
+                digest.update(repr((visit, example.index, len(example.tokens))).encode())
+                digest.update(example.tokens.tobytes() + example.target.tobytes())
+            self.window_digest = digest.hexdigest()
 
     def _fill(self) -> list[list[tuple[int, Example]]]:
         """The rows of the next window: its examples in an order drawn from (seed, window)."""

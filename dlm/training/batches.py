@@ -19,13 +19,15 @@ class StepBatches:
     """One process's part of an optimizer step.
 
     parts: (batch, noise) of each micro-batch, in order. count: this process's share of the step's normaliser.
-    examples: the numbers of the examples, for messages. position: of the stream after the step, for a checkpoint.
+    examples: the numbers of the examples, for messages. position, window: of the stream after the step and a digest of
+    the streamed examples there, for a checkpoint.
     """
 
     parts: list[tuple[Batch, Noise]]
     count: int
     examples: list[int]
     position: list
+    window: str
 
 
 class Batches:
@@ -40,9 +42,20 @@ class Batches:
         self.pad_id, self.end_id, self.mask_id = pad_id, end_id, mask_id
         self.go_to(None)
 
-    def go_to(self, position) -> None:
-        """Go on from a position that a checkpoint kept; None: from the beginning."""
+    def go_to(self, position, window: str = "", folder=None) -> None:
+        """Go on from what a checkpoint in `folder` kept; position None: from the beginning.
+
+        Errors: streamed data whose window is not what it was; a position that the data does not have.
+        """
         self.stream = self.data.stream(self.config.seed, self.config.packing, position)
+        if position is None:
+            return
+        self.stream.fill()
+        if self.stream.window_digest != window:
+            raise ValueError(
+                f"{folder} was made on other data: the streamed examples at {position} differ. An exact resume needs "
+                f"the same data and tokenizer; start a new output folder to change them"
+            )
 
     @property
     def position(self) -> list:
@@ -69,4 +82,7 @@ class Batches:
             batch = drop_prompts(batch, config.dropout_prompt, config.seed, self.mask_id)
             parts.append((batch, self.objective.noise(batch, config.noise(), config.seed, strata)))
         count = sum(self.objective.count(batch) for batch, _ in parts)
-        return StepBatches(parts, count, sorted({index for row in rows for _, index in row}), self.position)
+        return StepBatches(
+            parts, count, sorted({index for row in rows for _, index in row}),
+            self.position, self.stream.window_digest,
+        )  # fmt: skip

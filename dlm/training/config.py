@@ -160,7 +160,8 @@ class RecipeConfig(TrainingConfig):
     data, valid: comma separated sources (`data.sources`), those of data with weights or without; split: of data sets
     of the hub. streaming: read `data` while training, shuffled in windows of shuffle_window examples.
     model: a folder or hub id to go on from; tokenizer: in place of the model's own. attn_implementation: the attention
-    kernel; flex_attention on a GPU skips what packing and blocks hide.
+    kernel; flex_attention on a GPU skips what packing and blocks hide. resume: go on from the newest checkpoint in
+    `output`; skip_damaged: set damaged ones aside, and go on from the newest that is whole.
     """
 
     output: str = "runs/recipe"
@@ -179,8 +180,11 @@ class RecipeConfig(TrainingConfig):
     export: str = ""
     export_dtype: str = "bfloat16"
     resume: bool = False
+    skip_damaged: bool = False
 
     def __post_init__(self):
         super().__post_init__()
+        if self.skip_damaged and not self.resume:
+            raise ValueError("skip_damaged says which checkpoint --resume goes on from: give --resume with it")
         check_name("attn_implementation", self.attn_implementation, ATTENTION)
         check_name("export_dtype", self.export_dtype, FLOATS)

@@ -100,12 +100,25 @@ class Metrics:
         numbers = {f"{record['kind']}/{k}": v for k, v in record.items() if isinstance(v, float)}
         self.accelerator.log(numbers, step=record["step"])
 
-    def forget_after(self, step: int) -> None:
-        """Drop the records of steps that will be done again."""
-        if self.accelerator.is_main_process and self.path.is_file():
-            records = [json.loads(line) for line in self.path.read_text().splitlines() if line.strip().endswith("}")]
-            kept = [record for record in records if record["step"] <= step]
-            self.path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    def forget_after(self, step: int) -> int:
+        """Drop the records of steps that will be done again, and damaged lines; returns how many lines were damaged."""
+        if not (self.accelerator.is_main_process and self.path.is_file()):
+            return 0
+        kept, damaged = [], 0
+        for line in self.path.read_bytes().split(b"\n"):
+            try:
+                record = json.loads(line) if line.strip() else None
+            except (ValueError, RecursionError):
+                record, damaged = None, damaged + 1
+            else:
+                if record is not None and not (isinstance(record, dict) and isinstance(record.get("step"), int)):
+                    record, damaged = None, damaged + 1
+            if record is not None and record["step"] <= step:
+                kept.append(json.dumps(record) + "\n")
+        temporary = self.path.with_name(f".{self.path.name}.partial")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, self.path)
+        return damaged
 
 
 def tracker_of(config: TrainingConfig) -> str | None:

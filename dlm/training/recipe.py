@@ -156,6 +156,7 @@ def run(recipe: RecipeConfig, argv: list[str], prog: str, prepare: Callable[...,
         recipe,
         mask_id=masked,
         resume=recipe.resume,
+        skip_damaged=recipe.skip_damaged,
         accelerator=accelerator,
     )
     if result.interrupted:

@@ -11,7 +11,8 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,13 +23,14 @@ from dlm.data.examples import Examples
 from dlm.data.streaming import StreamedExamples
 from dlm.models.flops import peak_flops, training_flops
 from dlm.objectives.losses import OBJECTIVES, Objective
+from dlm.training import zero
 from dlm.training.accelerator import StopSignal, make_accelerator, prepare_model, sum_over_processes
 from dlm.training.batches import Batches
 from dlm.training.config import TrainingConfig
 from dlm.training.ema import EMA
 from dlm.training.logging import Display, Metrics, finish_tracker, start_tracker
 from dlm.training.optim import schedule_factor, set_learning_rates
-from dlm.training.resume import load_newest
+from dlm.training.resume import identify, load_newest, plain_settings
 from dlm.training.sharding import is_sharded, whole_average
 from dlm.training.state import checkpoints, save_state
 from dlm.training.validation import Validation, check_in
@@ -69,13 +71,15 @@ def fit(
     *,
     mask_id: int,
     resume: bool = False,
+    skip_damaged: bool = False,
     accelerator=None,
     report: Callable[[str], None] = print,
     objective: Objective | None = None,
 ) -> Result:
     """Train `model` on packed examples; checkpoints, metrics.jsonl and samples go to `config.output`.
 
-    tokenizer may be None (no samples then). resume: go on from the newest complete checkpoint, if there is one.
+    tokenizer may be None (no samples then). resume: go on from the newest checkpoint, if there is one; skip_damaged:
+    where that one is damaged, set it aside and take the one before.
     report: where lines for people go. objective: an object in place of the one that `config.objective` names.
     The model is trained in place. Errors: settings that do not fit together; NonFiniteLoss.
     """
@@ -91,7 +95,7 @@ def fit(
     report = report if accelerator.is_main_process else (lambda line: None)
     run = Run(model, tokenizer, train, valid, config, mask_id, accelerator, report, objective)
     if resume:
-        load_newest(run)
+        load_newest(run, skip_damaged)
     with StopSignal() as stop:
         return run.loop(stop)
 
@@ -121,7 +125,7 @@ class Run:
             pad_id=mask_id if pad is None else pad,  # no token sees padding: any id would do
             end_id=end_id, mask_id=mask_id,
         )  # fmt: skip
-        self.position = self.batches.position
+        self.position, self.window = self.batches.position, ""
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.last_checkpoint: Path | None = None
         self.validation: Validation | None = None
@@ -182,7 +186,7 @@ class Run:
             optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             self.ema.update(self.plain, self.step)
-        self.position = made.position
+        self.position, self.window = made.position, made.window
         return Step(total / max(count, 1), count, norm, stops > 0)
 
     def _backward(self, parts, count: int) -> tuple[float, list[int]]:
@@ -235,18 +239,42 @@ class Run:
 
     # ------------------------------------------------------------------------------------------------- state
 
+    @cached_property
+    def identity(self) -> dict:
+        """What the run is made of, beside its settings: model, data, ids."""
+        return identify(self)
+
     def save(self) -> None:
-        """Write a checkpoint of this moment."""
+        """Write a checkpoint of this moment. Errors: NonFiniteLoss, where the last step made numbers that are none."""
+        self._check_finite()
         state = {
             "step": self.step,
             "tokens": self.tokens,
             "seconds": self.seconds,
             "position": list(self.position),
-            "data": self.batches.data.signature,
+            "window": self.window,
+            "identity": self.identity if self.accelerator.is_main_process else {},
             "processes": self.accelerator.num_processes,
-            "config": asdict(self.config),
+            "config": plain_settings(self.config),
         }
         self.last_checkpoint = save_state(self.accelerator, self.output, state, self._average(), self.config.keep_last)
+
+    def _check_finite(self) -> None:
+        """Errors: weights, optimizer state or moving average that the last update left NaN or infinite."""
+        held = [(name, zero.held(parameter)) for name, parameter in self.plain.named_parameters()]
+        held += [] if self.ema is None else [(f"average of {name}", part) for name, part in self.ema.weights.items()]
+        for optimizer in self.optimizers:
+            states = getattr(optimizer, "state", None) or {}
+            held += [(f"optimizer's {key}", part) for one in states.values() for key, part in one.items()]
+        local = [(name, getattr(part, "_local_tensor", part)) for name, part in held if isinstance(part, torch.Tensor)]
+        bad = [name for name, part in local if part.is_floating_point() and not part.isfinite().all()]
+        if self._sum([float(bool(bad))])[0]:
+            names = ", ".join(bad[:3]) + (f" … ({len(bad)} in all)" if len(bad) > 3 else "")
+            raise NonFiniteLoss(
+                f"step {self.step}: its update left numbers that are not finite in {names or 'another process'}; "
+                f"nothing of it is kept. Last good checkpoint: {self.last_checkpoint or 'none yet'}. Go on from there "
+                f"with --resume and a lower learning_rate, or more warmup_steps"
+            )
 
     def _average(self) -> dict[str, torch.Tensor] | None:
         """The moving average, whole in the main process; every process calls this."""

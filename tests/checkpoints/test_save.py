@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from dlm.checkpoints.save import save_model
 from dlm.models.configuration import LLaDAConfig
 from dlm.models.transformer import LLaDAModelLM
-from dlm.training.state import STATE_FILE, checkpoints, step_folder
+from dlm.training.state import checkpoints, step_folder
 from dlm.utils.files import whole_folder
 
 
@@ -44,11 +44,12 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     assert {child.name for child in tmp_path.iterdir()} == {"a", *others}
 
 
-def test_incomplete_checkpoints_do_not_count(tmp_path):
-    for step in (2, 10, 4):
+def test_only_folders_of_steps_are_checkpoints(tmp_path):
+    for step in (2, 10):
         step_folder(tmp_path, step).mkdir(parents=True)
-        if step != 4:
-            (step_folder(tmp_path, step) / STATE_FILE).write_text("{}")
+    for name in (".step-00000004.partial", "step-00000006.damaged", "step-7", "notes"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    (tmp_path / "checkpoints" / "step-00000008").write_text("no folder")
     assert [step for step, _ in checkpoints(tmp_path)] == [2, 10]
     assert checkpoints(tmp_path / "nothing") == []
 

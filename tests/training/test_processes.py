@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from dlm.cli import main
 from dlm.models.transformer import LLaDAModelLM
 from dlm.tokenizer import train_tokenizer
 from dlm.training.sharding import check_sharding, keep_sums_exact
-from dlm.training.state import STATE_FILE, checkpoints, read_state
+from dlm.training.state import checkpoints, read_state
 from tests.helpers.ranks import ROOT, two
 from tests.helpers.recipes import STORIES, assert_same_run, fresh, options, records, weights  # noqa: F401
 from train import pretrain, sft
@@ -43,7 +44,7 @@ def test_fsdp2_trains_resumes_and_exports_the_same_model(tmp_path, measured, tie
     if not tied:
         return
     [_, (_, last)] = checkpoints(two_parts)
-    (last / STATE_FILE).unlink()  # as if killed after step 2
+    shutil.rmtree(last)  # as if killed after step 2
     two([script, *options(tmp_path, "two", resume=True)])
     assert_same_run(one, two_parts, measured, "1 process and 2 under FSDP2, resumed")
     assert main.main(["generate", "The cat", "--model", str(two_parts / "model"), "--gen-length", "8"]) == 0
@@ -153,7 +154,7 @@ def test_a_conversion_to_block_diffusion_goes_on_with_two_processes(tmp_path, me
         assert pretrain.main(options(tmp_path, name, **changes)) == 0
     assert not torch.equal(weights(full), weights(tmp_path / "one" / "model"))
     [_, (_, last)] = checkpoints(tmp_path / "two")
-    (last / STATE_FILE).unlink()  # as if killed after step 2
+    shutil.rmtree(last)  # as if killed after step 2
     two(["-m", "train.pretrain", *options(tmp_path, "two", **changes, resume=True)])
     assert_same_run(tmp_path / "one", tmp_path / "two", measured, "block diffusion, from step 3 on 2 processes")
     for name in ("one", "two"):

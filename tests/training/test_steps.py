@@ -1,5 +1,6 @@
 """A step is the same however it is cut up and wherever it goes on: strata, cropping, blocks, saved activations."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from dlm.objectives.losses import OBJECTIVES
 from dlm.objectives.noise import NoiseSettings, deal_strata, draw_noise
 from dlm.training import batches
 from dlm.training.accelerator import checkpoint_activations
-from dlm.training.state import STATE_FILE, checkpoints
+from dlm.training.state import checkpoints
 from tests.helpers import ranks
 from tests.helpers.ranks import KINDS, MASK, one_step, settings, tiny_data, tiny_model, two
 from tests.helpers.training import fresh_accelerate, train, weights
@@ -121,7 +122,7 @@ def test_a_resumed_run_is_bitwise_the_same(tmp_path, kind):
     train(tmp_path / "parts", **changes)
     for step, folder in checkpoints(tmp_path / "parts"):
         if step > 4:  # as if killed after step 4
-            (folder / STATE_FILE).unlink()
+            shutil.rmtree(folder)
     again, _ = train(tmp_path / "parts", **changes, resume=True)
     assert torch.equal(weights(whole), weights(again))
     assert (weights(whole) - weights(tiny_model())).abs().max() > 1e-3

@@ -14,8 +14,7 @@ from dlm.checkpoints.files import SHIPPED, TWIN
 from dlm.kernels.linear import QUANTIZED, quantize_
 from dlm.kernels.tensor_parallel import shared_out
 from dlm.models.choices import ATTENTION
-from dlm.models.configuration import LLaDAConfig
-from dlm.models.transformer import LLaDAModelLM
+from dlm.models.families import family_of, recognise
 from dlm.utils.names import check_name
 
 __all__ = ["SHIPPED", "TWIN", "load", "quiet", "read_config"]
@@ -52,6 +51,7 @@ def load(
 
     path = os.fspath(SHIPPED if path is None else path)
     config = read_config(path, revision)
+    family = family_of(config)
     bits = str(dtype).removeprefix("torch.")
     if bits in QUANTIZED:
         dtype = QUANTIZED[bits].base
@@ -75,7 +75,7 @@ def load(
         options["attn_implementation"] = attn_implementation
     try:
         with quiet() if os.path.isdir(path) else nullcontext():  # a download shows its progress
-            model = LLaDAModelLM.from_pretrained(path, **options).eval()
+            model = family.model.from_pretrained(path, **options).eval()
             tokenizer = load_tokenizer(path, revision)
     except (SafetensorError, EOFError) as error:
         raise ValueError(f"the weights in {path} are damaged or cut short ({error}): copy the file again") from None
@@ -113,7 +113,7 @@ def quiet():
             hf_logging.enable_progress_bar()
 
 
-def read_config(path: str, revision: str | None = None) -> LLaDAConfig:
+def read_config(path: str, revision: str | None = None) -> PretrainedConfig:
     """The configuration in a folder or at a hub id; raises ValueError where there is none that `load` reads."""
     folder = Path(path)
     if folder.is_dir():
@@ -129,10 +129,4 @@ def read_config(path: str, revision: str | None = None) -> LLaDAConfig:
         raise ValueError(f"{path} is not a folder: give the folder of a checkpoint, or a hub id such as name/model")
     else:
         fields, _ = PretrainedConfig.get_config_dict(path, revision=revision or "main")
-    family = fields.get("model_type") if isinstance(fields, dict) else None
-    if family != LLaDAConfig.model_type:
-        raise ValueError(
-            f"{path} holds a model of family {family!r}, which dlm does not read: it reads LLaDA's "
-            f"layout (model_type {LLaDAConfig.model_type!r})"
-        )
-    return LLaDAConfig.from_dict(fields)
+    return recognise(fields, path).config.from_dict(fields)

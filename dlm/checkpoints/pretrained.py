@@ -14,7 +14,7 @@ from torch import nn
 
 from dlm.checkpoints.files import own_defaults
 from dlm.kernels.linear import QUANTIZED
-from dlm.models.configuration import LLaDAConfig
+from dlm.models.families import recognise
 
 __all__ = ["is_autoregressive", "number_type", "own_defaults"]
 
@@ -54,14 +54,17 @@ def hub_errors(path: str) -> Iterator[None]:
 
 
 def is_autoregressive(path: str | os.PathLike, revision: str | None = None) -> bool:
-    """Whether a checkpoint predicts the next token: any family but LLaDA's, or one of ours whose config.json names
-    that objective."""
+    """Whether a checkpoint predicts the next token: one of the autoregressive families, one that dlm does not read, or
+    one of ours whose config.json names that objective."""
     from transformers import PretrainedConfig
 
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         return False  # no checkpoint, as `load` will say
     fields, _ = PretrainedConfig.get_config_dict(str(path), revision=revision or "main")
-    if fields.get("model_type") != LLaDAConfig.model_type:
+    try:
+        if recognise(fields, str(path)).autoregressive:
+            return True
+    except ValueError:
         return True
     return fields.get("objective") == "autoregressive"
 

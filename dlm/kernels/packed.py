@@ -22,10 +22,12 @@ from dlm.kernels.available import triton_kernels
 from dlm.kernels.cuda_graphs import Graphs
 from dlm.kernels.int8 import FewBits
 from dlm.kernels.linear import QUANTIZED, Blocked, Plain, kind_for
-from dlm.models.attention import Visible, attention_mask, block_causal, full
+from dlm.models.attention import Visible, attention_mask, visible_of
 from dlm.models.head import Head
 from dlm.models.kv_cache import KVCache
-from dlm.models.transformer import LLaDABlock, LLaDAModelLM, RMSNorm, rotary_angles
+from dlm.models.moe import MoE, SwiGLU
+from dlm.models.rotary import rotary_angles
+from dlm.models.transformer import LLaDABlock, LLaDAModelLM, RMSNorm
 
 __all__ = ["Direct", "Packed", "packed"]
 
@@ -59,7 +61,7 @@ def packed(model):
     (`Graphs`). The predictor is kept with the model and made again when the model has changed (`_Seen`). Anything else
     than a `LLaDAModelLM` is a predictor already, and comes back.
     """
-    if type(model) is not LLaDAModelLM:
+    if not isinstance(model, LLaDAModelLM) or type(model).forward is not LLaDAModelLM.forward:
         return model
     kept = _COPIES.get(model)
     if kept is not None and kept[0].still(model):
@@ -125,6 +127,10 @@ class _Seen:
 def _can_pack(model: LLaDAModelLM) -> bool:
     if model.training or model.config._attn_implementation in (None, "eager"):
         return False
+    if model.config.rotary.scaling == "dynamic":  # its angles depend on the row's length, and the table here does not
+        return False
+    if model.config.head_dim % 2:
+        return False
     weights = list(model.parameters())
     dtype, device = weights[0].dtype, weights[0].device
     plain = all(type(w) is nn.Parameter and w.device == device and w.dtype == dtype for w in weights)
@@ -132,7 +138,7 @@ def _can_pack(model: LLaDAModelLM) -> bool:
         return False
     if dtype != torch.float32 and not model.config.rope_full_precision:
         return False
-    known = (nn.Linear, Head, *FEW_BITS, nn.Embedding, RMSNorm, LLaDABlock, nn.ModuleDict, nn.ModuleList)
+    known = (nn.Linear, Head, *FEW_BITS, nn.Embedding, RMSNorm, LLaDABlock, MoE, SwiGLU, nn.ModuleDict, nn.ModuleList)
     return all(
         (type(module) in known or name in ("", "model"))
         and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
@@ -147,11 +153,8 @@ def _room(model, device: torch.device) -> bool:
     if model.config._attn_implementation != "sdpa":
         return False
     blocks = model.model.transformer.blocks
-    joined = sum(
-        linear.weight.nbytes
-        for block in blocks
-        for linear in (block.q_proj, block.k_proj, block.v_proj, block.ff_proj, block.up_proj)
-    )
+    names = ("q_proj", "k_proj", "v_proj", "ff_proj", "up_proj")  # a mixture of experts is not copied
+    joined = sum(getattr(block, name).weight.nbytes for block in blocks for name in names if hasattr(block, name))
     return joined <= SPARE * torch.cuda.mem_get_info(device)[0]
 
 
@@ -160,37 +163,43 @@ def _room(model, device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class _Layer:
-    """One layer. qk and v in one product, but in the last layer, where fewer queries than keys are wanted."""
+    """One layer. qk and v in one product, but in the last layer, where fewer queries than keys are wanted. A mixture of
+    experts is used as it is, `moe`."""
 
     q: Linear | None
     qkv: Linear | None
     kv: Linear | None
     out: Linear
-    gate_up: Linear
-    down: Linear
+    gate_up: Linear | None
+    down: Linear | None
+    moe: MoE | None
     attn_norm: Tensor
     ff_norm: Tensor
     q_norm: Tensor | None
     k_norm: Tensor | None
 
 
-def _interleave(rows: Tensor, size: int) -> Tensor:
-    """The rows of every head in the order 0, D/2, 1, D/2 + 1 ...: a rotary pair side by side, as complex numbers are.
+def _interleave(rows: Tensor, size: int, turned: int) -> Tensor:
+    """The rows of every head in the order 0, R/2, 1, R/2 + 1 ...: a rotary pair side by side, as complex numbers are.
 
-    Queries and keys are permuted alike, so that their products stay what they were.
+    turned: R, the first dimensions of a head, which rotary positions turn; the others keep their places. Queries and
+    keys are permuted alike, so that their products stay what they were.
     """
-    return rows.unflatten(0, (-1, 2, size // 2)).transpose(1, 2).flatten(0, 2)
+    heads = rows.unflatten(0, (-1, size))
+    pairs = heads[:, :turned].unflatten(1, (2, turned // 2)).transpose(1, 2).flatten(1, 2)
+    return torch.cat((pairs, heads[:, turned:]), dim=1).flatten(0, 1)
 
 
 def _pack_layer(block: LLaDABlock, last: bool) -> _Layer:
-    size, kind = block.config.head_dim, kind_for(block.attn_norm.weight.device, block.attn_norm.weight.dtype)
+    size, part = block.head_dim, block.config.rotary.size
+    kind = kind_for(block.attn_norm.weight.device, block.attn_norm.weight.dtype)
     turned = {block.q_proj, block.k_proj}
 
     def joined(*linears: nn.Module) -> Linear:
         def rows(name: str) -> list[Tensor | None]:
             pieces = [getattr(linear, name) for linear in linears]
             return [
-                _interleave(piece.detach(), size) if piece is not None and linear in turned else piece
+                _interleave(piece.detach(), size, part) if piece is not None and linear in turned else piece
                 for linear, piece in zip(linears, pieces, strict=True)
             ]
 
@@ -198,18 +207,19 @@ def _pack_layer(block: LLaDABlock, last: bool) -> _Layer:
             return few.of(rows("weight"), rows("scale"), rows("bias"))
         return kind.of(rows("weight"), rows("bias"))
 
-    normed = block.config.attention_layer_norm
+    normed = block.qk_norm is not None
     return _Layer(
         q=joined(block.q_proj) if last else None,
         qkv=None if last else joined(block.q_proj, block.k_proj, block.v_proj),
         kv=joined(block.k_proj, block.v_proj) if last else None,
         out=joined(block.attn_out),
-        gate_up=joined(block.ff_proj, block.up_proj),
-        down=joined(block.ff_out),
+        gate_up=None if block.mixture else joined(block.ff_proj, block.up_proj),
+        down=None if block.mixture else joined(block.ff_out),
+        moe=block.moe if block.mixture else None,
         attn_norm=block.attn_norm.weight.detach(),
         ff_norm=block.ff_norm.weight.detach(),
-        q_norm=_interleave(block.q_norm.weight.detach(), size) if normed else None,
-        k_norm=_interleave(block.k_norm.weight.detach(), size) if normed else None,
+        q_norm=_interleave(block.q_norm.weight.detach(), size, part) if normed else None,
+        k_norm=_interleave(block.k_norm.weight.detach(), size, part) if normed else None,
     )
 
 
@@ -240,9 +250,9 @@ class Packed:
         self.config = config = model.config
         self.device, self.kernels = model.device, triton_kernels(model.device)
         # Attributes of a transformers configuration take microseconds each to read: what a layer needs is kept here.
-        self.size, self.width, self.eps = config.head_dim, config.d_model, config.rms_norm_eps
-        self.heads, self.kv_heads = config.n_heads, config.n_kv_heads
-        self.visible = full if config.block_length is None else block_causal(config.block_length)
+        self.size, self.width, self.eps = config.head_dim, config.n_heads * config.head_dim, config.rms_norm_eps
+        self.heads, self.kv_heads, self.norm_each = config.n_heads, config.n_kv_heads, config.qk_norm == "head"
+        self.visible = visible_of(config)
         self.scale_in = config.d_model**0.5 if config.input_emb_norm else None
         self.scale_out = config.d_model**-0.5 if config.scale_logits else None
         transformer = model.model.transformer
@@ -256,8 +266,8 @@ class Packed:
         )
         device = self.embedding.device
         # exp(i angle), (T', D / 2), of all slots from the start: a recorded pass (`Graphs`) reads this memory
-        cos, sin = rotary_angles(torch.arange(config.max_sequence_length, device=device), config, torch.float32)
-        self.turns = torch.complex(cos, sin)[:, 0]
+        cos, sin = rotary_angles(torch.arange(config.max_sequence_length, device=device), config.rotary, torch.float32)
+        self.turns = F.pad(torch.complex(cos, sin)[:, 0], (0, (self.size - config.rotary.size) // 2), value=1)
         self.fixed_shapes = device.type == "cuda"  # a GPU's libraries make a plan for each number of places asked about
         self.additive = device.type == "cuda"
 
@@ -311,6 +321,8 @@ class Packed:
         queried = self._queried if where.turns is not None else self._queried_at_once
         q, k, v = queried(layer, number, asking, normed, x_where, where, cache)
         x = layer.out.plus(attention(q, k, v, bias), x)
+        if layer.moe is not None:
+            return layer.moe(self._norm(x, layer.ff_norm)).add_(x)
         both = layer.gate_up(self._norm(x, layer.ff_norm))
         if self.kernels is not None:
             return layer.down.plus(self.kernels.gated(both), x)
@@ -326,13 +338,13 @@ class Packed:
                 q, k = self._rotated(qk, where.turns).split((self.heads, self.kv_heads), dim=2)
             else:
                 q, k = qk.split((self.width, kv_width), dim=-1)
-                q = self._rotated(self._norm(q, layer.q_norm), where.turns)
-                k = self._rotated(self._norm(k, layer.k_norm), where.turns)
+                q = self._rotated(self._head_norm(q, layer.q_norm), where.turns)
+                k = self._rotated(self._head_norm(k, layer.k_norm), where.turns)
         else:
             q = layer.q(asking)
             k, v = layer.kv(normed).chunk(2, dim=-1)
             if layer.q_norm is not None:
-                q, k = self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)
+                q, k = self._head_norm(q, layer.q_norm), self._head_norm(k, layer.k_norm)
             q, k = self._rotated(q, x_where.turns), self._rotated(k, where.turns)
         v = v.unflatten(-1, (-1, self.size))
         if cache is not None:
@@ -355,6 +367,12 @@ class Packed:
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self.eps)
+
+    def _head_norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Queries or keys (B, Q, H * D), normed in each head or over all of them."""
+        if not self.norm_each:
+            return self._norm(x, weight)
+        return self._norm(x.unflatten(-1, (-1, self.size)), weight).flatten(-2)
 
     def _where(self, positions: Tensor | None, queries: int, cache) -> _Where:
         """Where queries stand; without turns where one kernel looks them up, which it can in whole canvases."""

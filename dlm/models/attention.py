@@ -23,6 +23,7 @@ __all__ = [
     "document",
     "full",
     "usable_kernel",
+    "visible_of",
 ]
 
 Visible = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -48,6 +49,13 @@ def block_causal(block_length: int) -> Visible:
         return k // block_length <= q // block_length
 
     return rule
+
+
+def visible_of(config) -> Visible:
+    """The rule that a checkpoint was trained with, by its configuration's `attention` and `block_length`."""
+    if config.attention == "block_causal":
+        return block_causal(config.block_length)
+    return causal if config.attention == "causal" else full
 
 
 def document(segments: Tensor) -> Visible:

@@ -4,6 +4,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from dlm.models.rotary import Rotary
+
 __all__ = ["LLaDAConfig"]
 
 _OBJECTIVES = ("diffusion", "block_diffusion", "autoregressive")
@@ -26,8 +28,10 @@ class LLaDAConfig(PretrainedConfig):
     """The configuration of a mask predictor in LLaDA's layout (`model_type` llada).
 
     Fields and defaults are those of LLaDA-8B's `config.json`. Ours beside them, written only where set:
-    `block_length` (a model trained with block-causal attention of that block length, BD3-LM). `objective`, always
-    written, is what the weights were trained for: diffusion, block_diffusion or autoregressive.
+    `block_length` (a model trained with block-causal attention of that block length, BD3-LM) and `shift_logits` (the
+    guess for slot i is the output at slot i - 1). `objective`, always written, is what the weights were trained for:
+    diffusion, block_diffusion or autoregressive. The properties below say of LLaDA what the tables of other families
+    say of theirs.
     Raises ValueError, naming the field, for a variant that is not implemented and for sizes that do not fit.
     """
 
@@ -94,6 +98,7 @@ class LLaDAConfig(PretrainedConfig):
     use_cache: bool = False
     block_length: int | None = None
     objective: str | None = None
+    shift_logits: bool | None = None
 
     def __post_init__(self, **kwargs: Any):
         for field, (allowed, meaning) in _ONLY.items():
@@ -168,9 +173,48 @@ class LLaDAConfig(PretrainedConfig):
                 "a block_length belongs to block_diffusion, and to no other"
             )
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
+        """As in transformers; a mixture of experts that carries the same `model_type` gives its own configuration."""
+        if cls is LLaDAConfig and config_dict.get("num_experts") is not None:
+            from dlm.models.families.llada_moe import LLaDAMoEConfig
+
+            return LLaDAMoEConfig.from_dict(config_dict, **kwargs)
+        return super().from_dict(config_dict, **kwargs)
+
     @property
     def head_dim(self) -> int:
         return self.d_model // self.n_heads
+
+    @property
+    def rotary(self) -> Rotary:
+        return Rotary(self.head_dim, self.rope_theta, precise=self.rope_full_precision)
+
+    @property
+    def qk_norm(self) -> str | None:
+        """Whether queries and keys are normed: `all` heads together, or not at all."""
+        return "all" if self.attention_layer_norm else None
+
+    @property
+    def qkv_bias(self) -> bool:
+        return bool(self.include_bias or self.include_qkv_bias)
+
+    @property
+    def out_bias(self) -> bool:
+        return self.include_bias
+
+    @property
+    def mlp_bias(self) -> bool:
+        return self.include_bias
+
+    @property
+    def experts(self) -> None:
+        return None
+
+    @property
+    def attention(self) -> str:
+        """What a slot sees: `full`, `block_causal` or `causal`."""
+        return "full" if self.block_length is None else "block_causal"
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What config.json holds: the fields that LLaDA's own code reads (`torch_dtype` by its old name), ours only
@@ -178,6 +222,7 @@ class LLaDAConfig(PretrainedConfig):
         fields = super().to_diff_dict()
         if fields.get("dtype") is not None:
             fields["torch_dtype"] = fields.pop("dtype")
-        if fields.get("block_length") is None:
-            fields.pop("block_length", None)
+        for name in ("block_length", "shift_logits"):
+            if fields.get(name) is None:
+                fields.pop(name, None)
         return fields

@@ -38,19 +38,36 @@ def peak_flops(name: str) -> float | None:
     return None
 
 
-def block_parameters(config) -> int:
-    """Weights of the matrices of all layers, which every token passes through (norms and biases are not counted)."""
-    d, kv = config.d_model, config.n_kv_heads * config.head_dim
-    return config.n_layers * (2 * d * d + 2 * d * kv + 3 * d * config.mlp_hidden_size)
+def _attention_parameters(config) -> int:
+    """Weights of a layer's matrices of attention: queries and output, keys and values."""
+    return 2 * config.d_model * config.head_dim * (config.n_heads + config.n_kv_heads)
+
+
+def _ffn_parameters(config, layer: int, *, active: bool) -> int:
+    """Weights of a layer's feed-forward part; active: those that one token passes through."""
+    experts = config.experts
+    if experts is None or not experts.layers[layer]:
+        return 3 * config.d_model * config.mlp_hidden_size
+    number = experts.chosen if active else experts.number
+    return config.d_model * (experts.number + 3 * (number * experts.width + experts.shared))
+
+
+def block_parameters(config, *, active: bool = True) -> int:
+    """Weights of the matrices of all layers, which every token passes through (norms and biases are not counted); of a
+    mixture's experts those that a token chooses, or all."""
+    layers = range(config.n_layers)
+    return sum(_attention_parameters(config) + _ffn_parameters(config, layer, active=active) for layer in layers)
 
 
 def parameters(config) -> int:
     """All weights of a model without biases."""
     norms = config.d_model * (2 * config.n_layers + 1)
-    if config.attention_layer_norm:
-        norms += config.n_layers * (config.d_model + config.n_kv_heads * config.head_dim)
+    if config.qk_norm == "all":
+        norms += config.n_layers * config.head_dim * (config.n_heads + config.n_kv_heads)
+    elif config.qk_norm == "head":
+        norms += config.n_layers * 2 * config.head_dim
     tables = 1 if config.weight_tying else 2
-    return block_parameters(config) + norms + tables * config.embedding_size * config.d_model
+    return block_parameters(config, active=False) + norms + tables * config.embedding_size * config.d_model
 
 
 def training_flops(config, tokens: float, width: int, predicted: float, *, frozen: bool = False) -> float:
@@ -62,7 +79,7 @@ def training_flops(config, tokens: float, width: int, predicted: float, *, froze
     what the hardware does.
     """
     each = 4 if frozen else 6
-    attention = 12 * config.n_layers * config.d_model * width
+    attention = 12 * config.n_layers * config.n_heads * config.head_dim * width
     logits = each * config.d_model * config.embedding_size
     return tokens * (each * block_parameters(config) + attention) + predicted * logits
 
@@ -73,11 +90,11 @@ def pass_flops(config, computed: int, keys: int, asked: int) -> float:
     The least that gives those logits and every slot's keys and values: the last layer needs queries, output and MLP
     at the places asked about alone.
     """
-    d, kv = config.d_model, config.n_kv_heads * config.head_dim
-    rest = 2 * d * d + 3 * d * config.mlp_hidden_size  # of a layer, beside keys and values
+    d, kv, width = config.d_model, config.n_kv_heads * config.head_dim, config.n_heads * config.head_dim
+    rest = [2 * d * width + _ffn_parameters(config, layer, active=True) for layer in range(config.n_layers)]
     layers = config.n_layers - 1
-    products = layers * computed * (rest + 2 * d * kv) + computed * 2 * d * kv + asked * rest
-    attention = 2 * d * keys * (layers * computed + asked)
+    products = computed * (sum(rest[:-1]) + config.n_layers * 2 * d * kv) + asked * rest[-1]
+    attention = 2 * width * keys * (layers * computed + asked)
     return 2 * (products + attention + asked * d * config.embedding_size)
 
 

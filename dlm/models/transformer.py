@@ -16,9 +16,11 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dlm.models.attention import Visible, attention_mask, block_causal, full, usable_kernel
+from dlm.models.attention import Visible, attention_mask, usable_kernel, visible_of
 from dlm.models.configuration import LLaDAConfig
 from dlm.models.head import Head, Targets, weighted_cross_entropy, weighted_sum
+from dlm.models.moe import MoE
+from dlm.models.rotary import rotary_angles, rotate
 
 __all__ = ["LLaDAModel", "LLaDAModelLM"]
 
@@ -35,23 +37,6 @@ class RMSNorm(nn.Module):
         wide = x if x.dtype == torch.float64 else x.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)
-
-
-def rotary_angles(positions: Tensor, config: LLaDAConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (B, Q, 1, D / 2H), of the angles at these positions (RoFormer, arXiv:2104.09864, eq. 15)."""
-    size = config.head_dim
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    exponents = torch.arange(0, size, 2, device=positions.device, dtype=wide) / size
-    angles = positions.to(wide)[..., None, None] / config.rope_theta**exponents
-    if not config.rope_full_precision:
-        return angles.cos().to(dtype), angles.sin().to(dtype)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs (x_i, x_{i + D/2}) of x (B, Q, H, D) by their angles, in the angles' precision."""
-    first, second = x.to(cos.dtype).chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **_):
@@ -75,39 +60,42 @@ class LLaDABlock(GradientCheckpointingLayer):
         super().__init__()
         self.config, self.layer = config, layer
         # Attributes of a transformers configuration take microseconds each to read: what a pass needs is kept here.
-        self.head_dim, self.normed_heads = config.head_dim, config.attention_layer_norm
+        self.head_dim, self.qk_norm, self.experts = config.head_dim, config.qk_norm, config.experts
         self.attention_dropout, self.residual_dropout = config.attention_dropout, config.residual_dropout
         self.num_key_value_groups = config.n_heads // config.n_kv_heads
-        width, kv_width = config.d_model, config.n_kv_heads * config.head_dim
-        bias, qkv_bias = config.include_bias, bool(config.include_bias or config.include_qkv_bias)
-        self.attn_norm = RMSNorm(width, config.rms_norm_eps)
-        self.q_proj = nn.Linear(width, width, bias=qkv_bias)
-        self.k_proj = nn.Linear(width, kv_width, bias=qkv_bias)
-        self.v_proj = nn.Linear(width, kv_width, bias=qkv_bias)
-        if config.attention_layer_norm:
-            self.q_norm = RMSNorm(width, config.rms_norm_eps)
-            self.k_norm = RMSNorm(kv_width, config.rms_norm_eps)
-        self.attn_out = nn.Linear(width, width, bias=bias)
-        self.ff_norm = RMSNorm(width, config.rms_norm_eps)
-        self.ff_proj = nn.Linear(width, config.mlp_hidden_size, bias=bias)
-        self.up_proj = nn.Linear(width, config.mlp_hidden_size, bias=bias)
-        self.ff_out = nn.Linear(config.mlp_hidden_size, width, bias=bias)
+        size, width, kv_width = config.d_model, config.n_heads * self.head_dim, config.n_kv_heads * self.head_dim
+        self.attn_norm = RMSNorm(size, config.rms_norm_eps)
+        self.q_proj = nn.Linear(size, width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(size, kv_width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(size, kv_width, bias=config.qkv_bias)
+        if self.qk_norm is not None:  # of all heads together, or of each head
+            self.q_norm = RMSNorm(width if self.qk_norm == "all" else self.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(kv_width if self.qk_norm == "all" else self.head_dim, config.rms_norm_eps)
+        self.attn_out = nn.Linear(width, size, bias=config.out_bias)
+        self.ff_norm = RMSNorm(size, config.rms_norm_eps)
+        self.mixture = self.experts is not None and self.experts.layers[layer]
+        if self.mixture:
+            self.moe = MoE(size, self.experts)
+        else:
+            self.ff_proj = nn.Linear(size, config.mlp_hidden_size, bias=config.mlp_bias)
+            self.up_proj = nn.Linear(size, config.mlp_hidden_size, bias=config.mlp_bias)
+            self.ff_out = nn.Linear(config.mlp_hidden_size, size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], kernel: str, mask, positions, cache) -> Tensor:
         x = x + self._drop(self.attn_out(self._attend(self.attn_norm(x), rotary, kernel, mask, positions, cache)))
         y = self.ff_norm(x)
-        return x + self._drop(self.ff_out(F.silu(self.ff_proj(y)) * self.up_proj(y)))
+        y = self.moe(y) if self.mixture else self.ff_out(F.silu(self.ff_proj(y)) * self.up_proj(y))
+        return x + self._drop(y)
 
     def _attend(self, x: Tensor, rotary, kernel, mask, positions, cache) -> Tensor:
         heads = (*x.shape[:2], -1, self.head_dim)
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        if self.normed_heads:
+        if self.qk_norm == "all":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (
-            rotate(q.view(heads), *rotary),
-            rotate(k.view(heads), *rotary),
-            v.view(heads),
-        )  # (B, Q, H, D)
+        q, k, v = q.view(heads), k.view(heads), v.view(heads)  # (B, Q, H, D)
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
             k, v = cache.update(self.layer, positions, k, v)  # (B, T, H, D)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(kernel, eager_attention)
@@ -138,6 +126,11 @@ class LLaDAPreTrainedModel(PreTrainedModel):
         """`normal` (std init_std, residual outputs over sqrt(2 layers)), `fan_in` or `mitchell`, in LLaDA's names."""
         if isinstance(module, RMSNorm):
             init.ones_(module.weight)
+        if isinstance(module, MoE):
+            for weight in (module.router, module.gate_up, module.down):
+                init.normal_(weight, std=self.config.init_std)
+            if module.router_bias is not None:
+                init.zeros_(module.router_bias)
         if not isinstance(module, nn.Linear | nn.Embedding):
             return
         layer, kind = getattr(module, "_residual_layer", None), self.config.init_fn
@@ -176,7 +169,10 @@ class LLaDAModel(LLaDAPreTrainedModel):
         if not config.weight_tying:
             self.transformer["ff_out"] = Head(config.d_model, config.embedding_size, bias=config.include_bias)
         for block in self.transformer.blocks:
-            block.attn_out._residual_layer = block.ff_out._residual_layer = block.layer
+            block.attn_out._residual_layer = block.layer
+            if not block.mixture:
+                block.ff_out._residual_layer = block.layer
+        self.rotary = config.rotary
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -191,7 +187,7 @@ class LLaDAModel(LLaDAPreTrainedModel):
     ) -> Tensor:
         """Hidden states (B, Q, D) after the last norm; arguments as in `LLaDAModelLM.forward`."""
         if visible is None:
-            visible = full if self.config.block_length is None else block_causal(self.config.block_length)
+            visible = visible_of(self.config)
         batch, queries = tokens.shape
         if cache is not None and positions is None:
             raise ValueError("a cache needs positions (B, Q): the slots whose keys and values are computed now")
@@ -201,7 +197,7 @@ class LLaDAModel(LLaDAPreTrainedModel):
         if self.config.embedding_dropout:
             x = F.dropout(x, self.config.embedding_dropout, self.training)
         where = torch.arange(queries, device=tokens.device)[None] if positions is None else positions
-        rotary = rotary_angles(where, self.config, x.dtype)
+        rotary = rotary_angles(where, self.rotary, x.dtype)
         keys = queries if cache is None else cache.length
         slots = None if cache is None else positions
         kernel = usable_kernel(self.config._attn_implementation, visible, valid, tokens.device)

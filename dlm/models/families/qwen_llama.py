@@ -1,0 +1,120 @@
+"""Llama, Qwen2 and Qwen3: autoregressive as they are released, bidirectional as dllm's `a2d-*` turns them.
+
+SmolLM and SmolLM2 carry Llama's `model_type`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from dlm.models.families.base import Family, FamilyConfig
+from dlm.models.families.names import USUAL, layer_names, register_names
+from dlm.models.transformer import LLaDAModelLM
+
+
+class LlamaConfig(FamilyConfig):
+    """`model_type` llama: next-token prediction; biases by `attention_bias` and `mlp_bias`."""
+
+    model_type = "llama"
+    written_as: ClassVar[str] = "LlamaForCausalLM"
+    attention: ClassVar[str] = "causal"
+
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+    @property
+    def qkv_bias(self) -> bool:
+        return self.attention_bias
+
+    @property
+    def out_bias(self) -> bool:
+        return self.attention_bias
+
+
+class Qwen2Config(FamilyConfig):
+    """`model_type` qwen2: next-token prediction; biases of q, k and v."""
+
+    model_type = "qwen2"
+    written_as: ClassVar[str] = "Qwen2ForCausalLM"
+    attention: ClassVar[str] = "causal"
+    reads_sliding_window: ClassVar[bool] = True
+    qkv_bias: ClassVar[bool] = True
+
+
+class Qwen3Config(FamilyConfig):
+    """`model_type` qwen3: next-token prediction; queries and keys normed in each head."""
+
+    model_type = "qwen3"
+    written_as: ClassVar[str] = "Qwen3ForCausalLM"
+    attention: ClassVar[str] = "causal"
+    reads_sliding_window: ClassVar[bool] = True
+    qk_norm: ClassVar[str] = "head"
+
+    attention_bias: bool = False
+
+    @property
+    def qkv_bias(self) -> bool:
+        return self.attention_bias
+
+    @property
+    def out_bias(self) -> bool:
+        return self.attention_bias
+
+
+class A2DLlamaConfig(LlamaConfig):
+    """dllm's bidirectional Llama, `model_type` a2d-llama; block-causal where `block_length` is set."""
+
+    model_type = "a2d-llama"
+    written_as: ClassVar[str] = "A2DLlamaLMHeadModel"
+    attention = FamilyConfig.attention
+
+
+class A2DQwen2Config(Qwen2Config):
+    """dllm's bidirectional Qwen2, `model_type` a2d-qwen2; block-causal where `block_length` is set."""
+
+    model_type = "a2d-qwen2"
+    written_as: ClassVar[str] = "A2DQwen2LMHeadModel"
+    attention = FamilyConfig.attention
+
+
+class A2DQwen3Config(Qwen3Config):
+    """dllm's bidirectional Qwen3, `model_type` a2d-qwen3; block-causal where `block_length` is set."""
+
+    model_type = "a2d-qwen3"
+    written_as: ClassVar[str] = "A2DQwen3LMHeadModel"
+    attention = FamilyConfig.attention
+
+
+class LlamaLM(LLaDAModelLM):
+    config_class = LlamaConfig
+
+
+class Qwen2LM(LLaDAModelLM):
+    config_class = Qwen2Config
+
+
+class Qwen3LM(LLaDAModelLM):
+    config_class = Qwen3Config
+
+
+class A2DLlamaLM(LLaDAModelLM):
+    config_class = A2DLlamaConfig
+
+
+class A2DQwen2LM(LLaDAModelLM):
+    config_class = A2DQwen2Config
+
+
+class A2DQwen3LM(LLaDAModelLM):
+    config_class = A2DQwen3Config
+
+
+TWINS = (LlamaLM, Qwen2LM, Qwen3LM)  # predict the next token
+CONVERTED = (A2DLlamaLM, A2DQwen2LM, A2DQwen3LM)
+for model in (*TWINS, *CONVERTED):
+    register_names(model, layer_names(USUAL))
+
+FAMILIES = (
+    *(Family(m.config_class.model_type, m.config_class, m, autoregressive=True) for m in TWINS),
+    *(Family(m.config_class.model_type, m.config_class, m, {"split": "rounded"}, blocks="any") for m in CONVERTED),
+)

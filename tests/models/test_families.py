@@ -1,0 +1,126 @@
+"""Families: the authors' logits, their names and configuration written back, refusals of what is near but not one."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+
+import dlm
+from dlm.kernels.packed import Packed, packed
+from dlm.models.attention import block_causal, full
+from dlm.models.families import FAMILIES, expected_tensors, family_of, recognise
+
+FOLDER = Path(__file__).parents[1] / "fixtures" / "families"
+NAMES = sorted(folder.name for folder in FOLDER.iterdir())
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {name: dlm.load(FOLDER / name)[0] for name in NAMES}
+
+
+def fields(name):
+    return json.loads((FOLDER / name / "config.json").read_text())
+
+
+def shapes(folder):
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        if file.name != "logits.safetensors":
+            with safe_open(file, "pt") as tensors:
+                found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("form", ["plain", "packed"])
+def test_the_authors_logits(models, name, form):
+    data = load_file(FOLDER / name / "logits.safetensors")
+    said = re.search(r"blocks of (\d+)", json.loads((FOLDER / name / "expected.json").read_text())["logits"])
+    model = packed(models[name]) if form == "packed" else models[name]
+    assert form == "plain" or isinstance(model, Packed)
+    for key in (key for key in data if key.startswith("logits")):
+        valid = data["padding_mask"].bool() if "padding" in key else None
+        visible = full if "full" in key or said is None else block_causal(int(said[1]))
+        with torch.inference_mode():
+            error = (model(data["input_ids"], visible=visible, valid=valid) - data[key]).abs()
+        assert (error if valid is None else error[valid]).max() < 5e-4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_and_shapes_are_known_without_memory(name):
+    config = recognise(fields(name)).config.from_dict(fields(name))
+    assert expected_tensors(family_of(config).model, config) == shapes(FOLDER / name)
+
+
+@pytest.mark.parametrize("size", [None, "100KB"])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_saved_is_what_was_read(models, tmp_path, name, size):
+    models[name].save_pretrained(tmp_path, **({} if size is None else {"max_shard_size": size}))
+    assert (size is None) == (tmp_path / "model.safetensors").is_file()
+    assert shapes(tmp_path) == shapes(FOLDER / name)
+    ours = json.loads((tmp_path / "config.json").read_text())
+    assert {k: v for k, v in ours.items() if k != "transformers_version"} == fields(name)
+    again, _ = dlm.load(tmp_path)
+    for (key, one), other in zip(models[name].state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(one, other), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM])
+def test_auto_classes_open_them(models, name, auto):
+    config = AutoConfig.from_pretrained(FOLDER / name)
+    assert type(config) is type(models[name].config)
+    assert type(auto.from_pretrained(FOLDER / name)) is type(models[name])
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+WRONG = {
+    "a family that is not there": ("dream", {"model_type": "gpt_neox"}, "gpt_neox.*it reads llada, Dream"),
+    "a vision variant": ("dream", {"vision_config": {"depth": 3}}, "vision_config.*image encoder"),
+    "an encoder and a decoder": ("a2d_llama", {"is_encoder_decoder": True}, "encoder and a decoder"),
+    "quantised weights": ("sdar", {"quantization_config": {"bits": 4}}, "quantization_config"),
+    "another activation": ("sdar", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+    "capped logits": ("a2d_llama", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+    "clipped queries": ("llada_moe", {"clip_qkv": 8.0}, "clip_qkv"),
+    "a window that matters": ("sdar", {"use_sliding_window": True, "sliding_window": 16}, "sliding_window=16"),
+    "scaling of another kind": ("dream", {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
+    "scaling without its factor": ("dream", {"rope_scaling": {"rope_type": "yarn"}}, "no factor"),
+    "heads that do not divide": ("dream", {"num_key_value_heads": 3}, "num_key_value_heads=3"),
+    "a mask outside": ("dream", {"mask_token_id": 300}, "mask_token_id=300.*vocab_size=300"),
+    "groups that do not divide": ("llada2", {"n_group": 3}, "8 experts in 3 groups"),
+    "groups of one": ("llada2", {"n_group": 8}, "groups of one"),
+    "too few among the groups": ("llada2", {"n_group": 4, "topk_group": 1, "num_experts_per_tok": 4}, "too few"),
+    "more chosen than there are": ("llada_moe", {"num_experts_per_tok": 9}, "8 experts of which 9"),
+    "kinds of layers": ("llada_moe", {"moe_layer_freq": [1, 1]}, "moe_layer_freq for 2 layers"),
+    "no width": ("sdar", {"hidden_size": None}, "has no hidden_size"),
+}
+
+
+@pytest.mark.parametrize(("name", "changes", "words"), WRONG.values(), ids=WRONG.keys())
+def test_refused_in_one_line(tmp_path, name, changes, words):
+    shutil.copytree(FOLDER / name, tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**fields(name), **changes}))
+    with pytest.raises(ValueError, match=words) as error:
+        dlm.load(tmp_path / "model")
+    assert "\n" not in str(error.value)
+
+
+def test_windows_that_a_family_does_not_read_are_no_matter(tmp_path):
+    shutil.copytree(FOLDER / "dream", tmp_path / "model")
+    more = {"use_sliding_window": True, "sliding_window": 16}
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**fields("dream"), **more}))
+    dlm.load(tmp_path / "model")
+
+
+def test_every_family_has_a_table():
+    assert {"llada", "llada-moe", "Dream", "llada2_moe", "sdar", "Fast_dLLM_Qwen"} <= set(FAMILIES)
+    for family in FAMILIES.values():
+        assert family.model.config_class is family.config

@@ -20,7 +20,7 @@ if __package__ in (None, ""):  # `accelerate launch train/sft.py` from a clone: 
 import torch
 
 from dlm.checkpoints.files import SHIPPED
-from dlm.data.choices import OVERLONG
+from dlm.data.choices import ON_BAD_ROW, OVERLONG
 from dlm.data.conversations import ChatFormat, chat_source, load_chats
 from dlm.training import recipe
 from dlm.training.config import RecipeConfig
@@ -45,7 +45,8 @@ class Recipe(RecipeConfig):
 
     format: `chat` (the tokenizer's chat template), `plain` (prompt, separator, response) or `auto` (chat where there is
     a template). sequence_length: most tokens of an example, 0 for the model's. overlong: `truncate` or `skip` longer
-    ones. lora: rank of the adapters, 0 to train all weights; base_dtype: type of the frozen weights under adapters.
+    ones. on_bad_row: `stop` at a row that cannot be used, or `skip` and count it. lora: rank of the adapters, 0 to
+    train all weights; base_dtype: type of the frozen weights under adapters.
     """
 
     output: str = "runs/sft"
@@ -61,6 +62,7 @@ class Recipe(RecipeConfig):
     response_column: str = ""
     separator: str = "\n"
     overlong: str = "truncate"
+    on_bad_row: str = "stop"
     lora: int = 0
     lora_alpha: float = 32.0
     lora_targets: tuple[str, ...] = TARGETS
@@ -70,6 +72,7 @@ class Recipe(RecipeConfig):
         super().__post_init__()
         check_name("format", self.format, FORMATS)
         check_name("overlong", self.overlong, OVERLONG)
+        check_name("on_bad_row", self.on_bad_row, ON_BAD_ROW)
         check_name("base_dtype", self.base_dtype, ("float32", "bfloat16", "float16"))
         if self.lora < 0:
             raise ValueError(f"lora is {self.lora}: it is a rank, 0 or more")
@@ -121,6 +124,7 @@ def chat_format(settings: Recipe, tokenizer, longest: int) -> ChatFormat:
         response=settings.response_column,
         separator=settings.separator,
         overlong=settings.overlong,
+        on_bad_row=settings.on_bad_row,
     )
 
 

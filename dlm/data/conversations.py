@@ -5,23 +5,22 @@ An answer is tokenized apart from what stands before it, so that at generation t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 
 import numpy as np
 
-from dlm.data.choices import OVERLONG
+from dlm.chat_template import ChatTemplate
+from dlm.data.choices import ON_BAD_ROW, OVERLONG
+from dlm.data.columns import COLUMNS, Columns, Message, messages_of
 from dlm.data.documents import Documents, cached, join, token_type
-from dlm.data.sources import columns_of, identity, read_rows
+from dlm.data.sources import identity, read_rows
 from dlm.data.streaming import StreamedSource
 from dlm.tokenizer import encode_prompt
 from dlm.utils.names import check_name
 
-MESSAGES = ("messages", "conversations", "conversation")
-PROMPTS = ("prompt", "question", "instruction", "input", "query")
-RESPONSES = ("response", "answer", "completion", "output")
-ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "model": "assistant"}  # ShareGPT's words
 COUNTS = ("rows", "truncated", "skipped", "without_answer")
 
 
@@ -30,8 +29,9 @@ class ChatFormat:
     """How rows become tokens.
 
     chat: through the tokenizer's chat template; otherwise prompt and separator, as `dlm generate` encodes a prompt,
-    then response and end-of-text. messages, prompt, response: columns, "" for those that are found. length: most
-    tokens of an example; overlong: `truncate` a longer one or `skip` it.
+    then response and end-of-text. messages, prompt, response: columns, "" for those that are known by name. length:
+    most tokens of an example; overlong: `truncate` a longer one or `skip` it. on_bad_row: `stop` at a row that cannot
+    be used, or `skip` and count it.
     """
 
     chat: bool
@@ -41,150 +41,188 @@ class ChatFormat:
     response: str = ""
     separator: str = "\n"
     overlong: str = "truncate"
+    on_bad_row: str = "stop"
 
     def __post_init__(self):
         check_name("overlong", self.overlong, OVERLONG)
+        check_name("on_bad_row", self.on_bad_row, ON_BAD_ROW)
         if self.messages and (self.prompt or self.response):
             raise ValueError(
                 f"columns {self.messages!r} and {self.prompt or self.response!r} are both named: give a column of "
                 f"messages, or a prompt and a response"
             )
 
+    @property
+    def columns(self) -> Columns:
+        return Columns(self.messages, self.prompt, self.response)
+
+
+class Encoder:
+    """Rows -> tokens and targets, with `counts` of what happened to them."""
+
+    def __init__(self, tokenizer, form: ChatFormat, counts: dict[str, int] | None = None):
+        self.tokenizer, self.form = tokenizer, form
+        self.counts = Counter() if counts is None else counts
+        self.counts.update(dict.fromkeys(COUNTS, 0))
+        self.template = ChatTemplate.of(tokenizer, pinned=True) if form.chat else None
+        self.first_bad: str | None = None
+
+    def bad(self, error: ValueError) -> None:
+        """Count a row that cannot be used. Raises the error where the format says so."""
+        if self.form.on_bad_row == "stop":
+            raise ValueError(f"{error} (or leave such rows out: --on-bad-row skip)") from error
+        self.first_bad = self.first_bad or str(error)
+        self.counts["bad_rows"] = self.counts.get("bad_rows", 0) + 1
+
+    def encode(self, row: dict, where: str) -> tuple[np.ndarray, np.ndarray, int] | None:
+        """Tokens (L,), target (L,) and the bytes of the answers; None where the row is left out."""
+        self._count("rows")
+        try:
+            messages, unused = messages_of(row, self.form.columns, where)
+            for column in unused:
+                self._count(f"{COLUMNS}{column}")
+            if not any(message["role"] == "assistant" and message["loss"] for message in messages):
+                self._count("without_answer")
+                return None
+            ids, target = encode_conversation(self.tokenizer, messages, self.form, where, self.template, self.counts)
+        except ValueError as error:
+            self.bad(error)
+            return None
+        if len(ids) > self.form.length:
+            self._count("skipped" if self.form.overlong == "skip" else "truncated")
+            if self.form.overlong == "skip":
+                return None
+            ids, target = ids[: self.form.length], target[: self.form.length]
+        if not target.any():
+            self._count("without_answer")
+            return None
+        answers = (message["content"] for message in messages if message["role"] == "assistant" and message["loss"])
+        return ids, target, sum(len(answer.encode()) for answer in answers)
+
+    def _count(self, name: str) -> None:
+        self.counts[name] = self.counts.get(name, 0) + 1
+
 
 def load_chats(path, tokenizer, form: ChatFormat, *, split: str = "train", cache=None) -> Documents:
     """Tokenize the conversations of a source once, and memory-map the result from then on.
 
-    `counts` of the result has how many rows were read, truncated, skipped as too long, and left out because no answer
-    was left. Errors: those of `read_rows`; missing columns, a mask token in the text, a source without an answer.
+    `counts` of the result has how many rows were read, truncated, skipped as too long, left out because no answer
+    was left or because they cannot be used, and which columns were not used. Raises ValueError: those of `read_rows`
+    and `ChatTemplate.of`; missing columns, a special token in the text, a source without an answer.
     """
     named = ("chat", identity(path, split), form, tokenizer.chat_template if form.chat else None)
     return cached(path, named, tokenizer, lambda: _tokenize(path, tokenizer, form, split), cache)
 
 
 def _tokenize(path, tokenizer, form: ChatFormat, split: str) -> Documents:
+    encoder = Encoder(tokenizer, form)
     pieces, targets, size = [], [], 0
-    counts = dict.fromkeys(COUNTS, 0)
-    for where, row in read_rows(path, split):
-        messages = conversation(row, form, where)
-        made = _example(tokenizer, messages, form, where, counts)
+    for where, row in read_rows(path, split, on_bad=encoder.bad):
+        made = encoder.encode(row, where)
         if made is None:
             continue
-        ids, target = made
-        size += sum(len(message["content"].encode()) for message in messages if message["role"] == "assistant")
+        ids, target, answers = made
+        size += answers
         pieces.append(ids.astype(token_type(tokenizer)))
         targets.append(target)
+    counts = dict(encoder.counts)
     if not pieces:
+        bad = f", {counts['bad_rows']} that cannot be used, first {encoder.first_bad}" if encoder.first_bad else ""
         raise ValueError(
             f"{path}: no example with an answer in {counts['rows']} rows ({counts['skipped']} too long for "
-            f"{form.length} tokens, {counts['without_answer']} without an answer): give other data or a greater length"
+            f"{form.length} tokens, {counts['without_answer']} without an answer{bad}): give other data or a greater "
+            f"length"
         )
     return join(pieces, targets, tokenizer.bos_token_id, size, counts)
 
 
 def chat_source(paths: Sequence[str], tokenizer, form: ChatFormat, split: str, weight: float = 1.0) -> StreamedSource:
     """The conversations of files one after another, read while they are trained on; errors: `load_chats`'s."""
-    counts = dict.fromkeys(COUNTS, 0)
+    encoder = Encoder(tokenizer, form, {})
 
     def read(skip: int):
-        rows = chain.from_iterable(read_rows(path, split, streaming=True) for path in paths)
+        rows = chain.from_iterable(read_rows(path, split, streaming=True, on_bad=encoder.bad) for path in paths)
         for number, (where, row) in islice(enumerate(rows), skip, None):
-            made = _example(tokenizer, conversation(row, form, where), form, where, counts)
+            made = encoder.encode(row, where)
             if made is not None:
-                yield number, *made
+                yield number, *made[:2]
 
-    return StreamedSource(", ".join(map(str, paths)), read, weight, counts)
-
-
-def _example(tokenizer, messages, form: ChatFormat, where: str, counts: dict[str, int]):
-    """Tokens and target of a conversation, None where it is left out; `counts` say what happened to it."""
-    counts["rows"] += 1
-    ids, target = encode_conversation(tokenizer, messages, form, where)
-    if len(ids) > form.length:
-        counts["skipped" if form.overlong == "skip" else "truncated"] += 1
-        if form.overlong == "skip":
-            return None
-        ids, target = ids[: form.length], target[: form.length]
-    if not target.any():
-        counts["without_answer"] += 1
-        return None
-    return ids, target
+    return StreamedSource(", ".join(map(str, paths)), read, weight, encoder.counts)
 
 
-def conversation(row: dict, form: ChatFormat, where: str) -> list[dict[str, str]]:
-    """The messages of a row, each with a role and a content. Errors: no columns that fit, or no text in them."""
-    name = form.messages or next((name for name in MESSAGES if name in row), "")
-    if name and not (form.prompt or form.response):
-        if not isinstance(row.get(name), list):
-            raise ValueError(f"{where}: no messages in column {name!r}; the columns are {columns_of(row)}")
-        return [_message(message, name, where) for message in row[name]]
-    prompt = form.prompt or next((name for name in PROMPTS if name in row), "")
-    response = form.response or next((name for name in RESPONSES if name in row), "")
-    for wanted, found in (("prompt", prompt), ("response", response)):
-        if not isinstance(row.get(found), str):
-            raise ValueError(
-                f"{where}: no text for the {wanted} in {f'column {found!r}' if found else 'any column that is known'}; "
-                f"the columns are {columns_of(row)}. Name them with --prompt-column and --response-column, or "
-                f"--messages-column"
-            )
-    asked = row[prompt]
-    if prompt == "instruction" and not form.prompt and isinstance(row.get("input"), str) and row["input"]:
-        asked = f"{asked}\n\n{row['input']}"  # Alpaca's two parts of a question
-    return [{"role": "user", "content": asked}, {"role": "assistant", "content": row[response]}]
-
-
-def _message(message, column: str, where: str) -> dict[str, str]:
-    given = message if isinstance(message, dict) else {}
-    role, content = given.get("role", given.get("from")), given.get("content", given.get("value"))
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise ValueError(f"{where}: a message of column {column!r} is not an object with role and content")
-    return {"role": ROLES.get(role, role), "content": content}
-
-
-def encode_conversation(tokenizer, messages, form: ChatFormat, where: str) -> tuple[np.ndarray, np.ndarray]:
+def encode_conversation(
+    tokenizer, messages: Sequence[Message], form: ChatFormat, where: str,
+    template: ChatTemplate | None = None, counts: dict[str, int] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Tokens (L,) int64 and target (L,) bool of a conversation: every answer carries loss, and the end of the text.
 
-    Errors: a special token spelled in a message, a chat template that changes what came before.
+    Raises ValueError for a special token spelled in a message and for a conversation that does not fit the format.
     """
     specials = sorted(set(tokenizer.all_special_tokens))
     for message in messages:
         for special in specials:
             if special in message["content"]:
                 raise ValueError(f"{where}: the text holds the special token {special}: remove it from the data")
-    parts = _chat_parts(tokenizer, messages, where) if form.chat else _plain_parts(tokenizer, messages, form, where)
+    if form.chat:
+        parts = _chat_parts(template or ChatTemplate.of(tokenizer, pinned=True), messages, where, counts)
+    else:
+        parts = _plain_parts(tokenizer, messages, form, where)
     ids, target = [], []
     for text, answer in parts:
         new = text if isinstance(text, list) else tokenizer(text, add_special_tokens=False)["input_ids"]
         ids += new
         target += [answer] * len(new)
+    end = tokenizer.eos_token_id
+    if end is not None and ids and not (form.chat and end in template_end(template)):
+        ids.append(end)
+        target.append(target[-1])
     return np.array(ids, dtype=np.int64), np.array(target, dtype=bool)
 
 
-def _chat_parts(tokenizer, messages, where: str):
-    """(text or ids, whether it is an answer), in order."""
-    done, parts = "", []
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=True)
-        after = tokenizer.apply_chat_template(messages[: number + 1], tokenize=False)
-        if not before.startswith(done) or not after.startswith(before):
-            raise ValueError(
-                f"{where}: the tokenizer's chat template writes earlier turns anew at message {number + 1}, so answers "
-                f"cannot be told from prompts: use a template that only adds, or --format plain"
-            )
-        parts += [(before[len(done) :], False), (after[len(before) :], True)]
-        done = after
-    if parts and tokenizer.eos_token_id is not None:
-        parts.append(([tokenizer.eos_token_id], True))
+def template_end(template: ChatTemplate | None) -> tuple[int, ...]:
+    """The ids that the template closes an answer with; they may hold the end of the text already."""
+    return () if template is None else template.end
+
+
+def _chat_parts(template: ChatTemplate, messages: Sequence[Message], where: str, counts):
+    """(text, whether it carries loss), in order, up to the last answer."""
+    plain = [{"role": message["role"], "content": message["content"]} for message in messages]
+    answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    try:
+        if answers[0] == 0:
+            raise ValueError("the conversation begins with an answer: begin it with a user's or a system's message")
+        parts = _turns(template, plain, messages, answers)
+        if parts is None:  # a template that writes earlier turns anew (without their reasoning, say): the last alone
+            parts = _turns(template, plain, messages, answers[-1:])
+            if counts is not None and parts is not None:
+                counts["last_answer_only"] = counts.get("last_answer_only", 0) + 1
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    if parts is None:
+        raise ValueError(
+            f"{where}: the tokenizer's chat template writes another text before an answer than with it, so the answer "
+            f"cannot be told from its prompt: use a checkpoint with another template, or --format plain"
+        )
     return parts
 
 
-def _plain_parts(tokenizer, messages, form: ChatFormat, where: str):
+def _turns(template: ChatTemplate, plain, messages: Sequence[Message], answers: Sequence[int]):
+    """The parts of a conversation cut before and behind these answers; None where earlier text changes."""
+    done, parts = "", []
+    for number in answers:
+        before, after = template.prompt(plain[:number]), template.text(plain[: number + 1])
+        if not before.startswith(done) or not after.startswith(before):
+            return None
+        parts += [(before[len(done) :], False), (after[len(before) :], messages[number]["loss"])]
+        done = after
+    return parts
+
+
+def _plain_parts(tokenizer, messages: Sequence[Message], form: ChatFormat, where: str):
     if [message["role"] for message in messages] != ["user", "assistant"]:
         raise ValueError(
-            f"{where}: {len(messages)} messages, but the plain format takes one prompt and one response: use "
-            f"--format chat"
+            f"{where}: {len(messages)} messages ({', '.join(message['role'] for message in messages)}), but the plain "
+            f"format takes one prompt and one response: use --format chat"
         )
     prompt, response = (message["content"] for message in messages)
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return [(encode_prompt(tokenizer, prompt + form.separator), False), (response, True), (end, True)]
+    return [(encode_prompt(tokenizer, prompt + form.separator), False), (response, True)]

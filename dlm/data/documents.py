@@ -16,7 +16,7 @@ import numpy as np
 from dlm.data.sources import identity, read_documents
 from dlm.tokenizer import encode_documents
 
-CACHE_FORMAT = 2  # part of the cache key: raise it when what is written changes
+CACHE_FORMAT = 3  # part of the cache key: raise it when what is written changes
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ def cached(
     """
     digest = hashlib.sha256(repr((CACHE_FORMAT, *named)).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    digest.update(repr(sorted(map(str, tokenizer.special_tokens_map.items()))).encode())  # which of them is the end
     folder = Path(cache or default_cache()) / f"{Path(str(path)).name}-{digest.hexdigest()[:24]}"
     if not (folder / "meta.json").is_file():
         _write_cache(folder, build())

@@ -130,7 +130,12 @@ def test_alpacas_two_parts_are_one_prompt(tmp_path, tokenizer):
         ),
         ("", {}, "no example with an answer in 0 rows"),
         ('{"messages": [{"role": "user", "content": "a"}]}\n', {}, r"1 without an answer"),
-        ('{"messages": [{"role": "user", "content": "a"}]}\n', {"chat": False}, "takes one prompt and one response"),
+        (
+            '{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}, '
+            '{"role": "assistant", "content": "b"}]}\n',
+            {"chat": False},
+            "system, user, assistant.*takes one prompt and one response",
+        ),
     ],
 )
 def test_errors_name_the_line_and_the_columns(tmp_path, tokenizer, content, changes, message):

@@ -52,7 +52,8 @@ def test_a_template_that_rewrites_earlier_turns_trains_the_last_answer(chats):
     """Reasoning models strip the reasoning of earlier turns: such rows stopped the run."""
     strips = (
         "{% for m in messages %}<{{m['role']}}>"
-        "{{ m['content'].split('</think>')[-1] if not loop.last else m['content'] }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+        "{{ m['content'].split('</think>')[-1] if not loop.last else m['content'] }}<|eot_id|>"
+        "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     turns = [ASK, {"role": "assistant", "content": "a</think>b"}, ASK, {"role": "assistant", "content": "c</think>d"}]
     _, answer, made = chats({"messages": turns}, template=strips)

@@ -16,13 +16,12 @@ import torch
 
 from dlm.checkpoints.generation import generate
 from dlm.evaluation.tasks import Question
-from dlm.models.attention import full
 from dlm.sampling.canvas import Canvas
 from dlm.sampling.commit import COMMITS
 from dlm.sampling.config import SamplingConfig, as_ids
 from dlm.sampling.generate import GenerationOutput
 from dlm.sampling.methods import METHODS, visibility
-from dlm.sampling.schedule import schedule
+from dlm.sampling.schedule import lay_out, schedule
 from dlm.tokenizer import EOT, mask_id
 from dlm.utils.hardware import PeakMemory, synchronise
 from dlm.utils.names import check_name
@@ -119,10 +118,8 @@ def commit_fields(commit: str) -> dict:
 
 def block_sizes(model, canvas: Canvas, sampling: SamplingConfig) -> list[int]:
     """The masked places of each block of a canvas of one row. Errors: a method that does not suit the model."""
-    length, visible = visibility(model, sampling.method, sampling.block_length)
-    slots = canvas.masked[0].nonzero()[:, 0].cpu()
-    block = torch.arange(len(slots)) // length if visible is full else slots // length
-    return [size for size in torch.bincount(block).tolist() if size]
+    _, sizes = lay_out(canvas, *visibility(model, sampling.method, sampling.block_length))
+    return sizes[0]
 
 
 def places_asked(sizes: Sequence[int], quotas: Sequence[Sequence[int]], coarse: bool) -> int:

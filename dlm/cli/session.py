@@ -171,15 +171,12 @@ def denoise(opened: Opened, jobs: Sequence[Job], config, args, show_given: bool 
 
 def expected(opened: Opened, canvas, config) -> tuple[int | None, int]:
     """How many passes (None: the commit rule decides) and blocks the longest row of a canvas takes."""
-    from dlm.models.attention import full
     from dlm.sampling.methods import visibility
+    from dlm.sampling.schedule import lay_out
 
     places = int(canvas.masked.sum(1).max())
-    length, visible = visibility(opened.model, config.method, config.block_length)
-    if visible is full:
-        blocks = -(-places // length)
-    else:  # a block-causal model's blocks count from slot 0
-        blocks = max(len(set((row.nonzero()[:, 0] // length).tolist())) for row in canvas.masked)
+    _, sizes = lay_out(canvas, *visibility(opened.model, config.method, config.block_length))
+    blocks = max(map(len, sizes))
     return ((config.steps or places) if config.commit == "quota" else None), blocks
 
 

@@ -1,17 +1,28 @@
 """SamplingConfig: every choice that a generation makes, checked when it is made."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from numbers import Integral, Real
 
 from dlm.utils.names import check_name
 
-__all__ = ["COMMIT_NAMES", "CONFIDENCE_NAMES", "METHOD_NAMES", "SAMPLING", "SPLIT_NAMES", "SamplingConfig", "as_ids"]
+__all__ = [
+    "COMMIT_NAMES",
+    "CONFIDENCE_NAMES",
+    "METHOD_NAMES",
+    "REVISION_NAMES",
+    "SAMPLING",
+    "SPLIT_NAMES",
+    "SamplingConfig",
+    "as_ids",
+]
 
 # Names of the choices. The functions are in tables that need torch; a test holds the names to their keys.
 METHOD_NAMES = ("none", "prefix", "dual", "vicinity", "c2f", "block_causal")  # methods.METHODS
 COMMIT_NAMES = ("quota", "threshold", "factor", "entropy_bound")  # commit.COMMITS
 CONFIDENCE_NAMES = ("probability", "margin", "entropy", "random")  # propose.CONFIDENCES
+REVISION_NAMES = ("none", "edit")  # revise.REVISIONS
 SPLIT_NAMES = ("remainder_first", "rounded")  # schedule.SPLITS
 
 # Field of SamplingConfig: (type, help). The one place where the options of sampling are written.
@@ -24,6 +35,9 @@ SAMPLING: dict[str, tuple[Callable, str]] = {
     "threshold": (float, "for --commit threshold: least confidence"),
     "factor": (float, "for --commit factor"),
     "entropy_bound": (float, "for --commit entropy_bound, in nats"),
+    "revise": (str, "none or edit: which tokens a pass changes that were committed before"),
+    "edit_threshold": (float, "for --revise edit: probability above which another token is written"),
+    "max_post_passes": (int, "for --revise edit: most passes over a block that has no mask left"),
     "split": (str, "remainder_first or rounded: how a block's tokens are shared over its passes"),
     "confidence": (str, "probability, margin, entropy or random: which tokens come first"),
     "temperature": (float, "above 0: draws from the sharpened or flattened prediction; 0: the most probable token"),
@@ -51,6 +65,7 @@ class SamplingConfig:
         gen_length: the last block is shorter.
     method: the order and what is recomputed at each pass, a row of `methods.METHODS`. window: vicinity's reach.
     commit: which places are committed at a pass (`commit.COMMITS`), with threshold, factor or entropy_bound.
+    revise: what is changed after the commit (`revise.REVISIONS`), with edit_threshold and max_post_passes for `edit`.
     split: how a block's tokens are shared over its passes (`schedule.SPLITS`).
     confidence: what orders them (`propose.CONFIDENCES`); None is `entropy` for commit `entropy_bound`, else
         `probability`. tempered_confidence: of the distribution sampled from (Dream), not the model's own (LLaDA).
@@ -70,6 +85,9 @@ class SamplingConfig:
     threshold: float = 0.9
     factor: float = 1.0
     entropy_bound: float = 0.1
+    revise: str = "none"
+    edit_threshold: float = 0.9
+    max_post_passes: int = 16
     split: str = "remainder_first"
     confidence: str | None = None
     tempered_confidence: bool = False
@@ -88,6 +106,7 @@ class SamplingConfig:
         check_name("method", self.method, METHOD_NAMES)
         check_name("commit", self.commit, COMMIT_NAMES)
         check_name("split", self.split, SPLIT_NAMES)
+        check_name("revise", self.revise, REVISION_NAMES)
         if self.confidence is not None:
             check_name("confidence", self.confidence, CONFIDENCE_NAMES)
         for name in ("gen_length", "steps", "block_length", "top_k"):
@@ -95,8 +114,10 @@ class SamplingConfig:
             optional = value is None and name != "gen_length"
             if not optional and (not _whole(value) or value < 1):
                 raise ValueError(f"{name} is {value!r}: it counts tokens or passes; give a whole number, 1 or more")
-        if not _whole(self.window) or self.window < 0:
-            raise ValueError(f"window is {self.window!r}: it counts slots; give a whole number, 0 or more")
+        for name, what in (("window", "slots"), ("max_post_passes", "passes")):
+            value = getattr(self, name)
+            if not _whole(value) or value < 0:
+                raise ValueError(f"{name} is {value!r}: it counts {what}; give a whole number, 0 or more")
         for name in ("tempered_confidence", "stop_at_eos", "suppress_eos", "delay_eos"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: it is a switch; give True or False")
@@ -117,6 +138,7 @@ class SamplingConfig:
             "threshold": (lambda x: -1e9 < x <= 1, "a confidence, at most 1"),
             "factor": (lambda x: x > 0, "above 0"),
             "entropy_bound": (lambda x: x >= 0, "nats, 0 or more"),
+            "edit_threshold": (lambda x: 0 <= x <= 1, "a probability, from 0 to 1"),
             "temperature": (lambda x: 0 <= x < float("inf"), "0 or more"),
             "cfg_scale": (lambda x: 0 <= x < float("inf"), "0 or more"),
             "top_p": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
@@ -143,6 +165,16 @@ class SamplingConfig:
     def ordering(self) -> str:
         """The confidence in force, a name in `propose.CONFIDENCES`."""
         return self.confidence or ("entropy" if self.commit == "entropy_bound" else "probability")
+
+    @cached_property
+    def greedy(self) -> "SamplingConfig":
+        """These settings, but the most probable token with its own probability at every place."""
+        return replace(self, temperature=0.0, confidence="probability", tempered_confidence=False, commit="quota")
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether every proposal is the most probable token, with its own probability as confidence."""
+        return self.temperature == 0 and not self.tempered_confidence and self.ordering == "probability"
 
     @property
     def eos_ids(self) -> tuple[int, ...]:

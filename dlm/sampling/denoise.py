@@ -1,52 +1,48 @@
-"""The one denoising loop: plan which slots to compute, run the model, propose tokens, commit some, repeat.
+"""The one denoising loop: plan which slots to compute, run the model, propose tokens, commit some, revise, repeat.
 
-Shapes: B rows, T slots of the canvas, R rows of one forward pass, Q slots computed by it, M masked slots asked about.
+Shapes: B rows, T slots of the canvas, R rows of one forward pass, M slots asked about.
 
-Every decoding method is a row of `cache.METHODS`, every commit rule an entry of `unmasking.COMMITS`; nothing here
-knows their names. Rows keep their own pace: at each turn the rows that plan alike share one forward pass.
+Every decoding method is a row of `methods.METHODS`, every commit rule an entry of `commit.COMMITS`, every revision of
+`revise.REVISIONS`; nothing here knows their names. Rows keep their own pace (`rows`): at each turn the rows that plan
+alike share one forward pass.
 """
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from dlm.models.attention import full
-from dlm.models.kv_cache import KVCache
 from dlm.sampling.canvas import Canvas
 from dlm.sampling.commit import COMMITS, Step, coarse_block
 from dlm.sampling.config import SamplingConfig
-from dlm.sampling.methods import METHODS, Planner, Signals, visibility
-from dlm.sampling.schedule import schedule
-from dlm.sampling.step import Check, Request, run_step
+from dlm.sampling.planning import Plan, alike, plan_pass, request_of
+from dlm.sampling.revise import REVISIONS, Slate
+from dlm.sampling.rows import Batch, Row
+from dlm.sampling.step import Check, Request, compute, decide_all
 
-__all__ = ["DenoiseState", "denoise"]
+__all__ = ["DenoiseState", "denoise", "turn"]
 
 
 @dataclass(frozen=True)
 class DenoiseState:
     """The canvas after one turn of the loop (a forward pass for every row that is not done).
 
-    committed (B, T) bool: written at this turn; confidence (B, T): theirs, 0 elsewhere. block, nfe and
-    positions_computed (B,) int64: each row's block, its forward passes so far, and the slots they computed.
-    step: turns so far, from 1.
+    committed (B, T) bool: written at this turn; confidence (B, T): theirs, 0 elsewhere. revised (B, T) bool: places
+    that held a token and were changed, or masked again. block, nfe and positions_computed (B,) int64: each row's block,
+    its forward passes so far, and the slots they computed. step: turns so far, from 1.
     """
 
     canvas: Canvas
     committed: Tensor
     confidence: Tensor
+    revised: Tensor
     block: Tensor
     step: int
     nfe: Tensor
     positions_computed: Tensor
 
 
-# ---------------------------------------------------------------- the loop
-
-
-@torch.inference_mode()
 def denoise(
     predictor,
     canvas: Canvas,
@@ -62,225 +58,168 @@ def denoise(
     ends a text, unless the config says. Raises ValueError for settings that do not fit the model or the canvas,
     FloatingPointError for NaN logits.
     """
-    yield from _Run(predictor, canvas, config or SamplingConfig(), vocab_size, eos_token_ids).turns()
+    batch = Batch(predictor, vocab_size=vocab_size, eos_token_ids=eos_token_ids)
+    batch.join(canvas, config or SamplingConfig())
+    try:
+        while batch.active:
+            yield turn(batch)
+        refuse_nan(batch, before=batch.turns + 1)
+    finally:
+        batch.close()
 
 
-class _Run:
-    """The state of one call of `denoise`. What a schedule fixes beforehand is kept on the host, so that a turn
-    waits for the device only where a rule must know what was committed."""
+@torch.inference_mode()
+def turn(batch: Batch) -> DenoiseState:
+    """One pass for every row of the batch that is not done."""
+    batch.turns += 1
+    active, before = batch.active, batch.canvas
+    blocks = torch.tensor([0 if row is None else row.block for row in batch.rows])
+    pages = Pages(
+        before.tokens.clone(),
+        torch.zeros_like(before.valid),
+        torch.zeros(before.tokens.shape, device=before.tokens.device),
+        torch.zeros_like(before.valid),
+    )
+    for rows in alike(active):
+        run_pass(batch, rows, pages)
+    batch.canvas = replace(before, tokens=pages.tokens)
+    refuse_nan(batch, before=batch.turns + 1 - batch.lag)
+    advance(batch, active, pages)
+    stop_ended(batch, [row for row in active if row.config.stop_at_eos])
+    nfe, computed = (
+        torch.tensor([0 if row is None else getattr(row, name) for row in batch.rows]) for name in ("nfe", "computed")
+    )
+    return DenoiseState(
+        batch.canvas, pages.committed, pages.confidence, pages.revised, blocks, batch.turns, nfe, computed
+    )
 
-    def __init__(self, model, canvas: Canvas, config: SamplingConfig, vocab_size: int | None, eos: Sequence[int]):
-        self.model, self.canvas, self.config, self.vocab_size = model, canvas, config, vocab_size
-        self.method, self.device = METHODS[config.method], canvas.tokens.device
-        self.eos = config.eos_ids or tuple(eos)
-        if (config.stop_at_eos or config.suppress_eos or config.delay_eos) and not self.eos:
-            raise ValueError(
-                "stop_at_eos, suppress_eos and delay_eos need an end-of-text id, and the checkpoint names none: "
-                "give eos_token_id"
-            )
-        self.block_length, self.visible = visibility(model, config.method, config.block_length)
-        rows, slots = canvas.tokens.shape
-        limit = getattr(getattr(model, "config", None), "max_sequence_length", None)
-        if limit is not None and slots > limit:
-            raise ValueError(
-                f"prompt and region are {slots} tokens together, above the model's max_sequence_length {limit}: "
-                "shorten the prompt or gen_length"
-            )
-        self.branches = 2 if config.cfg_scale else 1
-        self.cache: KVCache | None = None
-        self.generators = [torch.Generator(self.device).manual_seed(seed) for seed in config.row_seeds(rows)]
-        self.lengths = canvas.valid.sum(dim=1).tolist()
-        self.layout, self.sizes = self._lay_out()
-        steps = config.steps if config.commit == "quota" else None
-        self.quotas = [schedule(steps, sizes, config.split) if sizes else [] for sizes in self.sizes]
-        self.block = [0] * rows  # each row's block ...
-        self.turn = [0] * rows  # ... the passes spent on it ...
-        self.left = [sizes[0] if sizes else 0 for sizes in self.sizes]  # ... and the places still masked in it
-        self.nfe, self.computed = [0] * rows, [0] * rows
-        self._plans: dict[Planner, tuple] = {}
-        # (B, S) each row's quota at every turn, since a row that is not done has a pass at each
-        turns = [
-            torch.tensor([quota for block in blocks for quota in block], dtype=torch.int64) for blocks in self.quotas
-        ]
-        self.quota_at = torch.nn.utils.rnn.pad_sequence(turns, batch_first=True).to(self.device)
-        self._unchecked: deque[tuple[int, Check]] = deque()
-        self.lag = int(self.device.type != "cpu")  # a GPU is asked about a turn while it works on the next one
 
-    def _lay_out(self) -> tuple[Tensor, list[list[int]]]:
-        """(B, T) the block of every slot, -1 outside of the region, and the masked places of every row's blocks.
+@dataclass(frozen=True)
+class Pages:
+    """What a turn writes, (B, T) each: the tokens, which were committed, how sure, and which were revised."""
 
-        Left to right, a block is block_length masked places in order; for a block-causal model, the slots of one of
-        its blocks, which count from slot 0; coarse to fine chooses blocks as it goes.
-        """
-        masked = self.canvas.masked
-        if self.visible is full:
-            layout = torch.where(masked, (masked.cumsum(dim=1) - 1) // self.block_length, -1)
+    tokens: Tensor
+    committed: Tensor
+    confidence: Tensor
+    revised: Tensor
+
+
+def run_pass(batch: Batch, rows: list[Row], pages: Pages) -> None:
+    """One forward pass for `rows`, which are alike; what they commit and revise goes into `pages`."""
+    plan = plan_pass(batch, rows)
+    request, eligible = request_of(batch, rows, plan)
+    canvas = batch.canvas if request.rows is None else batch.canvas.rows(plan.index)
+    guided, visible = rows[0].branches == 2, rows[0].visible
+    cache = batch.cache if rows[0].method.cached else None
+    logits = compute(batch.predictor, canvas, request, guided=guided, visible=visible, cache=cache)
+    for row, count in zip(rows, plan.counts, strict=True):
+        row.nfe += 1
+        row.computed += row.branches * count
+    kinds: dict[SamplingConfig, list[int]] = {}
+    for place, row in enumerate(rows):
+        kinds.setdefault(row.config, []).append(place)
+    if len(kinds) == 1:
+        commit(batch, rows, plan, request, eligible, logits, pages)
+        return
+    for places in kinds.values():
+        few = torch.tensor(places, device=logits.device)
+        part = [rows[place] for place in places]
+        picked = torch.cat([few + len(rows) * branch for branch in range(part[0].branches)])
+        commit(batch, part, plan.of(few), request.of(few, plan.index), eligible[few], logits[picked], pages)
+
+
+def commit(
+    batch: Batch, rows: list[Row], plan: Plan, request: Request, eligible: Tensor, logits: Tensor, pages: Pages
+) -> None:
+    """Proposes tokens from logits (R, M, V) for rows of the same settings, commits what the rule says, revises."""
+    config, where = rows[0].config, (plan.index[:, None], request.slots)
+    options = {
+        "mask_id": batch.canvas.mask_id,
+        "vocab_size": batch.vocab_size,
+        "suppressed": rows[0].eos if config.suppress_eos else (),
+        "generators": [row.generator for row in rows],
+        "kernels": getattr(batch.predictor, "kernels", None),
+    }
+    token, confidence, largest = decide_all(logits, request, config, **options)
+    batch.unchecked.append((batch.turns, Check(largest, request)))
+    certain = confidence
+    if config.delay_eos:
+        certain = confidence.masked_fill(is_any(token, rows[0].eos), -torch.inf)
+    if rows[0].choosing:
+        size = torch.tensor([row.left for row in rows], device=token.device)
+        eligible = coarse_block(certain, eligible, is_any(token, rows[0].eos), size)
+        batch.layout[plan.index] = batch.layout[plan.index].scatter_add(1, request.slots, eligible * (plan.block + 1))
+    quota = torch.stack([row.share for row in rows])
+    rule = Step(quota, config.threshold, config.factor, config.entropy_bound)
+    chosen = COMMITS[config.commit](certain, eligible, rule)
+    held = pages.tokens[where]
+    if (revision := REVISIONS[config.revise]) is not None:
+        best = (token, confidence)
+        if not config.is_greedy:
+            best = decide_all(logits, request, config.greedy, **options)[:2]
+        revisable = request.eligible & (held != batch.canvas.mask_id)
+        token, revised = revision.rule(Slate(held, token, chosen, revisable, *best, config, rows))
+        pages.revised[where] = revised
+    written = chosen if revision is None else chosen | revised
+    pages.tokens[where] = torch.where(written, token, held)
+    pages.committed[where] = chosen
+    pages.confidence[where] = confidence.float().masked_fill(~chosen, 0.0)  # torch.where copies its 0.0 to a GPU
+
+
+# ---------------------------------------------------------------- after a pass
+
+
+def advance(batch: Batch, active: list[Row], pages: Pages) -> None:
+    """Moves every row on to its next pass, its next block, or its end."""
+    counted = [row for row in active if row.quota is None or row.revision is not None]
+    committed = revised = masked = [0] * len(batch.rows)
+    if counted:
+        committed = pages.committed.sum(dim=1).tolist()
+    if any(row.revision is not None for row in counted):
+        again = pages.revised & batch.canvas.masked
+        revised, masked = pages.revised.sum(dim=1).tolist(), again.sum(dim=1).tolist()
+    for row in active:
+        if row in counted:
+            row.advance(committed[row.index], masked[row.index], revised[row.index])
         else:
-            cell = torch.arange(masked.shape[1], device=self.device) // self.block_length
-            busy = torch.zeros(masked.shape[0], int(cell[-1]) + 1, dtype=torch.int64, device=self.device)
-            busy = busy.index_add(1, cell, masked.long()) > 0
-            layout = torch.where(busy, busy.cumsum(dim=1) - 1, -1)[:, cell].masked_fill(~self.canvas.valid, -1)
-        sizes = [torch.bincount(row[here]).tolist() for row, here in zip(layout, masked, strict=True)]
-        return torch.full_like(layout, -1) if self.method.coarse else layout, sizes
+            row.advance(row.quota)
 
-    def turns(self) -> Iterator[DenoiseState]:
-        """Denoises to the end, with a cache where the method has one: the model's own, where it lends one."""
-        if not self.method.cached:
-            yield from self._turns()
-            return
-        rows, slots = self.canvas.tokens.shape
-        self.cache = getattr(self.model, "borrow", KVCache)(rows * self.branches, slots)
-        try:
-            yield from self._turns()
-        finally:
-            getattr(self.model, "give_back", lambda cache: None)(self.cache)
 
-    def _turns(self) -> Iterator[DenoiseState]:
-        step = 0
-        while active := [row for row, sizes in enumerate(self.sizes) if self.block[row] < len(sizes)]:
-            step += 1
-            tokens = self.canvas.tokens.clone()
-            committed = torch.zeros_like(self.canvas.valid)
-            confidence = torch.zeros(tokens.shape, device=self.device)
-            block = torch.tensor(self.block)
-            first = [row for row in active if self.turn[row] == 0]
-            later = [row for row in active if self.turn[row] > 0]
-            if self.method.first is self.method.later:
-                first, later = active, []
-            for planner, rows in ((self.method.first, first), (self.method.later, later)):
-                if not rows:
-                    continue
-                where, chosen, token, certain = self._pass(planner, rows, step)
-                tokens[where] = torch.where(chosen, token, tokens[where])
-                committed[where] = chosen
-                # not torch.where: it copies a number to a GPU, and waits
-                confidence[where] = certain.float().masked_fill(~chosen, 0.0)
-            self.canvas = replace(self.canvas, tokens=tokens)
-            self._refuse_nan(before=step + 1 - self.lag)
-            self._advance(active, committed)
-            nfe, computed = torch.tensor(self.nfe), torch.tensor(self.computed)
-            yield DenoiseState(self.canvas, committed, confidence, block, step, nfe, computed)
-        self._refuse_nan(before=step + 1)
-
-    def _refuse_nan(self, before: int) -> None:
-        """FloatingPointError if the logits of a turn before that one were not numbers."""
-        while self._unchecked and self._unchecked[0][0] < before:
-            step, check = self._unchecked.popleft()
-            try:
-                check.refuse()
-            except FloatingPointError as error:
-                raise FloatingPointError(f"pass {step}: {error}") from None
-
-    def _pass(self, planner: Planner, rows: list[int], step: int) -> tuple[tuple, Tensor, Tensor, Tensor]:
-        """One forward pass for `rows`: the places asked about as an index (R, M) into (B, T), and at each whether it
-        is committed, its token and its confidence."""
-        whole = len(rows) == len(self.sizes)
-        index, current, span, positions = self._plan_for(planner, rows)
-        canvas = self.canvas if whole else self.canvas.rows(index)
-        choosing = self.method.coarse and self.turn[rows[0]] == 0
-        if choosing:
-            asked, counts = canvas.masked, [sum(self.sizes[row][self.block[row] :]) for row in rows]
-            most = max(sum(self.sizes[row]) for row in rows)
-        else:
-            asked, counts = canvas.masked & span, [self.left[row] for row in rows]
-            most = max(self.sizes[row][self.block[row]] for row in rows)
-        ragged = any(self.lengths[row] < canvas.tokens.shape[1] for row in rows)
-        slots = _leading(asked, most if getattr(self.model, "fixed_shapes", False) else max(counts))
-        eligible, valid = asked.gather(1, slots), canvas.valid if ragged else None
-        request = Request(None if whole else index, positions, slots, counts, eligible, valid)
-        token, confidence, largest = run_step(
-            self.model,
-            canvas,
-            request,
-            self.config,
-            visible=self.visible,
-            cache=self.cache,
-            vocab_size=self.vocab_size,
-            suppressed=self.eos if self.config.suppress_eos else (),
-            generators=[self.generators[row] for row in rows],
-        )
-        self._unchecked.append((step, Check(largest, request)))
-        certain = confidence
-        if self.config.delay_eos:
-            certain = confidence.masked_fill(_is_any(token, self.eos), -torch.inf)
-        if choosing:
-            size = torch.tensor([self.left[row] for row in rows], device=self.device)
-            eligible = coarse_block(certain, eligible, _is_any(token, self.eos), size)
-            self.layout[index] = self.layout[index].scatter_add(1, slots, eligible * (current + 1))
-        config, at = self.config, min(step, self.quota_at.shape[1]) - 1
-        quota = self.quota_at[:, at] if whole else self.quota_at[index, at]
-        rule = Step(quota, config.threshold, config.factor, config.entropy_bound)
-        chosen = COMMITS[config.commit](certain, eligible, rule)
-        for row in rows:
-            self.nfe[row] += 1
-        return (index[:, None], slots), chosen, token, confidence
-
-    def _plan_for(self, planner: Planner, rows: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """For a pass of these rows (R,): their numbers, their blocks (R, 1), the blocks' slots bool (R, T), and the
-        slots to compute (R, Q), ascending, short rows padded with their last; None for all."""
-        key = (tuple(rows), tuple(self.block[row] for row in rows))
-        found = self._plans.get(planner)
-        if found is None or found[0] != key:  # the same for every later pass of the block
-            index = torch.tensor(rows, device=self.device)
-            current = torch.tensor(key[1], device=self.device)[:, None]
-            layout = self.layout[index]
-            span, before = layout == current, (layout == current - 1) & (current > 0)
-            plan = planner(span, Signals(before, self.config.window))
-            if plan is None:
-                positions, counts = None, [self.lengths[row] for row in rows]
-            else:
-                plan = plan & self.canvas.valid[index]
-                size = plan.sum(dim=1)
-                counts = size.tolist()
-                ascending = _leading(plan, max(counts))
-                within = torch.arange(ascending.shape[1], device=self.device).minimum(size[:, None] - 1)
-                positions = ascending.gather(1, within)
-            found = self._plans[planner] = (key, (index, current, span, positions), counts)
-        for row, count in zip(rows, found[2], strict=True):
-            self.computed[row] += self.branches * count
-        return found[1]
-
-    def _quota(self, row: int) -> int:
-        return self.quotas[row][self.block[row]][self.turn[row]] if self.config.commit == "quota" else 0
-
-    def _advance(self, active: list[int], committed: Tensor) -> None:
-        """Moves every row on to its next pass, its next block, or its end."""
-        if self.config.commit == "quota":
-            written = [self._quota(row) for row in active]
-        else:
-            counts = committed.sum(dim=1).tolist()
-            written = [counts[row] for row in active]
-        for row, count in zip(active, written, strict=True):
-            assert 0 < count <= self.left[row], f"a pass committed {count} of row {row}'s {self.left[row]} places"
-            self.left[row] -= count
-            self.turn[row] += 1
-            if self.left[row] == 0:
-                self.block[row], self.turn[row] = self.block[row] + 1, 0
-                if self.block[row] < len(self.sizes[row]):
-                    self.left[row] = self.sizes[row][self.block[row]]
-        if self.config.stop_at_eos:
-            self._stop_ended()
-
-    def _stop_ended(self) -> None:
-        """Ends the rows whose end-of-text has nothing masked before it, and fills what they leave with it."""
-        masked = self.canvas.masked
-        slots = torch.arange(masked.shape[1], device=self.device)
-        ending = self.canvas.editable & self.canvas.valid & _is_any(self.canvas.tokens, self.eos)
+def stop_ended(batch: Batch, rows: list[Row]) -> None:
+    """Ends the rows whose end-of-text has nothing masked before it, and fills what they leave with it."""
+    rows = [row for row in rows if row.revision is None or row.turn == 0]  # a token that may be revised ends nothing
+    if not rows:
+        return
+    canvas, tokens = batch.canvas, batch.canvas.tokens
+    slots = torch.arange(tokens.shape[1], device=tokens.device)
+    for eos in {row.eos: None for row in rows}:
+        ours = [row for row in rows if row.eos == eos]
+        index = torch.tensor([row.index for row in ours], device=tokens.device)
+        part = canvas.rows(index)
+        masked = part.masked
+        ending = part.editable & part.valid & is_any(part.tokens, eos)
         first_end = torch.where(ending, slots, masked.shape[1]).amin(dim=1)
         first_mask = torch.where(masked, slots, masked.shape[1]).amin(dim=1)
         ended = first_end < first_mask
-        tokens = self.canvas.tokens.masked_fill(masked & ended[:, None], self.eos[0])
-        self.canvas = replace(self.canvas, tokens=tokens)
-        for row in ended.nonzero()[:, 0].tolist():
-            self.block[row] = len(self.sizes[row])
+        tokens = tokens.index_put((index,), part.tokens.masked_fill(masked & ended[:, None], eos[0]))
+        for row, over in zip(ours, ended.tolist(), strict=True):
+            if over:
+                row.end()
+    batch.canvas = replace(canvas, tokens=tokens)
 
 
-def _leading(here: Tensor, count: int) -> Tensor:
-    """(R, count) the slots where `here` (R, T) holds, ascending, then others."""
-    return here.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :count]
+def refuse_nan(batch: Batch, before: int) -> None:
+    """Raises FloatingPointError if the logits of a turn before that one were not numbers."""
+    while batch.unchecked and batch.unchecked[0][0] < before:
+        number, check = batch.unchecked.popleft()
+        try:
+            check.refuse()
+        except FloatingPointError as error:
+            raise FloatingPointError(f"pass {number}: {error}") from None
 
 
-def _is_any(tokens: Tensor, ids: Sequence[int]) -> Tensor:
+def is_any(tokens: Tensor, ids: Sequence[int]) -> Tensor:
+    """bool, the tokens' shape: whether each is one of `ids`."""
     found = torch.zeros_like(tokens, dtype=torch.bool)
     for token in ids:
         found |= tokens == token

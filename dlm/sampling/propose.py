@@ -120,6 +120,7 @@ def propose(
     *,
     counts: Sequence[int] = (),
     forbidden: Tensor | None = None,
+    allowed: Tensor | None = None,
     confidence: str = "probability",
     temperature: float = 0.0,
     tempered: bool = False,
@@ -128,18 +129,21 @@ def propose(
 ) -> tuple[Tensor, Tensor]:
     """Token and confidence at every place: logits (B, M, V) -> int64 (B, M), float (B, M).
 
-    The token is drawn from softmax(l / T), argmax(l) at T = 0, among the ids that are not `forbidden` (N,) and that
-    top_k and top_p leave. Confidence is of the model's whole prediction, untempered and unfiltered (LLaDA), or with
+    The token is drawn from softmax(l / T), argmax(l) at T = 0, among the ids that are not `forbidden` (N,), that
+    are `allowed` (B, M, V) at their place, and that top_k and top_p leave.
+    Confidence is of the model's whole prediction, untempered and unfiltered (LLaDA), or with
     `tempered` of the distribution that was sampled from (Dream). counts (B): the places of each row that are real; a
     row draws numbers for those alone, from its own generator, so that what it draws does not depend on the batch.
     """
-    allowed = logits if forbidden is None else logits.index_fill(-1, forbidden, -torch.inf)
+    open_logits = logits if forbidden is None else logits.index_fill(-1, forbidden, -torch.inf)
+    if allowed is not None:
+        open_logits = open_logits.masked_fill(~allowed, -torch.inf)
     if tempered or temperature > 0:
-        sampled = filter_logits(allowed, top_k, top_p)
+        sampled = filter_logits(open_logits, top_k, top_p)
         if temperature > 0:  # the largest is moved to 0, so that no temperature overflows
             sampled = (sampled - sampled.amax(dim=-1, keepdim=True)) / temperature
-    token = draw(sampled, _uniform(counts, generators, sampled)) if temperature > 0 else largest(allowed)
+    token = draw(sampled, _uniform(counts, generators, sampled)) if temperature > 0 else largest(open_logits)
     rule = CONFIDENCES[confidence]
     if rule is None:
         return token, _uniform(counts, generators, logits).to(logits.dtype)
-    return token, rule(sampled, sampled, token) if tempered else rule(logits, allowed, token)
+    return token, rule(sampled, sampled, token) if tempered else rule(logits, open_logits, token)

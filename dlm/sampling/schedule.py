@@ -1,8 +1,40 @@
-"""How the tokens of a region are shared over its forward passes."""
+"""How the slots of a region are shared over blocks, and its tokens over forward passes.
+
+Shapes: B rows, T slots of the canvas.
+"""
 
 from collections.abc import Callable, Sequence
 
-__all__ = ["SPLITS", "apportion", "schedule"]
+import torch
+from torch import Tensor
+
+from dlm.models.attention import Visible, full
+from dlm.sampling.canvas import Canvas
+
+__all__ = ["SPLITS", "apportion", "lay_out", "schedule"]
+
+
+# ---------------------------------------------------------------- which slots form a block
+
+
+def lay_out(
+    canvas: Canvas, block_length: int, visible: Visible, *, revised: bool = False
+) -> tuple[Tensor, list[list[int]]]:
+    """(B, T) the block of every slot, -1 outside of the region, and the number of places of every row's blocks.
+
+    Left to right, a block is block_length places in order; for a block-causal model, the slots of one of its blocks,
+    which count from slot 0. The places are the masked ones, or with `revised` all that may be written, since a rule
+    may give them their mask back.
+    """
+    places = canvas.editable & canvas.valid if revised else canvas.masked
+    if visible is full:
+        layout = torch.where(places, (places.cumsum(dim=1) - 1) // block_length, -1)
+    else:
+        cell = torch.arange(places.shape[1], device=places.device) // block_length
+        busy = torch.zeros(places.shape[0], int(cell[-1]) + 1, dtype=torch.int64, device=places.device)
+        busy = busy.index_add(1, cell, places.long()) > 0
+        layout = torch.where(busy, busy.cumsum(dim=1) - 1, -1)[:, cell].masked_fill(~canvas.valid, -1)
+    return layout, [torch.bincount(row[here]).tolist() for row, here in zip(layout, places, strict=True)]
 
 
 # ---------------------------------------------------------------- how many passes, and how many tokens in each

@@ -10,13 +10,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from dlm.models.attention import Visible, full
+from dlm.models.attention import Visible
 from dlm.models.kv_cache import KVCache
 from dlm.sampling.canvas import Canvas
 from dlm.sampling.config import SamplingConfig
 from dlm.sampling.propose import propose
 
-__all__ = ["Check", "Request", "denoise_step", "run_step"]
+__all__ = ["Check", "Request", "compute", "decide_all"]
 
 
 @dataclass(frozen=True)
@@ -32,57 +32,27 @@ class Request:
     eligible: Tensor
     valid: Tensor | None
 
-
-def denoise_step(
-    model,
-    canvas: Canvas,
-    request: Request,
-    config: SamplingConfig,
-    *,
-    visible: Visible = full,
-    cache: KVCache | None = None,
-    vocab_size: int | None = None,
-    suppressed: Sequence[int] = (),
-    generators: Sequence[torch.Generator] = (),
-) -> tuple[Tensor, Tensor]:
-    """Runs the model once and proposes a token and its confidence for every slot asked about: (R, M), (R, M).
-
-    As `run_step`. Raises FloatingPointError where the logits are not numbers.
-    """
-    token, confidence, largest = run_step(
-        model, canvas, request, config, visible=visible, cache=cache, vocab_size=vocab_size, suppressed=suppressed,
-        generators=generators,
-    )  # fmt: skip
-    Check(largest, request).refuse()
-    return token, confidence
+    def of(self, few: Tensor, index: Tensor) -> "Request":
+        """The request of some of its rows, few (N,) into R; index (R,): the rows of the canvas."""
+        positions, valid = (None if x is None else x[few] for x in (self.positions, self.valid))
+        counts = [self.counts[i] for i in few.tolist()]
+        return Request(index[few], positions, self.slots[few], counts, self.eligible[few], valid)
 
 
-def run_step(
-    model,
-    canvas: Canvas,
-    request: Request,
-    config: SamplingConfig,
-    *,
-    visible: Visible,
-    cache: KVCache | None,
-    vocab_size: int | None,
-    suppressed: Sequence[int],
-    generators: Sequence[torch.Generator],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`denoise_step` that does not wait for the device: token, confidence and largest logit, (R, M) each, the last for
-    `Check`.
-
-    `canvas` holds the request's rows. `suppressed` ids, those from `vocab_size` on and the mask token are not proposed.
-    With guidance the model's batch holds every row twice, the second time with what is given masked, and the
-    cache has rows for both.
-    """
+def compute(
+    predictor, canvas: Canvas, request: Request, *, guided: bool, visible: Visible, cache: KVCache | None
+) -> Tensor:
+    """Logits of one forward pass at the slots asked about: (R, M, V), or (2R, M, V) with guidance, where the second
+    half has what is given masked, and the cache has rows for both. `canvas` holds the request's rows."""
     tokens, positions, valid, rows = canvas.tokens, request.positions, request.valid, request.rows
     kept = request.slots
     if positions is not None:
         kept = torch.searchsorted(positions, kept.contiguous()).clamp_max(positions.shape[1] - 1)
     elif cache is not None:
         positions = torch.arange(tokens.shape[1], device=tokens.device).repeat(tokens.shape[0], 1)
-    if config.cfg_scale:
+    if cache is not None and rows is None and cache.rows != len(tokens) * (1 + guided):
+        rows = torch.arange(len(tokens), device=tokens.device)  # the cache has second branches, of other rows
+    if guided:
         tokens = torch.cat([tokens, tokens.masked_fill(canvas.given, canvas.mask_id)])
         positions, valid, kept = (None if x is None else x.repeat(2, 1) for x in (positions, valid, kept))
         if rows is not None and cache is not None:
@@ -90,13 +60,32 @@ def run_step(
     if positions is not None:
         tokens = tokens.gather(1, positions)
     cache = None if cache is None else cache.at(rows)
-    predict = getattr(model, "predict", model)
-    logits = predict(tokens, positions, visible=visible, cache=cache, valid=valid, logits_to_keep=kept)  # (R, M, V)
-    forbidden = _forbidden(logits.shape[-1], vocab_size, (canvas.mask_id, *suppressed), logits.device)
-    kernels = fused(logits, getattr(model, "kernels", None))
+    predict = getattr(predictor, "predict", predictor)
+    return predict(tokens, positions, visible=visible, cache=cache, valid=valid, logits_to_keep=kept)
+
+
+def decide_all(
+    logits: Tensor,
+    request: Request,
+    config: SamplingConfig,
+    *,
+    mask_id: int,
+    vocab_size: int | None,
+    suppressed: Sequence[int],
+    generators: Sequence[torch.Generator],
+    kernels=None,
+    allowed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Token, confidence and largest logit at every slot asked about, (R, M) each, the last for `Check`.
+
+    `suppressed` ids, those from `vocab_size` on and the mask token are not proposed. allowed (R, M, V) bool: which
+    tokens may be proposed at each place, None for all. kernels: the predictor's, where it has any.
+    """
+    forbidden = _forbidden(logits.shape[-1], vocab_size, (mask_id, *suppressed), logits.device)
+    kernels = fused(logits, kernels)
     found = [
-        decide(part, other, request.counts, config, suppressed, forbidden, generators, kernels)
-        for part, other in _parts(logits, config)
+        decide(part, other, request.counts, config, suppressed, forbidden, generators, kernels, mask)
+        for part, other, mask in _parts(logits, config, allowed)
     ]
     token, confidence, largest = (torch.cat(x, dim=1).view(request.slots.shape) for x in zip(*found, strict=True))
     return token, confidence, largest
@@ -106,22 +95,29 @@ def run_step(
 PART = 2**18
 
 
-def _parts(logits: Tensor, config: SamplingConfig) -> list[tuple[Tensor, Tensor | None]]:
-    """The logits (R, M, V) in pieces, and with guidance those of the other branch: on a CPU a few places at a time,
-    (1, m, V), where no place needs its row's generator."""
-    branches = logits.chunk(2) if config.cfg_scale else (logits,)
-    if logits.device.type == "cpu" and config.temperature == 0 and config.ordering != "random":
-        each = max(1, PART // logits.shape[-1])
-        branches = [branch.reshape(1, -1, branch.shape[-1]).split(each, dim=1) for branch in branches]
-    else:
-        branches = [[branch] for branch in branches]
-    return list(zip(*branches, strict=True)) if config.cfg_scale else [(part, None) for part in branches[0]]
+def _parts(
+    logits: Tensor, config: SamplingConfig, allowed: Tensor | None
+) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
+    """The logits (R, M, V) in pieces, with guidance those of the other branch, and where tokens are allowed place by
+    place, which: on a CPU a few places at a time, (1, m, V), where no place needs its row's generator."""
+    given = [*(logits.chunk(2) if config.cfg_scale else (logits, None)), allowed]
+    if logits.device.type != "cpu" or config.temperature > 0 or config.ordering == "random":
+        return [tuple(given)]
+    each = max(1, PART // logits.shape[-1])
+    count = -(-given[0].shape[0] * given[0].shape[1] // each)
+    pieces = [
+        [None] * count if part is None else part.reshape(1, -1, part.shape[-1]).split(each, dim=1) for part in given
+    ]
+    return list(zip(*pieces, strict=True))
 
 
-def decide(logits, other, counts, config: SamplingConfig, suppressed, forbidden, generators, kernels=None):
+def decide(
+    logits, other, counts, config: SamplingConfig, suppressed, forbidden, generators, kernels=None, allowed=None
+):
     """Token, confidence and largest logit at every place of logits (R, M, V): (R, M) each. other: the logits with
-    what is given masked, for guidance. kernels: what `fused` gave."""
-    if other is None and _greedy(config) and kernels is not None:
+    what is given masked, for guidance. allowed: bool of the logits' shape, which tokens may be proposed.
+    kernels: what `fused` gave."""
+    if other is None and allowed is None and kernels is not None and _greedy(config):
         found = kernels.summarise(logits, forbidden, suppressed)
         return found.token, found.confidence(config.ordering), found.largest
     logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -137,6 +133,7 @@ def decide(logits, other, counts, config: SamplingConfig, suppressed, forbidden,
         generators,
         counts=counts,
         forbidden=forbidden,
+        allowed=allowed,
         confidence=config.ordering,
         temperature=config.temperature,
         tempered=config.tempered_confidence,

@@ -13,12 +13,14 @@ def test_names_without_torch_are_the_tables_keys():
     from dlm.sampling.commit import COMMITS
     from dlm.sampling.methods import METHODS
     from dlm.sampling.propose import CONFIDENCES
+    from dlm.sampling.revise import REVISIONS
     from dlm.sampling.schedule import SPLITS
     from dlm.training.optim import SCHEDULES
 
     assert tuple(METHODS) == sampling.METHOD_NAMES
     assert tuple(COMMITS) == sampling.COMMIT_NAMES
     assert tuple(CONFIDENCES) == sampling.CONFIDENCE_NAMES
+    assert tuple(REVISIONS) == sampling.REVISION_NAMES
     assert tuple(SPLITS) == sampling.SPLIT_NAMES
     assert tuple(OBJECTIVES) == objectives.OBJECTIVE_NAMES
     assert tuple(NOISE_SCHEDULES) == objectives.NOISE_SCHEDULE_NAMES

@@ -15,6 +15,7 @@ from dlm.kernels.cuda_graphs import KEPT, Graphs
 from dlm.kernels.packed import packed
 from dlm.models.kv_cache import KVCache
 from dlm.sampling import denoise
+from dlm.sampling.rows import Batch
 from tests.helpers.toys import tiny_model
 
 
@@ -136,13 +137,14 @@ def test_a_check_that_lags_a_turn_names_the_pass_and_misses_none(bad):
         return logits * float("nan") if passes == bad else logits
 
     config = SamplingConfig(gen_length=4, block_length=4, steps=4)
-    run = denoise._Run(predictor, dlm.Canvas.from_prompts([[1, 2]], 4, 39), config, None, ())
-    assert run.lag == 0
-    run.lag, turns = 1, run.turns()
+    batch = Batch(predictor)
+    batch.join(dlm.Canvas.from_prompts([[1, 2]], 4, 39), config)
+    assert batch.lag == 0
+    batch.lag = 1
     for _ in range(bad):
-        next(turns)
+        denoise.turn(batch)
     with pytest.raises(FloatingPointError, match=f"pass {bad}: "):
-        next(turns)
+        denoise.turn(batch) if batch.active else denoise.refuse_nan(batch, before=batch.turns + 1)
     assert passes == min(bad + 1, 4)
 
 

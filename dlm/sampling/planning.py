@@ -1,0 +1,99 @@
+"""Which rows share a forward pass, which slots it computes, and for which places it proposes tokens.
+
+Shapes: B rows of the batch, R rows of one pass, T slots, Q slots computed, M places asked about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dlm.sampling.methods import Planner, Signals
+from dlm.sampling.rows import Batch, Row
+from dlm.sampling.step import Request
+
+__all__ = ["Plan", "alike", "plan_pass", "request_of"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a pass computes. index (R,): the rows; block (R, 1): theirs; span (R, T) bool: the block's slots;
+    positions (R, Q): the slots to compute, ascending, short rows padded with their last, None for all; counts: how
+    many slots of each row those are."""
+
+    index: Tensor
+    block: Tensor
+    span: Tensor
+    positions: Tensor | None
+    counts: list[int]
+
+    def of(self, few: Tensor) -> Plan:
+        """The plan of some of the rows; few (N,) into R."""
+        positions = None if self.positions is None else self.positions[few]
+        counts = [self.counts[i] for i in few.tolist()]
+        return Plan(self.index[few], self.block[few], self.span[few], positions, counts)
+
+
+def planner_of(row: Row) -> Planner:
+    """What the row's method computes at its next pass."""
+    return row.method.first if row.turn == 0 else row.method.later
+
+
+def alike(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows in groups that ask the model to compute the same kind of pass."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        settings = row.config
+        key = (planner_of(row), settings.method, settings.window, row.branches, row.visible, settings.revise)
+        groups.setdefault(key, []).append(row)
+    return list(groups.values())
+
+
+def plan_pass(batch: Batch, rows: Sequence[Row]) -> Plan:
+    """The plan of these rows' next pass; kept, since later passes of a block have the same."""
+    planner = planner_of(rows[0])
+    kind, key = (planner, rows[0].config), tuple((row.serial, row.block) for row in rows)
+    kept = batch.plans.get(kind)
+    if kept is not None and kept[0] == key and kept[1].span.shape[1] == batch.layout.shape[1]:
+        return kept[1]
+    device = batch.layout.device
+    index = torch.tensor([row.index for row in rows], device=device)
+    block = torch.tensor([row.block for row in rows], device=device)[:, None]
+    layout = batch.layout[index]
+    span, before = layout == block, (layout == block - 1) & (block > 0)
+    computed = planner(span, Signals(before, rows[0].config.window))
+    if computed is None:
+        positions, counts = None, [row.length for row in rows]
+    else:
+        computed = computed & batch.canvas.valid[index]
+        size = computed.sum(dim=1)
+        counts = size.tolist()
+        ascending = leading(computed, max(counts))
+        within = torch.arange(ascending.shape[1], device=device).minimum(size[:, None] - 1)
+        positions = ascending.gather(1, within)
+    plan = Plan(index, block, span, positions, counts)
+    batch.plans[kind] = (key, plan)
+    return plan
+
+
+def request_of(batch: Batch, rows: Sequence[Row], plan: Plan) -> tuple[Request, Tensor]:
+    """What the pass is asked, and (R, M) which of its places are masked and may be committed."""
+    whole = len(rows) == len(batch.rows)
+    canvas = batch.canvas if whole else batch.canvas.rows(plan.index)
+    masked = canvas.masked if rows[0].choosing else canvas.masked & plan.span
+    asked, counts = masked, [row.asked for row in rows]
+    if rows[0].revision is not None and not rows[0].choosing:
+        asked, counts = plan.span & canvas.editable & canvas.valid, [row.sizes[row.block] for row in rows]
+    slots = leading(asked, max(row.most_asked for row in rows) if batch.fixed_shapes else max(counts))
+    eligible = asked.gather(1, slots)
+    valid = canvas.valid if any(row.length < canvas.tokens.shape[1] for row in rows) else None
+    request = Request(None if whole else plan.index, plan.positions, slots, counts, eligible, valid)
+    return request, eligible if asked is masked else masked.gather(1, slots)
+
+
+def leading(here: Tensor, count: int) -> Tensor:
+    """(R, count) the slots where `here` (R, T) holds, ascending, then others."""
+    return here.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :count]

@@ -1,0 +1,61 @@
+"""Which committed tokens a pass changes or masks again: the third rule beside propose and commit.
+
+Shapes: R rows of one forward pass, M places asked about.
+
+A rule sees the places of the block that are being denoised: its slots are computed again at every pass until the block
+is done, and the pass that opens a later block computes this one with what it became, so that no cached key of a
+revised place is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from dlm.sampling.config import SamplingConfig
+    from dlm.sampling.rows import Row
+
+__all__ = ["REVISIONS", "Revision", "Slate"]
+
+
+@dataclass(frozen=True)
+class Slate:
+    """The places of a pass, (R, M) each. held: the token before the pass; token: the one proposed; chosen: which are
+    committed; revisable: which held a token that the loop may change; best, certain: the most probable token and its
+    probability. config and rows: whose pass it is."""
+
+    held: Tensor
+    token: Tensor
+    chosen: Tensor
+    revisable: Tensor
+    best: Tensor
+    certain: Tensor
+    config: SamplingConfig
+    rows: Sequence[Row]
+
+
+@dataclass(frozen=True)
+class Revision:
+    """A row of the table: the rule, Slate -> (token, revised) (R, M) each, where token is what is written at the places
+    chosen or revised; and whether a block goes on after its last mask, until a pass changes nothing."""
+
+    rule: Callable[[Slate], tuple[Tensor, Tensor]]
+    settles: bool = False
+
+
+def edit(slate: Slate) -> tuple[Tensor, Tensor]:
+    """A committed place takes the most probable token where it is another and its probability is above
+    `edit_threshold` (LLaDA2.1, arXiv:2602.08676)."""
+    revised = slate.revisable & (slate.best != slate.held) & (slate.certain > slate.config.edit_threshold)
+    return torch.where(revised, slate.best, slate.token), revised
+
+
+REVISIONS: dict[str, Revision | None] = {
+    "none": None,
+    "edit": Revision(edit, settles=True),
+}

@@ -1,0 +1,271 @@
+"""Rows that are denoised together: the progress of each is an object, and rows join and leave between passes.
+
+Shapes: B rows of the batch, T slots, R rows that join, P passes of a row.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from dlm.models.attention import Visible
+from dlm.models.kv_cache import KVCache
+from dlm.sampling.canvas import Canvas
+from dlm.sampling.config import SamplingConfig
+from dlm.sampling.methods import METHODS, Method, visibility
+from dlm.sampling.revise import REVISIONS, Revision
+from dlm.sampling.schedule import lay_out, schedule
+
+__all__ = ["Batch", "Row"]
+
+
+@dataclass(eq=False)
+class Row:
+    """The progress of one row.
+
+    index: where it lies in the batch; serial: which of all rows that ever joined. config: its settings, seed 0.
+    length: slots that exist. sizes: places of each block; masked: those without a token when it began. quotas: tokens
+    of each pass of each block ([] where the commit rule decides); shares (P + 1,): the same in one tensor, in which
+    those of a block begin at `starts`, and a last 0. block: the block it is at; turn: passes spent on it; left: places
+    still masked in it; post: passes over it that began without one. nfe: forward passes so far; computed: slots that
+    they computed.
+    """
+
+    index: int
+    serial: int
+    config: SamplingConfig
+    visible: Visible
+    eos: tuple[int, ...]
+    length: int
+    sizes: list[int]
+    masked: list[int]
+    quotas: list[list[int]]
+    starts: list[int]
+    shares: Tensor
+    generator: torch.Generator
+    block: int = 0
+    turn: int = 0
+    left: int = 0
+    post: int = 0
+    nfe: int = 0
+    computed: int = 0
+
+    @property
+    def method(self) -> Method:
+        return METHODS[self.config.method]
+
+    @property
+    def done(self) -> bool:
+        return self.block >= len(self.sizes)
+
+    @property
+    def branches(self) -> int:
+        """Rows of the model's batch that a pass takes: guidance needs two."""
+        return 2 if self.config.cfg_scale else 1
+
+    @property
+    def choosing(self) -> bool:
+        """Whether the next pass chooses the block too (coarse to fine)."""
+        return self.method.coarse and self.turn == 0
+
+    @property
+    def revision(self) -> Revision | None:
+        return REVISIONS[self.config.revise]
+
+    @property
+    def quota(self) -> int | None:
+        """Tokens that the next pass commits; None where the commit rule decides."""
+        quotas = self.quotas[self.block]
+        return (quotas[self.turn] if self.turn < len(quotas) else 0) if self.config.commit == "quota" else None
+
+    @property
+    def share(self) -> Tensor:
+        """The next pass's quota () on the device; 0 where the commit rule decides."""
+        inside = self.quota is not None and self.turn < len(self.quotas[self.block])
+        return self.shares[self.starts[self.block] + self.turn if inside else -1]
+
+    @property
+    def asked(self) -> int:
+        """Places that the next pass proposes for."""
+        if self.choosing:
+            return sum(self.sizes[self.block :])
+        return self.left if self.revision is None else self.sizes[self.block]
+
+    @property
+    def most_asked(self) -> int:
+        """The most places that any pass of this kind proposes for."""
+        return sum(self.sizes) if self.choosing else self.sizes[self.block]
+
+    def advance(self, committed: int, masked: int = 0, revised: int = 0) -> None:
+        """Goes on to the next pass, the next block or the end, after a pass that committed some places and revised
+        others, of which `masked` hold the mask again."""
+        assert 0 <= committed <= self.left, f"a pass committed {committed} of row {self.index}'s {self.left} places"
+        assert committed or self.revision, f"a pass committed nothing in row {self.index}"
+        self.post += self.left == 0
+        self.left += masked - committed
+        self.turn += 1
+        if self.left == 0 and not (self.revision and self._unsettled(revised)):
+            self.block, self.turn, self.post = self.block + 1, 0, 0
+            self.left = 0 if self.done else self.masked[self.block]
+
+    def _unsettled(self, revised: int) -> bool:
+        """Whether a block without masks goes on, for what a pass may still revise."""
+        most = self.config.max_post_passes
+        return self.revision.settles and self.post < most and (self.post == 0 or revised > 0)
+
+    def end(self) -> None:
+        """Nothing more is written to this row."""
+        self.block, self.left = len(self.sizes), 0
+
+
+class Batch:
+    """Rows that share forward passes. What a row becomes does not depend on the others.
+
+    predictor: as `denoise` takes it. vocab_size: ids from there on are never proposed. eos_token_ids: what ends a
+    text, unless a row's settings say.
+    canvas, layout (B, T): the slots of all rows and the block of each (-1: none); a free index has no valid slot.
+    """
+
+    def __init__(self, predictor, *, vocab_size: int | None = None, eos_token_ids: Sequence[int] = ()):
+        self.predictor, self.vocab_size, self.eos_token_ids = predictor, vocab_size, tuple(eos_token_ids)
+        self.fixed_shapes = getattr(predictor, "fixed_shapes", False)
+        self.canvas: Canvas | None = None
+        self.layout: Tensor | None = None
+        self.rows: list[Row | None] = []
+        self.cache: KVCache | None = None
+        self.branches = 1  # of the cache: guidance needs two for each row
+        self.turns = self._serial = 0
+        self.plans: dict = {}
+        self.unchecked: deque = deque()
+        self.lag = 0
+
+    @property
+    def active(self) -> list[Row]:
+        """The rows that are not done, by index."""
+        return [row for row in self.rows if row is not None and not row.done]
+
+    @torch.inference_mode()
+    def join(self, canvas: Canvas, config: SamplingConfig) -> list[Row]:
+        """Adds the rows of `canvas` (R, T), all with these settings; row i has the seed of its place.
+
+        Raises ValueError for settings that fit neither the model nor the canvas.
+        """
+        eos = config.eos_ids or self.eos_token_ids
+        if (config.stop_at_eos or config.suppress_eos or config.delay_eos) and not eos:
+            raise ValueError(
+                "stop_at_eos, suppress_eos and delay_eos need an end-of-text id, and the checkpoint names none: "
+                "give eos_token_id"
+            )
+        method = METHODS[config.method]
+        block_length, visible = visibility(self.predictor, config.method, config.block_length)
+        count, slots = canvas.tokens.shape
+        limit = getattr(getattr(self.predictor, "config", None), "max_sequence_length", None)
+        if limit is not None and slots > limit:
+            raise ValueError(
+                f"prompt and region are {slots} tokens together, above the model's max_sequence_length {limit}: "
+                "shorten the prompt or gen_length"
+            )
+        device = canvas.tokens.device
+        revised = REVISIONS[config.revise] is not None and not method.coarse
+        layout, sizes = lay_out(canvas, block_length, visible, revised=revised)
+        lengths, seeds, rules = canvas.valid.sum(dim=1).tolist(), config.row_seeds(count), replace(config, seed=0)
+        joined = []
+        for i, index in enumerate(self._free(count)):
+            masked = sizes[i]
+            if revised:
+                masked = torch.bincount(layout[i][canvas.masked[i]], minlength=len(sizes[i])).tolist()
+            quotas = [[] for _ in sizes[i]]
+            if config.commit == "quota" and sum(masked):
+                filled = iter(schedule(config.steps, [size for size in masked if size], config.split))
+                quotas = [next(filled) if size else [] for size in masked]
+            flat = [quota for block in quotas for quota in block]
+            row = Row(
+                index,
+                self._serial,
+                rules,
+                visible,
+                eos,
+                lengths[i],
+                sizes[i],
+                masked,
+                quotas,
+                [0, *accumulate(len(block) for block in quotas)],
+                torch.tensor([*flat, 0], dtype=torch.int64, device=device),
+                torch.Generator(device).manual_seed(seeds[i]),
+                left=masked[0] if masked else 0,
+            )
+            joined.append(row)
+            self._serial += 1
+        self._place(canvas, torch.full_like(layout, -1) if method.coarse else layout, joined)
+        self.lag = int(device.type != "cpu")  # a GPU is asked about a turn while it works on the next one
+        return joined
+
+    def leave(self, row: Row) -> None:
+        """Removes a row, done or not; its index is free for one that joins."""
+        assert self.rows[row.index] is row, f"row {row.serial} is not in this batch"
+        row.end()
+        self.rows[row.index] = None
+        valid, layout = self.canvas.valid.clone(), self.layout.clone()
+        valid[row.index], layout[row.index] = False, -1
+        self.canvas, self.layout = replace(self.canvas, valid=valid), layout
+
+    def close(self) -> None:
+        """Gives the cache back where the predictor lends its own."""
+        if self.cache is not None:
+            getattr(self.predictor, "give_back", lambda cache: None)(self.cache)
+            self.cache = None
+
+    def _free(self, count: int) -> list[int]:
+        """Indices for rows that join, the lowest free ones first."""
+        free = [index for index, row in enumerate(self.rows) if row is None]
+        return (free + list(range(len(self.rows), len(self.rows) + count)))[:count]
+
+    def _place(self, canvas: Canvas, layout: Tensor, joined: list[Row]) -> None:
+        """Writes the rows that join into the canvas and the layout, which grow where they must, and makes room in
+        the cache."""
+        if self.canvas is None:
+            self.canvas, self.layout = canvas, layout
+        else:
+            rows = max(len(self.rows), max((row.index for row in joined), default=-1) + 1)
+            slots = max(self.canvas.tokens.shape[1], canvas.tokens.shape[1])
+            grown = {
+                name: _grown(getattr(self.canvas, name), rows, slots, 0) for name in ("tokens", "editable", "valid")
+            }
+            self.layout, width = _grown(self.layout, rows, slots, -1), canvas.tokens.shape[1]
+            for i, row in enumerate(joined):
+                self.layout[row.index, :width], self.layout[row.index, width:] = layout[i], -1
+                for name, whole in grown.items():
+                    whole[row.index, :width], whole[row.index, width:] = getattr(canvas, name)[i], 0
+            self.canvas = replace(self.canvas, **grown)
+        self.rows += [None] * (max((row.index for row in joined), default=-1) + 1 - len(self.rows))
+        for row in joined:
+            self.rows[row.index] = row
+        cached = [row.branches for row in self.rows if row is not None and row.method.cached]
+        if cached:
+            self._make_room(max(cached))
+
+    def _make_room(self, branches: int) -> None:
+        """A cache with a row for every branch of every row, the second branches behind all the first."""
+        rows, slots = self.canvas.tokens.shape
+        before, kept = self.cache, self.branches
+        self.branches = max(branches, kept)
+        if before is not None and (before.rows, before.length) == (rows * self.branches, slots):
+            return
+        self.cache = getattr(self.predictor, "borrow", KVCache)(rows * self.branches, slots)
+        if before is not None:
+            for branch in range(kept):
+                count = before.rows // kept
+                self.cache.copy_rows(before, slice(branch * count, (branch + 1) * count), branch * rows)
+            getattr(self.predictor, "give_back", lambda cache: None)(before)
+
+
+def _grown(x: Tensor, rows: int, slots: int, value: int) -> Tensor:
+    """A copy of x (B, T) that is (rows, slots), with `value` where x has nothing."""
+    out = x.new_full((rows, slots), value)
+    out[: x.shape[0], : x.shape[1]] = x
+    return out

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import dlm
-from eval.harness import Answers, main, register, until
+from dlm.evaluation.lm_eval import Answers, register, until
+from dlm.tokenizer import encode_prompt
+from eval.harness import main
 from tests.helpers.commandline import make_checkpoint, tokenizer  # noqa: F401
 
 EXACT = {"estimator": "chain", "draws": 64}  # every place is met: no error
@@ -172,3 +174,47 @@ def test_without_lm_eval_it_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     assert main(["--tasks", "x"]) == 2
     assert "pip install 'dlm[eval]'" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return Answers(device="cpu", max_length=64, batch_size=3)
+
+
+def asked(context, **settings):
+    return SimpleNamespace(args=(context, {"until": ["\n\n"], **settings}))
+
+
+def test_a_continuation_that_merges_into_the_context_is_scored(shipped):
+    """"He said a" + "nswer" is one token less than its parts: nothing was scored, so that this option always won."""
+    options = ("nswer", "zebra", "zzzzqqqq")
+    requests = [SimpleNamespace(args=("He said a", option)) for option in options]
+    scores = [score for score, _ in shipped.loglikelihood(requests, disable_tqdm=True)]
+    assert max(scores) < -0.5 and scores[0] == max(scores)
+    example = shipped._example("He said a", "nswer")
+    ids = encode_prompt(shipped.tokenizer, "He said answer", shipped.mask)
+    assert example.tokens.tolist() == ids and example.target.any()
+
+
+def test_repeats_of_a_request_differ_and_come_again(shipped):
+    """lm_eval's `repeats: k` gave k copies of one sample."""
+    sampled = asked("The dog", do_sample=True, temperature=1.0, max_gen_toks=8)
+    first = shipped.generate_until([sampled] * 4 + [asked("A cat", max_gen_toks=8)], disable_tqdm=True)
+    assert len(set(first[:4])) == 4
+    assert shipped.generate_until([sampled] * 4, disable_tqdm=True) == first[:4]
+    assert shipped.generate_until([sampled], disable_tqdm=True) == first[:1]
+
+
+def test_the_prompt_keeps_room_and_its_beginning(shipped):
+    """max_gen_toks at the model's length left one token of the prompt, and not its begin-of-text."""
+    config, _ = shipped._settings({"max_gen_toks": 1024}, 20)
+    assert config.gen_length == 44
+    config, _ = shipped._settings({"max_gen_toks": 1024}, 500)
+    assert config.gen_length == 32
+    begin = shipped.tokenizer.bos_token_id
+    assert shipped._cut([begin, *range(100, 200)], 32) == [begin, *range(169, 200)]
+
+
+def test_do_sample_without_a_temperature_samples(shipped):
+    assert shipped._settings({"do_sample": True}, 5)[0].temperature == 1.0
+    assert shipped._settings({"do_sample": False, "temperature": 0.7}, 5)[0].temperature == 0.0

@@ -17,24 +17,23 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __package__ in (None, ""):  # `accelerate launch benchmarks/grid.py` from a clone: find dlm/ beside benchmarks/
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import dlm
-from dlm.benchmarking.grid import GridConfig, Runner, plan, powers_of_two
 from dlm.benchmarking.journal import Journal, check_output, journal_path, read_journals, remove_results
-from dlm.benchmarking.quality import Appraiser
-from dlm.benchmarking.sweep import sweep, told_apart, write_results
-from dlm.checkpoints.load import SHIPPED, TWIN
-from dlm.checkpoints.pretrained import Opened, hub_errors, identify, number_type
 from dlm.cli.parser import Parser, shown_defaults
 from dlm.cli.session import as_options, open_checkpoint, settings
-from dlm.evaluation.judge import Judge, open_judge
-from dlm.evaluation.tasks import Question, open_task, prompts, tell_apart
 from dlm.sampling.config import SamplingConfig
-from dlm.sampling.methods import methods_for
 from dlm.utils.distributed import Sharing, leave_processes
+
+if TYPE_CHECKING:
+    from dlm.benchmarking.grid import GridConfig
+    from dlm.checkpoints.pretrained import Opened
+    from dlm.evaluation.judge import Judge
+    from dlm.evaluation.tasks import Question
 
 PROMPTS = Path(__file__).parent / "prompts.txt"
 SWEPT = ("steps", "block_length", "method", "commit", "threshold", "factor", "entropy_bound")
@@ -63,6 +62,7 @@ def parser(argv: Sequence[str]) -> Parser:
     group.add_argument(
         "--bound-draws", type=int, default=8, metavar="N", help="for bound_per_token; 0: none (default: 8)"
     )
+    made.set_defaults(swept=SWEPT)
     made.add_model()
     made.add_sampling(shown_defaults(argv), leave_out=(*SWEPT, "gen_length"))
     return made
@@ -86,6 +86,9 @@ def sampling_of(args, opened: Opened) -> SamplingConfig:
 
 def configure(args, opened: Opened, sampling: SamplingConfig, places: int) -> GridConfig:
     """The GridConfig of the options. places: most that a canvas has to fill, to which the default lists go."""
+    from dlm.benchmarking.grid import GridConfig, powers_of_two
+    from dlm.sampling.methods import methods_for
+
     powers, trained = powers_of_two(places), opened.model.config.block_length
     try:
         return GridConfig(
@@ -102,6 +105,8 @@ def configure(args, opened: Opened, sampling: SamplingConfig, places: int) -> Gr
 
 def questions_of(args) -> list[Question]:
     """The questions of --task or --prompts."""
+    from dlm.evaluation.tasks import open_task, prompts, tell_apart
+
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit is {args.limit}: give 1 or more questions")
     if args.task is None:
@@ -116,6 +121,10 @@ def questions_of(args) -> list[Question]:
 
 def judge_of(args, opened: Opened) -> Judge | None:
     """The judge, None for `none`. Errors: no judge given for a model other than the one that ships."""
+    from dlm.checkpoints.load import TWIN
+    from dlm.checkpoints.pretrained import hub_errors
+    from dlm.evaluation.judge import open_judge
+
     if args.judge == "none":
         return None
     if args.judge is None and args.model is not None:
@@ -132,6 +141,9 @@ def judge_of(args, opened: Opened) -> Judge | None:
 
 def fixed_settings(args, opened: Opened, config: GridConfig, questions: list[Question]) -> dict:
     """What was measured: a run that goes on must have the same."""
+    from dlm.checkpoints.load import SHIPPED
+    from dlm.checkpoints.pretrained import identify, number_type
+
     model = opened.model
     return {
         "dlm": dlm.__version__,
@@ -150,6 +162,10 @@ def fixed_settings(args, opened: Opened, config: GridConfig, questions: list[Que
 
 def main(argv: Sequence[str]) -> int:
     args = parser(argv).parse(argv)
+    from dlm.benchmarking.grid import Runner, plan
+    from dlm.benchmarking.quality import Appraiser
+    from dlm.benchmarking.sweep import sweep, told_apart, write_results
+
     out = check_output(args.out)
     questions = questions_of(args)
     sharing = Sharing(cpu=args.device == "cpu")

@@ -33,7 +33,8 @@ from dlm.models.choices import ATTENTION
 from dlm.models.flops import peak_flops
 from dlm.models.shapes import SHAPES, random_model
 from dlm.objectives.losses import OBJECTIVES
-from dlm.training.config import OPTIMIZERS, PRECISIONS, TrainingConfig
+from dlm.training.config import TrainingConfig
+from dlm.training.options import OPTIMIZERS, PRECISIONS
 from dlm.training.trainer import Run
 from dlm.utils.files import write_json
 from dlm.utils.hardware import PeakMemory, synchronise

@@ -115,7 +115,7 @@ def run(argv: list[str]) -> int:
     if len(rows) < 2:
         raise ValueError(f"{args.data}: one row: give two or more, chance is measured against another row")
     rows = rows[: max(args.rows, 2)]
-    from dlm.cli.commands import check_chat
+    from dlm.cli.chat import check_chat
     from dlm.cli.session import open_checkpoint, settings
 
     opened = open_checkpoint(args)

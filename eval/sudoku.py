@@ -23,7 +23,7 @@ import numpy as np
 from dlm.cli.parser import Parser, check_least
 from dlm.cli.scripts import guarded
 from dlm.evaluation import sudoku
-from dlm.sampling.methods import METHODS
+from dlm.sampling.config import METHOD_NAMES
 from dlm.utils.files import write_json
 from dlm.utils.names import check_name
 from dlm.utils.progress import counted
@@ -186,7 +186,7 @@ def parse(argv: list[str]):
         check_name("--orders", name, list(ORDERS))
     args.methods = [name for name in args.methods.split(",") if name]
     for name in args.methods:
-        check_name("--methods", name, METHODS)
+        check_name("--methods", name, METHOD_NAMES)
     try:
         args.clues = tuple(int(word) for word in args.clues.split("-"))
         args.steps = [int(word) for word in args.steps.split(",") if word]

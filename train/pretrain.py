@@ -11,31 +11,21 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dlm.utils.files import whole_folder
 
 if __package__ in (None, ""):  # `accelerate launch train/pretrain.py` from a clone: find dlm/ beside train/
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
 
-from dlm.data.documents import load_documents
 from dlm.data.sources import parse_sources, read_documents
-from dlm.data.streaming import text_source
-from dlm.models.configuration import LLaDAConfig
-from dlm.models.transformer import LLaDAModelLM
-from dlm.tokenizer import train_tokenizer
-from dlm.training import recipe
 from dlm.training.config import RecipeConfig
-from dlm.training.recipe import (
-    Prepared,
-    check_fit,
-    load_examples,
-    open_model,
-    open_tokenizer,
-    stream_examples,
-)
 from dlm.utils import settings
+
+if TYPE_CHECKING:
+    from dlm.models.configuration import LLaDAConfig
+    from dlm.training.recipe import Prepared
 
 
 @dataclass(frozen=True)
@@ -64,6 +54,13 @@ class Recipe(RecipeConfig):
 
 def prepare(settings: Recipe, accelerator) -> Prepared:
     """Model, tokenizer and examples; the first process trains and tokenizes, the others wait for it."""
+    import torch
+
+    from dlm.data.documents import load_documents
+    from dlm.data.streaming import text_source
+    from dlm.models.transformer import LLaDAModelLM
+    from dlm.training.recipe import Prepared, check_fit, load_examples, open_model, stream_examples
+
     with accelerator.main_process_first():
         tokenizer = _tokenizer(settings)
 
@@ -83,6 +80,9 @@ def prepare(settings: Recipe, accelerator) -> Prepared:
 
 
 def _tokenizer(settings: Recipe):
+    from dlm.tokenizer import train_tokenizer
+    from dlm.training.recipe import open_tokenizer
+
     kept = Path(settings.output) / "tokenizer"
     source = settings.tokenizer or settings.model or (kept if kept.is_dir() else None)
     if source is not None:
@@ -98,6 +98,8 @@ def _tokenizer(settings: Recipe):
 
 
 def _config(settings: Recipe, tokenizer) -> LLaDAConfig:
+    from dlm.models.configuration import LLaDAConfig
+
     return LLaDAConfig(
         d_model=settings.d_model,
         n_layers=settings.n_layers,
@@ -127,7 +129,9 @@ def parse(argv: list[str]) -> Recipe:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the recipe; a user's mistake is one line and exit code 2."""
-    return recipe.main(Recipe, prepare, argv, prog="pretrain", text=__doc__)
+    from dlm.training import command
+
+    return command.main(Recipe, prepare, argv, prog="pretrain", text=__doc__)
 
 
 if __name__ == "__main__":

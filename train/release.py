@@ -19,16 +19,9 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file from a clone: find dlm/ beside train/
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import yaml
 
 import dlm
-from dlm.data.documents import load_documents
-from dlm.data.examples import Examples
-from dlm.evaluation.generations import open_writer, write
-from dlm.tokenizer import decode, encode_prompt
-from dlm.training.accelerator import make_accelerator
 from dlm.training.config import TrainingConfig
-from dlm.training.validation import validate
 from dlm.utils.files import whole_folder, write_json
 
 LN2 = math.log(2.0)
@@ -39,6 +32,11 @@ def measure(model, tokenizer, paths: list[str], length: int, passes: int) -> dic
 
     Of an autoregressive model the likelihood itself, in one pass, since no noise is drawn.
     """
+    from dlm.data.documents import load_documents
+    from dlm.data.examples import Examples
+    from dlm.training.accelerator import make_accelerator
+    from dlm.training.validation import validate
+
     causal = model.config.objective == "autoregressive"
     passes = 1 if causal else passes
     parts = [load_documents(path, tokenizer) for path in paths]
@@ -72,6 +70,9 @@ def measure(model, tokenizer, paths: list[str], length: int, passes: int) -> dic
 
 def samples(source: Path, prompts: list[str], config: dlm.SamplingConfig) -> list[str]:
     """One text a prompt, seeds from config.seed up, unedited, by the model of either kind in `source`."""
+    from dlm.evaluation.generations import open_writer, write
+    from dlm.tokenizer import decode, encode_prompt
+
     writer = open_writer(source, dtype="float32", device="cpu")
     rows = write(writer, [encode_prompt(writer.tokenizer, prompt, writer.mask) for prompt in prompts], config)
     return [prompt + decode(writer.tokenizer, row) for prompt, row in zip(prompts, rows, strict=True)]
@@ -97,6 +98,8 @@ def credits(path: Path) -> str:
 
 
 def main(argv: list[str]) -> int:
+    import yaml
+
     parser = argparse.ArgumentParser(
         prog="release", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

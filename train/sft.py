@@ -13,30 +13,22 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __package__ in (None, ""):  # `accelerate launch train/sft.py` from a clone: find dlm/ beside train/
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
 
 from dlm.checkpoints.files import SHIPPED
 from dlm.data.choices import ON_BAD_ROW, OVERLONG
-from dlm.data.conversations import ChatFormat, chat_source, load_chats
-from dlm.training import recipe
 from dlm.training.config import RecipeConfig
 from dlm.training.lora import TARGETS, add_lora, merge_lora
-from dlm.training.recipe import (
-    Prepared,
-    check_fit,
-    load_examples,
-    open_model,
-    open_tokenizer,
-    stream_examples,
-)
 from dlm.utils import settings
 from dlm.utils.names import check_name
 
-FORMATS = ("auto", "chat", "plain")
+if TYPE_CHECKING:
+    from dlm.data.conversations import ChatFormat
+    from dlm.training.recipe import Prepared
 
 
 @dataclass(frozen=True)
@@ -69,8 +61,10 @@ class Recipe(RecipeConfig):
     base_dtype: str = "float32"
 
     def __post_init__(self):
+        from dlm.training.options import CHOICES
+
         super().__post_init__()
-        check_name("format", self.format, FORMATS)
+        check_name("format", self.format, CHOICES["format"])
         check_name("overlong", self.overlong, OVERLONG)
         check_name("on_bad_row", self.on_bad_row, ON_BAD_ROW)
         check_name("base_dtype", self.base_dtype, ("float32", "bfloat16", "float16"))
@@ -84,6 +78,11 @@ class Recipe(RecipeConfig):
 
 def prepare(settings: Recipe, accelerator) -> Prepared:
     """Model, tokenizer and examples; the first process tokenizes, the others wait for it."""
+    import torch
+
+    from dlm.data.conversations import chat_source, load_chats
+    from dlm.training.recipe import Prepared, check_fit, load_examples, open_model, open_tokenizer, stream_examples
+
     model = open_model(settings, getattr(torch, settings.base_dtype))
     tokenizer = open_tokenizer(settings.tokenizer or settings.model)
     check_fit(model, tokenizer)
@@ -111,6 +110,8 @@ def prepare(settings: Recipe, accelerator) -> Prepared:
 
 def chat_format(settings: Recipe, tokenizer, longest: int) -> ChatFormat:
     """How rows become tokens. Errors: the chat format without a template, a length beyond the model's."""
+    from dlm.data.conversations import ChatFormat
+
     if settings.format == "chat" and not tokenizer.chat_template:
         raise ValueError("format is chat, but the tokenizer has no chat template: use --format plain")
     length = settings.sequence_length or longest
@@ -135,7 +136,9 @@ def parse(argv: list[str]) -> Recipe:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the recipe; a user's mistake is one line and exit code 2."""
-    return recipe.main(Recipe, prepare, argv, prog="sft", text=__doc__)
+    from dlm.training import command
+
+    return command.main(Recipe, prepare, argv, prog="sft", text=__doc__)
 
 
 if __name__ == "__main__":

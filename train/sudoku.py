@@ -12,23 +12,22 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __package__ in (None, ""):  # `accelerate launch train/sudoku.py` from a clone: find dlm/ beside train/
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-import torch
 
-from dlm.data.documents import Documents
-from dlm.data.examples import Examples
 from dlm.evaluation import sudoku
-from dlm.models.configuration import LLaDAConfig
-from dlm.models.transformer import LLaDAModelLM
-from dlm.training import recipe
 from dlm.training.config import RecipeConfig
-from dlm.training.recipe import Prepared, open_model
 from dlm.utils import settings
 from dlm.utils.progress import counted
+
+if TYPE_CHECKING:
+    from dlm.data.examples import Examples
+    from dlm.models.configuration import LLaDAConfig
+    from dlm.training.recipe import Prepared
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,11 @@ class Recipe(RecipeConfig):
 
 def prepare(settings: Recipe, accelerator) -> Prepared:
     """Model, tokenizer and puzzles; the first process generates them, the others wait for it."""
+    import torch
+
+    from dlm.models.transformer import LLaDAModelLM
+    from dlm.training.recipe import Prepared, open_model
+
     tokenizer = sudoku.make_tokenizer()
     with accelerator.main_process_first():
         train, held_out = _bases(settings, accelerator.is_main_process)
@@ -104,6 +108,9 @@ def _bases(settings: Recipe, show: bool):
 
 def forms(puzzles: np.ndarray, grids: np.ndarray, count: int, settings: Recipe, key: list[int]) -> Examples:
     """`count` examples: the whole grid, with loss on the cells that the puzzle leaves empty."""
+    from dlm.data.documents import Documents
+    from dlm.data.examples import Examples
+
     rng = np.random.default_rng(key)
     base = rng.integers(len(puzzles), size=count)
     symmetry = sudoku.random_symmetries(count, rng)
@@ -118,6 +125,8 @@ def forms(puzzles: np.ndarray, grids: np.ndarray, count: int, settings: Recipe, 
 
 
 def _config(settings: Recipe, tokenizer) -> LLaDAConfig:
+    from dlm.models.configuration import LLaDAConfig
+
     return LLaDAConfig(
         d_model=settings.d_model,
         n_layers=settings.n_layers,
@@ -142,7 +151,9 @@ def parse(argv: list[str]) -> Recipe:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the recipe; a user's mistake is one line and exit code 2."""
-    return recipe.main(Recipe, prepare, argv, prog="sudoku", text=__doc__)
+    from dlm.training import command
+
+    return command.main(Recipe, prepare, argv, prog="sudoku", text=__doc__)
 
 
 if __name__ == "__main__":

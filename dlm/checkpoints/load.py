@@ -13,7 +13,7 @@ from transformers.utils import logging as hf_logging
 from dlm.checkpoints.files import SHIPPED, TWIN
 from dlm.kernels.linear import QUANTIZED, quantize_
 from dlm.kernels.tensor_parallel import shared_out
-from dlm.models.choices import ATTENTION
+from dlm.models.choices import ATTENTION, float_name
 from dlm.models.families import family_of, recognise
 from dlm.utils.names import check_name
 
@@ -52,6 +52,7 @@ def load(
     path = os.fspath(SHIPPED if path is None else path)
     config = read_config(path, revision)
     family = family_of(config)
+    dtype = float_name(dtype) if isinstance(dtype, str) else dtype
     bits = str(dtype).removeprefix("torch.")
     if bits in QUANTIZED:
         dtype = QUANTIZED[bits].base

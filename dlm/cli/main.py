@@ -17,9 +17,9 @@ from dlm.utils.errors import one_line
 from dlm.utils.names import nearest
 
 COMMANDS = {  # name: (where its function is, one line for the help)
-    "generate": ("dlm.cli.commands:generate", "continue a text, and watch it denoise"),
-    "infill": ("dlm.cli.commands:infill", "fill the blanks ___ of a text"),
-    "chat": ("dlm.cli.commands:chat", "talk with an instruct checkpoint"),
+    "generate": ("dlm.cli.generate:generate", "continue a text, and watch it denoise"),
+    "infill": ("dlm.cli.infill:infill", "fill the blanks ___ of a text"),
+    "chat": ("dlm.cli.chat:chat", "talk with an instruct checkpoint"),
     "info": ("dlm.cli.info:info", "say what a checkpoint is, and which methods suit it"),
     "train": ("dlm.cli.scripts:train", "run a training recipe, or estimate what it takes"),
     "eval": ("dlm.cli.scripts:evaluate", "perplexity with its error, generated text judged, lm-eval tasks"),

@@ -1,52 +1,34 @@
-"""argparse with errors of one line, and the options that several commands share."""
+"""The options that several commands share, and errors of one line."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
-from dlm.utils.names import nearest
+from dlm.checkpoints.files import SHIPPED, cached_defaults
+from dlm.models.choices import ATTENTION, DTYPES, float_name
+from dlm.sampling.config import SAMPLING, SamplingConfig
+from dlm.utils.settings import OptionParser, flag, shown_default
+
+__all__ = ["Parser", "check_least", "flag", "shown_defaults"]
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line, which name the nearest option for one that does not exist."""
+class Parser(OptionParser):
+    """The options of one command; `add_model`, `add_sampling` and `add_output` add those that commands share."""
 
     def __init__(self, command: str, usage: str, text: str) -> None:
-        super().__init__(
-            prog=f"dlm {command}",
-            usage=f"dlm {command} {usage}",
-            description=text,
-            allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-
-    def error(self, message: str):
-        raise ValueError(f"{message} (see {self.prog} --help)")
-
-    def options(self) -> list[str]:
-        """All the options' names."""
-        return [name for name in self._option_string_actions if name.startswith("--")]
-
-    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Parse; an option that does not exist is an error with the nearest one that does."""
-        args, unknown = self.parse_known_intermixed_args(list(argv))
-        for word in unknown:
-            name = word.split("=")[0]
-            raise ValueError(
-                f"no option {name}: the nearest is {nearest(name, self.options())} (see {self.prog} --help)"
-            )
-        return args
+        super().__init__(f"dlm {command}", text.strip(), f"dlm {command} {usage}")
 
     def add_model(self):
         """Options that choose the model and where it runs; returns their group."""
         group = self.add_argument_group("model")
         group.add_argument("--model", metavar="PATH", help="folder or hub id (default: the model that ships)")
-        group.add_argument("--revision", help="branch, tag or commit of a hub id")
-        group.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: a GPU where there is one)")
-        group.add_argument("--dtype", default="auto", help="float32, bfloat16, float16, int8, fp8 (default: as saved)")
-        group.add_argument(
-            "--attn-implementation", metavar="NAME", help="eager, sdpa, flash_attention_2 or flex_attention"
-        )
+        group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub id")
+        group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: a GPU if any)")
+        types = f"{', '.join(DTYPES[1:])} (default: as saved)"
+        group.add_argument("--dtype", default="auto", type=float_name, metavar="NAME", help=types)
+        group.add_argument("--attn-implementation", metavar="NAME", help=", ".join(ATTENTION))
         group.add_argument("--cuda-graphs", action="store_true", help="replay passes on a GPU: a launch for each")
         return group
 
@@ -55,21 +37,19 @@ class Parser(argparse.ArgumentParser):
 
         defaults: a SamplingConfig whose values the help shows.
         """
-        from dlm.sampling.config import SAMPLING
-
         group = self.add_argument_group("sampling")
         for field, (kind, text) in SAMPLING.items():
             if field in leave_out:
                 continue
             value = getattr(defaults, field, None)
-            if value is not None and kind is not bool:
-                text += f" (default: {value})"
+            if value is not None and (kind is not bool or value):
+                text += f" (default: {shown_default(value)})"
             more = (
                 {"action": argparse.BooleanOptionalAction}
                 if kind is bool
                 else {"type": kind, "metavar": {int: "N", float: "X", str: "NAME"}[kind]}
             )
-            group.add_argument(flag(field), default=None, help=text, **more)
+            group.add_argument(flag(field), default=None, help=text, **more).shown = bool(value)
 
     def add_output(self) -> None:
         """Options that choose what is printed."""
@@ -85,11 +65,6 @@ class Parser(argparse.ArgumentParser):
         )
 
 
-def flag(field: str) -> str:
-    """`gen_length` -> `--gen-length`."""
-    return "--" + field.replace("_", "-")
-
-
 def check_least(args: argparse.Namespace, least: int, *fields: str) -> None:
     """Raises ValueError where one of these options is given and below `least`."""
     for field in fields:
@@ -97,10 +72,15 @@ def check_least(args: argparse.Namespace, least: int, *fields: str) -> None:
             raise ValueError(f"{flag(field)} is {value}: give {least} or more")
 
 
-def shown_defaults(argv: Sequence[str]):
-    """SamplingConfig's defaults where help is asked for, else None: nothing else needs them so early."""
+def shown_defaults(argv: Sequence[str]) -> Any:
+    """The SamplingConfig in force for the checkpoint that `argv` names, where help is asked for; else None.
+
+    A hub id whose files are not on this machine shows dlm's own defaults.
+    """
     if not {"-h", "--help"} & set(argv):
         return None
-    import dlm
-
-    return dlm.SamplingConfig()
+    words = list(argv)
+    path = next((words[at + 1] for at, word in enumerate(words[:-1]) if word == "--model"), str(SHIPPED))
+    path = next((word.split("=", 1)[1] for word in words if word.startswith("--model=")), path)
+    own = cached_defaults(path)
+    return SamplingConfig(**{field: value for field, value in own.items() if field in SAMPLING})

@@ -22,7 +22,7 @@ def scripts(command: str) -> dict[str, Path]:
     here = Path(__file__).resolve().parents[1]
     for folder in (here / "recipes" / FOLDERS[command], here.parent / FOLDERS[command]):
         if folder.is_dir():
-            return {file.stem: file for file in sorted(folder.glob("*.py")) if not file.stem.startswith("_")}
+            return {file.stem: file for file in sorted(folder.glob("*.py")) if "\ndef main(" in file.read_text("utf-8")}
     return {}
 
 
@@ -50,7 +50,7 @@ def run(command: str, argv: Sequence[str], more: str = "") -> int:
 def train(argv: Sequence[str]) -> int:
     """`dlm train NAME ...`: a training recipe. `dlm train --estimate`: what a run would take."""
     if "--estimate" in argv:
-        from dlm.training.estimate import main as estimate
+        from dlm.cli.estimate import main as estimate
 
         return estimate([word for word in argv if word != "--estimate"])
     return run("train", argv, "       dlm train --estimate [options]  (memory and time of a run)\n")

@@ -15,12 +15,14 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dlm.checkpoints.pretrained import Opened, hub_errors, own_defaults
 from dlm.cli import live
-from dlm.cli.parser import flag
-from dlm.sampling.config import SAMPLING
+from dlm.sampling.config import NEEDS, SAMPLING
+from dlm.utils.settings import flag, refuse_idle
+
+if TYPE_CHECKING:
+    from dlm.checkpoints.pretrained import Opened
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +81,8 @@ def open_checkpoint(args, check: bool = True) -> Opened:
     gc.disable()  # the imports make a million objects and no garbage: a quarter less time
     try:
         import dlm
-        from dlm.checkpoints.load import SHIPPED
+        from dlm.checkpoints.files import SHIPPED
+        from dlm.checkpoints.pretrained import Opened, hub_errors, own_defaults
         from dlm.tokenizer import mask_id
 
         path = str(SHIPPED if args.model is None else args.model)
@@ -114,9 +117,13 @@ def settings(args, defaults: dict[str, Any], **fixed):
     if "gen_length" in given | fixed:
         own.pop("steps", None)  # it was meant for the checkpoint's own length
     try:
-        return dlm.SamplingConfig(**(own | fixed | given))
+        config = dlm.SamplingConfig(**(own | fixed | given))
     except ValueError as error:
         raise ValueError(as_options(str(error))) from error
+    swept = getattr(args, "swept", ())  # fields that a grid varies: what depends on them is in force somewhere
+    needs = {field: need for field, need in NEEDS.items() if need[0] not in swept}
+    refuse_idle([field for field, value in given.items() if value is not False], config, needs)
+    return config
 
 
 def as_options(message: str) -> str:

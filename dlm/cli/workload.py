@@ -9,16 +9,18 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-
-from dlm.checkpoints.load import load
 from dlm.cli.parser import Parser, check_least
-from dlm.kernels.linear import QUANTIZED, quantize_
-from dlm.models.shapes import SHAPES, random_model
-from dlm.models.transformer import LLaDAModelLM
-from dlm.sampling.methods import METHODS
+from dlm.models.choices import DTYPES, float_name
+from dlm.models.shapes import SHAPES
+from dlm.sampling.config import METHOD_NAMES
 from dlm.utils.names import check_name
+
+if TYPE_CHECKING:
+    import torch
+
+    from dlm.models.transformer import LLaDAModelLM
 
 __all__ = ["Workload", "clock_of", "model_options", "open_model", "open_workload", "parse_cell", "workload_options"]
 
@@ -26,7 +28,7 @@ __all__ = ["Workload", "clock_of", "model_options", "open_model", "open_workload
 def parse_cell(text: str) -> tuple[str, int, int]:
     """`dual:32:64` -> ("dual", 32, 64): method, block length, steps. Raises ValueError for anything else."""
     method, *numbers = text.split(":")
-    check_name("method", method, METHODS)
+    check_name("method", method, METHOD_NAMES)
     if len(numbers) != 2 or not all(number.isdigit() and int(number) > 0 for number in numbers):
         raise ValueError(f"cell {text!r} is not METHOD:BLOCK:STEPS, such as dual:32:64")
     return method, int(numbers[0]), int(numbers[1])
@@ -37,8 +39,8 @@ def model_options(parser: Parser) -> None:
     add = parser.add_argument
     add("--model", metavar="PATH", help="a checkpoint; without one, random weights of --config")
     add("--config", default="25m", metavar="NAME", help=f"{', '.join(SHAPES)} (default: 25m)")
-    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16", *QUANTIZED))
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU where there is one")
+    add("--dtype", default="float32", type=float_name, choices=DTYPES[1:], help="(default: float32)")
+    add("--device", metavar="NAME", help="(default: a GPU where there is one)")
     add("--cuda-graphs", action="store_true", help="replay passes on a GPU")
     add("--threads", type=int, metavar="N", help="of torch on a CPU")
     add("--seed", type=int, default=0, metavar="N", help="of the weights and of the given tokens")
@@ -69,6 +71,8 @@ class Workload:
 
 def open_workload(args: Namespace) -> Workload:
     """The workload of `workload_options`. Errors: numbers below 1, cells that are none, as `dlm.load`."""
+    import torch
+
     check_least(args, 1, "prompt_length", "gen_length", "batch", "repeats", "threads")
     cells = [parse_cell(cell) for cell in args.cells]
     model = open_model(args)
@@ -81,6 +85,13 @@ def open_workload(args: Namespace) -> Workload:
 def open_model(args: Namespace, length: int = 16_384) -> LLaDAModelLM:
     """The model of `model_options`: --model, or random weights of --config for canvases of up to `length`, with
     --threads in force. Errors: --cuda-graphs without a GPU, as `dlm.load`, `random_model`, `quantize_`."""
+    import torch
+
+    from dlm.checkpoints.load import load
+    from dlm.kernels.linear import QUANTIZED, quantize_
+    from dlm.models.shapes import random_model
+
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.cuda_graphs and torch.device(args.device).type != "cuda":
         raise ValueError(f"--cuda-graphs needs a GPU, and --device is {args.device}: leave it out")
     if args.threads:

@@ -4,11 +4,12 @@ Shapes: d_model, heads, layers, MLP width and vocabulary as in a checkpoint's co
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
-from dlm.models.configuration import LLaDAConfig
-from dlm.models.transformer import LLaDAModelLM
 from dlm.utils.names import check_name
+
+if TYPE_CHECKING:
+    from dlm.models.transformer import LLaDAModelLM
 
 __all__ = ["SHAPES", "random_model"]
 
@@ -24,13 +25,18 @@ SHAPES = {
 
 
 def random_model(
-    name: str, *, dtype=torch.float32, device="cpu", seed: int = 0, length: int = 16_384, layers: int | None = None
+    name: str, *, dtype=None, device="cpu", seed: int = 0, length: int = 16_384, layers: int | None = None
 ) -> LLaDAModelLM:
     """A model of that shape with weights N(0, 1 / fan-in), in evaluation mode, for canvases of up to `length` slots;
-    layers: how many it has in place of the shape's.
+    dtype: float32 where it is None; layers: how many it has in place of the shape's.
 
     The last id is the mask token and the one before it end-of-text. Raises ValueError for an unknown name.
     """
+    import torch
+
+    from dlm.models.configuration import LLaDAConfig
+    from dlm.models.transformer import LLaDAModelLM
+
     check_name("config", name, SHAPES)
     width, heads, kv_heads, depth, hidden, vocabulary = SHAPES[name]
     config = LLaDAConfig(
@@ -50,7 +56,7 @@ def random_model(
     device = torch.device(device)
     with torch.device("meta"):
         model = LLaDAModelLM(config)
-    model = model.to(dtype).to_empty(device=device).eval()
+    model = model.to(dtype or torch.float32).to_empty(device=device).eval()
     generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for weight in model.parameters():

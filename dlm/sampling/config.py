@@ -11,6 +11,7 @@ __all__ = [
     "COMMIT_NAMES",
     "CONFIDENCE_NAMES",
     "METHOD_NAMES",
+    "NEEDS",
     "REVISION_NAMES",
     "SAMPLING",
     "SPLIT_NAMES",
@@ -28,7 +29,7 @@ SPLIT_NAMES = ("remainder_first", "rounded")  # schedule.SPLITS
 # Field of SamplingConfig: (type, help). The one place where the options of sampling are written.
 SAMPLING: dict[str, tuple[Callable, str]] = {
     "gen_length": (int, "tokens to generate"),
-    "steps": (int, "forward passes in all (default: one a token)"),
+    "steps": (int, "forward passes in all; not given: one a token"),
     "block_length": (int, "tokens in a block; blocks are written left to right"),
     "method": (str, "none, prefix, dual, vicinity, c2f or block_causal: order and cache"),
     "commit": (str, "quota, threshold, factor or entropy_bound: how many tokens a pass"),
@@ -51,6 +52,20 @@ SAMPLING: dict[str, tuple[Callable, str]] = {
     "eos_token_id": (int, "in place of the checkpoint's end-of-text token"),
     "suppress_eos": (bool, "never write end-of-text"),
     "delay_eos": (bool, "write end-of-text only where nothing else is left"),
+}
+
+
+# Field: (other field, its values with which this one has an effect (None: any but 0 and nothing), advice).
+NEEDS: dict[str, tuple[str, tuple | None, str]] = {
+    "steps": ("commit", ("quota",), "add --commit quota"),
+    "split": ("commit", ("quota",), "add --commit quota"),
+    "threshold": ("commit", ("threshold",), "add --commit threshold"),
+    "factor": ("commit", ("factor",), "add --commit factor"),
+    "entropy_bound": ("commit", ("entropy_bound",), "add --commit entropy_bound"),
+    "window": ("method", ("vicinity",), "add --method vicinity"),
+    "top_k": ("temperature", None, "give a --temperature above 0"),
+    "top_p": ("temperature", None, "give a --temperature above 0"),
+    "tempered_confidence": ("temperature", None, "give a --temperature above 0"),
 }
 
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dlm.models.choices import ATTENTION, FLOATS
-from dlm.objectives.config import ESTIMATORS, NOISE_SCHEDULE_NAMES, OBJECTIVE_NAMES, NoiseSettings
+from dlm.models.choices import float_name
+from dlm.objectives.config import NoiseSettings
+from dlm.training import options
 from dlm.utils.names import check_name
 
-PRECISIONS = ("no", "bf16", "fp16")
-OPTIMIZERS = ("muon", "adamw")
-LEARNING_RATE_SCHEDULES = ("wsd", "cosine", "constant")  # the keys of `optim.SCHEDULES`
-EOS_PADDING = ("none", "longest")
-TRACKERS = ("none", "auto", "tensorboard", "wandb")
+# How Accelerate calls a precision; here float32 and fp32 are the same name.
+MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
 @dataclass(frozen=True)
@@ -76,13 +74,12 @@ class TrainingConfig:
     tracker: str = "none"
 
     def __post_init__(self):
-        choices = {
-            "optimizer": OPTIMIZERS, "schedule": LEARNING_RATE_SCHEDULES, "objective": OBJECTIVE_NAMES,
-            "estimator": ESTIMATORS, "noise_schedule": NOISE_SCHEDULE_NAMES, "precision": PRECISIONS,
-            "eos_padding": EOS_PADDING, "tracker": TRACKERS,
-        }  # fmt: skip
-        for name, allowed in choices.items():
-            check_name(name, getattr(self, name), allowed)
+        precision = float_name(self.precision)
+        object.__setattr__(self, "precision", MIXED_PRECISION.get(precision, self.precision))
+        if self.precision not in MIXED_PRECISION.values():
+            check_name("precision", self.precision, options.PRECISIONS)
+        for name in ("optimizer", "schedule", "objective", "estimator", "noise_schedule", "eos_padding", "tracker"):
+            check_name(name, getattr(self, name), options.CHOICES[name])
         positive = ("max_steps", "batch_size", "accumulation", "learning_rate", "clip", "keep_last", "log_every",
                     "checkpoint_every", "valid_rows", "sample_length")  # fmt: skip
         for name in positive:
@@ -164,6 +161,8 @@ class RecipeConfig(TrainingConfig):
     `output`; skip_damaged: set damaged ones aside, and go on from the newest that is whole.
     """
 
+    GROUPS, CHOICES, NEEDS = options.GROUPS, options.CHOICES, options.NEEDS
+
     output: str = "runs/recipe"
     max_steps: int = 1000
     tracker: str = "auto"
@@ -186,5 +185,6 @@ class RecipeConfig(TrainingConfig):
         super().__post_init__()
         if self.skip_damaged and not self.resume:
             raise ValueError("skip_damaged says which checkpoint --resume goes on from: give --resume with it")
-        check_name("attn_implementation", self.attn_implementation, ATTENTION)
-        check_name("export_dtype", self.export_dtype, FLOATS)
+        object.__setattr__(self, "export_dtype", float_name(self.export_dtype))
+        for name in ("attn_implementation", "export_dtype"):
+            check_name(name, getattr(self, name), options.CHOICES[name])

@@ -1,17 +1,10 @@
-"""`dlm train --estimate`: the memory and the time of a training run, from the model's shape, before any GPU is used."""
+"""The memory and the time of a training run, from the model's shape, before any GPU is used."""
 
 from __future__ import annotations
 
-import argparse
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from dlm.models.configuration import LLaDAConfig
-from dlm.models.flops import PEAKS, parameters, peak_flops, training_flops
-from dlm.models.head import loss_chunk
-from dlm.utils.names import nearest
+from dlm.models.flops import parameters, training_flops
 
 LLADA_8B = {"d_model": 4096, "n_layers": 32, "n_heads": 32, "mlp_hidden_size": 12288, "vocab_size": 126464}
 MFU = 0.30  # of what is published for training at this scale, on the low side; LLaDA-8B's own cost comes to 0.26
@@ -21,6 +14,11 @@ SHARDING = {  # which of (weights, gradients, optimizer state) a process holds a
     "fsdp": (True, True, True),
 }
 GB = 1e9
+MEMORY = {  # of the devices of `models.flops.PEAKS`, in GB, from the makers' data sheets (the larger variant)
+    "GB200": 186, "B200": 180, "H100 PCIe": 80, "H100": 80, "H200": 141, "H800": 80, "H20": 96, "A100": 80, "A800": 80,
+    "A40": 48, "A10": 24, "L40S": 48, "L40": 48, "L4": 24, "RTX 4090": 24, "RTX 3090": 24, "V100": 32, "T4": 16,
+}  # fmt: skip
+USABLE = 0.9  # of the memory; the rest is the CUDA context, communication buffers and fragments
 
 
 @dataclass(frozen=True)
@@ -68,6 +66,8 @@ def estimate(
     GPU. predicted: share of the tokens that logits are computed at (half of them are masked on average). Block
     diffusion computes every row twice, noisy and clean.
     """
+    from dlm.models.head import loss_chunk
+
     copies = 2 if block_diffusion else 1
     total = training_flops(config, tokens * copies, width * copies, tokens * predicted)
     size = parameters(config)
@@ -92,89 +92,3 @@ def estimate(
         seconds=seconds,
         gpu_hours=seconds * gpus / 3600,
     )
-
-
-def main(argv: Sequence[str]) -> int:
-    """The command. Errors (ValueError): an unknown option or device, a folder without a config."""
-    parser = argparse.ArgumentParser(
-        prog="dlm train --estimate",
-        description="Memory and time of a training run. Without --model and shape: LLaDA-8B.",
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
-    add = parser.add_argument
-    add("--model", metavar="FOLDER", help="a checkpoint, or any folder with its config.json")
-    for name, value in LLADA_8B.items():
-        add("--" + name.replace("_", "-"), type=int, metavar="N", help=f"shape in place of the model's ({value})")
-    add("--n-kv-heads", type=int, metavar="N", help="shape: heads of keys and values (as many as heads)")
-    add("--weight-tying", action=argparse.BooleanOptionalAction, help="one table for input and output")
-    add("--tokens", type=float, default=2.3e12, metavar="N", help="to train on, in all (2.3e12)")
-    add("--sequence-length", type=int, default=4096, metavar="N", help="row length (4096)")
-    add("--rows", type=int, default=1, metavar="N", help="rows in one micro-batch on one GPU (1)")
-    add("--gpus", type=int, default=1, metavar="N", help="how many (1)")
-    add("--gpu", default="H100", help=f"which: {', '.join(PEAKS)} (H100)")
-    add("--mfu", type=float, default=MFU, help=f"share of the GPU's peak that is reached ({MFU})")
-    add("--sharding", choices=SHARDING, default="none", help="none (DDP), zero2 or fsdp (also ZeRO-3)")
-    add("--activation-checkpointing", action="store_true")
-    add("--no-ema", action="store_true")
-    add("--optimizer", choices=("adamw", "muon"), default="adamw")
-    add("--objective", choices=("diffusion", "block_diffusion", "autoregressive"), default="diffusion")
-    add("--json", action="store_true", help="numbers for a program")
-    try:
-        args, unknown = parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise ValueError(f"the command line: {error}") from error
-    if unknown:
-        options = [option for action in parser._actions for option in action.option_strings]
-        raise ValueError(f"no option {unknown[0]}: the nearest is {nearest(unknown[0], options)}")
-    for name in ("tokens", "sequence_length", "rows", "gpus"):
-        if getattr(args, name) <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be above 0")
-    if not 0 < args.mfu <= 1:
-        raise ValueError(f"--mfu is {args.mfu}: a share, above 0 and at most 1")
-    peak = peak_flops(args.gpu)
-    if peak is None:
-        raise ValueError(f"--gpu {args.gpu!r} is not known: one of {', '.join(PEAKS)}")
-    found = estimate(
-        _config(args), tokens=args.tokens, gpus=args.gpus, peak=peak, mfu=args.mfu, width=args.sequence_length,
-        rows=args.rows, sharding=args.sharding, checkpointing=args.activation_checkpointing, ema=not args.no_ema,
-        optimizer=args.optimizer, block_diffusion=args.objective == "block_diffusion",
-        predicted=1.0 if args.objective == "autoregressive" else 0.5,
-    )  # fmt: skip
-    print(json.dumps({**vars(found), "memory": found.memory}) if args.json else _text(found, args))
-    return 0
-
-
-def _config(args) -> LLaDAConfig:
-    shape = dict(LLADA_8B)
-    if args.model:
-        path = Path(args.model) / "config.json"
-        try:
-            shape = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path}: {getattr(error, 'strerror', None) or 'not JSON'}") from error
-    names = (*LLADA_8B, "n_kv_heads", "weight_tying")
-    changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if "n_heads" in changes:
-        shape.pop("n_kv_heads", None)
-    if "vocab_size" in changes:
-        shape.pop("embedding_size", None)
-    return LLaDAConfig.from_dict({**shape, **changes})
-
-
-def _text(found: Estimate, args) -> str:
-    days = found.seconds / 86400
-    rows = [
-        ("parameters", f"{found.parameters / 1e9:.3f} billion"),
-        ("arithmetic", f"{found.flops:.3g} operations for {args.tokens:.3g} tokens"),
-        ("speed", f"{found.tokens_per_second:,.0f} tokens/s on {args.gpus} x {args.gpu} at {args.mfu:.0%} of its peak"),
-        ("time", f"{days:,.1f} days" if days >= 2 else f"{found.seconds / 3600:,.1f} hours"),
-        ("GPU hours", f"{found.gpu_hours:,.0f}"),
-        ("memory on each GPU", f"{found.memory / GB:,.1f} GB"),
-        ("  weights", f"{found.weights / GB:,.1f} GB (fp32 and bf16)"),
-        ("  gradients", f"{found.gradients / GB:,.1f} GB"),
-        ("  optimizer", f"{found.optimizer / GB:,.1f} GB"),
-        ("  moving average", f"{found.average / GB:,.1f} GB"),
-        ("  activations", f"{found.activations / GB:,.1f} GB ({args.rows} x {args.sequence_length} tokens)"),
-    ]
-    return "\n".join(f"{name:<20} {value}" for name, value in rows)

@@ -6,11 +6,9 @@ A recipe is a frozen dataclass of settings (a subclass of `RecipeConfig`) and a 
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import os
 import shlex
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,9 +28,7 @@ from dlm.training.accelerator import make_accelerator
 from dlm.training.config import RecipeConfig
 from dlm.training.sharding import whole_state
 from dlm.training.trainer import Result, fit
-from dlm.utils.distributed import leave_processes
 from dlm.utils.hardware import commit, hardware
-from dlm.utils.settings import parse
 
 # ------------------------------------------------------------------------------------------------- model and data
 
@@ -184,18 +180,3 @@ def run(recipe: RecipeConfig, argv: list[str], prog: str, prepare: Callable[...,
 def _report_counts(report: Callable[[str], None], sources) -> None:
     for counts in (source.counts for source in sources if source.counts):
         report("data: " + ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in counts.items()))
-
-
-def main(
-    kind: type[RecipeConfig], prepare: Callable[..., Prepared], argv: list[str] | None, *, prog: str, text: str
-) -> int:
-    """Run a recipe; a user's mistake is one line and exit code 2."""
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        code = run(parse(kind, argv, prog, text), argv, prog, prepare)
-    except (ValueError, OSError) as error:
-        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-        print(f"{prog}: {error}{': make room, then go on with --resume' if full else ''}", file=sys.stderr)
-        code = 2
-    leave_processes(failed=code == 2)
-    return code

@@ -194,7 +194,7 @@ def test_infill_keeps_the_given_text_and_says_what_it_filled(run):
 
 def test_chat_keeps_the_turns_and_refuses_base_models(run, monkeypatch, checkpoint, tokenizer, tmp_path):
     seen = []
-    monkeypatch.setattr("dlm.cli.commands.chat_ids", lambda tok, messages, mask: seen.append([*messages]) or [1, 2])
+    monkeypatch.setattr("dlm.chat_template.chat_ids", lambda tok, messages, mask: seen.append([*messages]) or [1, 2])
     lines = iter(["hello", "again", "/nonsense", "/reset", "new", "/quit"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     code, out, error = run("chat", "--gen-length", 2, "--json")

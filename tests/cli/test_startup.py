@@ -1,9 +1,17 @@
 """Start-up: help needs no torch, and the names it lists are the keys of the tables that do."""
 
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from dlm.cli import scripts
 from dlm.models import choices
 from dlm.objectives import config as objectives
 from dlm.sampling import config as sampling
-from dlm.training import config as training
+from dlm.training import options as training
 
 
 def test_names_without_torch_are_the_tables_keys():
@@ -26,3 +34,29 @@ def test_names_without_torch_are_the_tables_keys():
     assert tuple(NOISE_SCHEDULES) == objectives.NOISE_SCHEDULE_NAMES
     assert tuple(SCHEDULES) == training.LEARNING_RATE_SCHEDULES
     assert tuple(QUANTIZED) == choices.EIGHT_BITS
+
+
+COMMANDS = [[], ["generate"], ["infill"], ["chat"], ["info"], ["train"], ["eval"], ["bench"], ["train", "--estimate"]]
+COMMANDS += [[command, name] for command in scripts.FOLDERS for name in scripts.scripts(command)]
+LATER = ("release", "compare", "harness", "gpu", "gpu_parts", "growth", "peers", "speed", "training")
+COMMANDS = [words for words in COMMANDS if not {*words} & {*LATER}]
+SECONDS = 2.0  # of CPU; 0.1 to 0.4 on a quiet machine
+HELP = """
+import sys
+class Refused:
+    def find_spec(self, name, *_):
+        if name in ("torch", "transformers", "accelerate"):
+            raise RuntimeError(f"help imports {name}")
+sys.meta_path.insert(0, Refused())
+from dlm.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_needs_no_torch_and_little_time(command):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    words = [sys.executable, "-c", HELP, *command, "--help"]
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"COLUMNS": "80"})
+    assert done.returncode == 0 and done.stdout.startswith("usage: dlm") and not done.stderr, done.stderr[-2000:]
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < SECONDS

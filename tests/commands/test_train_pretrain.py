@@ -49,7 +49,7 @@ def weights(folder):
         (["--max-step=3"], "unknown option --max-step: did you mean --max-steps?"),
         (["--max-steps", "many"], "max_steps is 'many': it must be an int"),
         (["--objective", "difusion"], "did you mean 'diffusion'"),
-        (["--export-dtype", "float99", "--data", "x.txt"], "use bfloat16, float16 or float32"),
+        (["--export-dtype", "float99", "--data", "x.txt"], "one of float32, bfloat16, float16"),
         ([], "no data: give --data"),
         (["--data", "nowhere.txt"], "nowhere.txt: no such file"),
     ],

@@ -136,7 +136,7 @@ def test_the_command_prints_a_table_or_json(capsys, tmp_path):
     ("options", "message"),
     [
         (["--gpu", "H10"], "is not known: one of"),
-        (["--tokenz", "2"], "the nearest is --tokens"),
+        (["--tokenz", "2"], "did you mean --tokens"),
         (["--gpus", "0"], "--gpus is 0: it must be above 0"),
         (["--mfu", "40"], "a share, above 0 and at most 1"),
         (["--model", "nowhere"], "No such file"),

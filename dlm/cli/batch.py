@@ -1,0 +1,48 @@
+"""What `dlm generate` and `dlm infill` share: their options, and the loop over batches of texts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from dlm.cli.parser import Parser, check_least, shown_defaults
+from dlm.cli.session import Job, Result, batches, denoise, summary
+
+if TYPE_CHECKING:
+    from dlm.checkpoints.pretrained import Opened
+
+
+def add_common(parser: Parser, argv: Sequence[str], leave_out: Sequence[str] = ()) -> None:
+    """Options that generate and infill share."""
+    parser.add_argument("--prompts", metavar="FILE", help='one a line, or JSONL with "prompt"; - is standard input')
+    parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="texts for each prompt (default: 1)")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="texts at a time (default: 8)")
+    parser.add_model().add_argument(
+        "--tensor-parallel", action="store_true", help="share layers out over torchrun's processes, a GPU each"
+    )
+    parser.add_sampling(shown_defaults(argv), leave_out)
+    parser.add_output()
+
+
+def check_counts(args) -> None:
+    """Errors: counts below one, a negative delay."""
+    check_least(args, 1, *(name for name in ("num_samples", "batch_size", "blank_length") if name in args))
+    if not args.delay >= 0:
+        raise ValueError(f"--delay is {args.delay}: give 0 or more seconds")
+
+
+def run_jobs(opened: Opened, jobs: Sequence[Job], config, args, show: Callable[[Result], None]) -> int:
+    """Denoise all jobs, batch by batch; `show` prints one result. Returns the exit code."""
+    for number, batch in enumerate(batches(jobs, args.batch_size)):
+        results = denoise(opened, batch, config, args)
+        for index, result in enumerate(results):
+            if not args.json and (number or index):
+                print()
+            show(result)
+        sys.stdout.flush()
+        if not args.json:
+            summary(results)
+        if not all(result.finished for result in results):
+            return 130
+    return 0

@@ -1,0 +1,85 @@
+"""`dlm chat`: talk with an instruct checkpoint, turn by turn."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from dlm.cli import live
+from dlm.cli.batch import check_counts
+from dlm.cli.parser import Parser, shown_defaults
+from dlm.cli.session import Job, announce, denoise, print_json, print_text, settings, summary, text_of, text_pieces
+
+if TYPE_CHECKING:
+    from dlm.checkpoints.pretrained import Opened
+
+
+def chat(argv: Sequence[str]) -> int:
+    """`dlm chat`: talk, turn by turn."""
+    parser = Parser("chat", "[options]", "Talk with an instruct checkpoint: /reset begins anew, /quit or Ctrl-D ends.")
+    parser.add_model()
+    parser.add_sampling(shown_defaults(argv))
+    parser.add_output()
+    args = parser.parse(argv)
+    check_counts(args)
+    opened = announce(args)
+    check_chat(opened)
+    config = settings(args, opened.defaults, stop_at_eos=opened.has_end)
+    typed = sys.stdin.isatty()
+    if typed:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (history and editing for input())
+        print(live.paint("/reset begins anew, /quit ends", live.QUIET), file=sys.stderr)
+    messages: list[dict[str, str]] = []
+    while True:
+        try:
+            line = input("> " if typed else "").strip()
+        except EOFError:
+            return 0
+        if line == "/quit":
+            return 0
+        if line == "/reset":
+            messages = []
+        elif line.startswith("/"):
+            print("dlm: the commands are /reset and /quit", file=sys.stderr)
+        elif line:
+            turn = [*messages, {"role": "user", "content": line}]
+            try:
+                reply = answer(opened, turn, config, args)
+            except ValueError as error:
+                if not typed:
+                    raise
+                print(f"dlm: error: {error}", file=sys.stderr)
+                continue
+            if reply is not None:
+                messages = [*turn, {"role": "assistant", "content": reply}]
+            elif not typed:
+                return 130
+
+
+def answer(opened: Opened, messages: Sequence[dict[str, str]], config, args) -> str | None:
+    """Write and print the answer to a conversation; None where it was interrupted."""
+    from dlm.chat_template import chat_ids
+
+    ids = chat_ids(opened.tokenizer, messages, opened.mask) + [opened.mask] * config.gen_length
+    [result] = denoise(opened, [Job(ids, messages[-1]["content"], config.seed)], config, args, show_given=False)
+    pieces = text_pieces(opened, result, config, head="")
+    if args.json:
+        print_json(result.record(text_of(pieces)))
+    else:
+        print_text(pieces)
+        summary([result])
+    return text_of(pieces) if result.finished else None
+
+
+def check_chat(opened: Opened) -> None:
+    """Errors: a checkpoint that was not trained to answer."""
+    if opened.defaults.get("chat") is False:
+        raise ValueError(
+            f"{opened.name} continues texts and was not trained to answer: use dlm generate, or name an "
+            "instruct checkpoint with --model"
+        )
+    if not getattr(opened.tokenizer, "chat_template", None):
+        raise ValueError(f"{opened.name} has no chat template, so it is no instruct checkpoint: use dlm generate")

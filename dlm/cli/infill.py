@@ -1,0 +1,63 @@
+"""`dlm infill`: fill the blanks of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from dlm.cli import live
+from dlm.cli.batch import add_common, check_counts, run_jobs
+from dlm.cli.parser import Parser
+from dlm.cli.prompts import gather_prompts
+from dlm.cli.session import Job, Result, announce, print_json, print_text, row_text, settings, text_of
+
+if TYPE_CHECKING:
+    from dlm.checkpoints.pretrained import Opened
+
+
+def infill(argv: Sequence[str]) -> int:
+    """`dlm infill`: fill blanks."""
+    parser = Parser(
+        "infill",
+        "[TEXT ...] [options]",
+        "Fill the blanks of each text: ___ is a blank, ___{12} one of twelve tokens.",
+    )
+    parser.add_argument("prompt", nargs="*", metavar="TEXT", help="text with blanks")
+    parser.add_argument("--blank-length", type=int, default=4, metavar="N", help="tokens in a blank (default: 4)")
+    add_common(parser, argv, leave_out=("gen_length",))
+    args = parser.parse(argv)
+    check_counts(args)
+    from dlm.tokenizer import template
+
+    texts = gather_prompts(args, 'dlm infill "The cat ___ on the mat."')
+    opened = announce(args, check=False)
+    rows = [template(opened.tokenizer, text, args.blank_length, opened.mask) for text in texts]
+    places = max(row.count(opened.mask) for row in rows)
+    # A blank is in the middle of a text, so the text may not end in it.
+    config = settings(args, opened.defaults, gen_length=places, suppress_eos=opened.has_end)
+    pairs = [(text, row) for text, row in zip(texts, rows, strict=True) for _ in range(args.num_samples)]
+    jobs = [Job(row, text, config.seed + index) for index, (text, row) in enumerate(pairs)]
+
+    def show(result: Result) -> None:
+        pieces = filled_pieces(opened, result, config)
+        if args.json:
+            fills = [piece.text for piece in pieces if piece.styles]
+            print_json(result.record(text_of(pieces)) | {"fills": fills})
+        else:
+            print_text(pieces)
+
+    return run_jobs(opened, jobs, config, args, show)
+
+
+def filled_pieces(opened: Opened, result: Result, config) -> list[live.Piece]:
+    """The whole text, one piece a blank in the style FILLED; what is still masked as its glyph."""
+    rows = row_text(opened, config)
+    found, at = [], 0
+    while at < len(result.row):
+        ours, stop = result.editable[at], at + 1
+        while stop < len(result.row) and result.editable[stop] == ours:
+            stop += 1
+        part = rows.plain(result.row[at:stop], result.editable[at:stop], result.masked[at:stop])
+        found.append(live.Piece(text_of(part), (live.FILLED,) if ours else ()))
+        at = stop
+    return found

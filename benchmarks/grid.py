@@ -31,7 +31,7 @@ from dlm.utils.distributed import Sharing, leave_processes
 
 if TYPE_CHECKING:
     from dlm.benchmarking.grid import GridConfig
-    from dlm.checkpoints.pretrained import Opened
+    from dlm.checkpoints.pretrained import Pretrained
     from dlm.evaluation.judge import Judge
     from dlm.evaluation.tasks import Question
 
@@ -78,13 +78,13 @@ def numbers(text: str | None, option: str, default: tuple[int, ...]) -> tuple[in
         raise ValueError(f"{option} is {text!r}: give whole numbers with commas between them, as in 4,16") from None
 
 
-def sampling_of(args, opened: Opened) -> SamplingConfig:
+def sampling_of(args, opened: Pretrained) -> SamplingConfig:
     """What is not swept: the options, then our length, then the checkpoint's own defaults."""
     own = {name: value for name, value in opened.defaults.items() if name not in SWEPT}
     return settings(args, own if args.gen_length else own | {"gen_length": GEN_LENGTH})
 
 
-def configure(args, opened: Opened, sampling: SamplingConfig, places: int) -> GridConfig:
+def configure(args, opened: Pretrained, sampling: SamplingConfig, places: int) -> GridConfig:
     """The GridConfig of the options. places: most that a canvas has to fill, to which the default lists go."""
     from dlm.benchmarking.grid import GridConfig, powers_of_two
     from dlm.sampling.methods import methods_for
@@ -119,10 +119,9 @@ def questions_of(args) -> list[Question]:
     return open_task(args.task, limit=args.limit, command=command)
 
 
-def judge_of(args, opened: Opened) -> Judge | None:
+def judge_of(args, opened: Pretrained) -> Judge | None:
     """The judge, None for `none`. Errors: no judge given for a model other than the one that ships."""
-    from dlm.checkpoints.load import TWIN
-    from dlm.checkpoints.pretrained import hub_errors
+    from dlm.checkpoints.files import TWIN
     from dlm.evaluation.judge import open_judge
 
     if args.judge == "none":
@@ -131,25 +130,20 @@ def judge_of(args, opened: Opened) -> Judge | None:
         raise ValueError(
             "this model has no judge of its own: give --judge with a causal language model, or --judge none"
         )
-    path = args.judge or str(TWIN)
-    with hub_errors(path):
-        return open_judge(
-            path, revision=args.judge_revision, device=opened.model.device,
-            tokenizer=opened.tokenizer, vocab_size=opened.model.config.vocab_size,
-        )  # fmt: skip
+    return open_judge(
+        args.judge or str(TWIN), revision=args.judge_revision, device=opened.model.device,
+        tokenizer=opened.tokenizer, vocab_size=opened.config.vocab_size,
+    )  # fmt: skip
 
 
-def fixed_settings(args, opened: Opened, config: GridConfig, questions: list[Question]) -> dict:
+def fixed_settings(args, opened: Pretrained, config: GridConfig, questions: list[Question]) -> dict:
     """What was measured: a run that goes on must have the same."""
-    from dlm.checkpoints.load import SHIPPED
-    from dlm.checkpoints.pretrained import identify, number_type
-
     model = opened.model
     return {
         "dlm": dlm.__version__,
         "model": opened.name,
-        "revision": identify(str(args.model or SHIPPED), args.revision, model.config),
-        "dtype": number_type(model),
+        "revision": opened.digest,
+        "dtype": opened.number_type,
         "device": model.device.type,
         "attn_implementation": model.config._attn_implementation,
         **{name: value for name, value in dataclasses.asdict(config).items() if name != "sampling"},
@@ -173,7 +167,7 @@ def main(argv: Sequence[str]) -> int:
     opened = open_checkpoint(args)
     model, tokenizer, sampling = opened.model, opened.tokenizer, sampling_of(args, opened)
     canvases = [
-        question.canvas(tokenizer, sampling.gen_length, opened.mask, chat=args.chat, device=model.device)
+        question.canvas(tokenizer, sampling.gen_length, opened.mask_id, chat=args.chat, device=model.device)
         for question in questions
     ]
     config = configure(args, opened, sampling, max(int(canvas.masked.sum()) for canvas in canvases))

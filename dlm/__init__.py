@@ -14,11 +14,13 @@ _WHERE = {
     "KVCache": "models.kv_cache",
     "LLaDAConfig": "models.configuration",
     "LLaDAModelLM": "models.transformer",
+    "Pretrained": "checkpoints.pretrained",
     "SamplingConfig": "sampling.config",
     "denoise": "checkpoints.generation",
     "generate": "checkpoints.generation",
     "likelihood": "objectives.likelihood",
-    "load": "checkpoints.load",
+    "load": "checkpoints.pretrained",
+    "load_pretrained": "checkpoints.pretrained",
 }
 
 __all__ = ["__version__", *_WHERE]

@@ -10,6 +10,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from dlm.utils.files import read_object
+
 BLANK = re.compile(r"_{3,}(?:\{(\d+)\})?")
 
 
@@ -20,8 +22,6 @@ def template(tokenizer, text: str, blank_length: int, mask: int) -> list[int]:
     the model, which writes it with the word; the text after a blank keeps its own.
     Errors: no blank; a blank of no tokens; text that contains the mask token.
     """
-    from dlm.tokenizer import encode_prompt
-
     blanks = list(BLANK.finditer(text))
     if not blanks:
         raise ValueError(f"no blank in {text[:60]!r}: mark each with ___, or with ___{{12}} for twelve tokens")
@@ -94,22 +94,27 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     return tokenizer
 
 
-def load_tokenizer(path: str | os.PathLike, revision: str | None = None) -> PreTrainedTokenizerFast | None:
-    """Load the tokenizer of a folder or hub id; None where the folder has none.
+def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast | None:
+    """The tokenizer in a folder; None where it has none. No Python of the folder's own runs.
 
-    Errors: tokenizer files that cannot be read.
+    Raises ValueError for files that cannot be read, and for a tokenizer that is Python alone.
     """
-    folder = Path(path)
-    if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
+    folder = Path(folder)
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
         return None
+    settings = folder / "tokenizer_config.json"
+    own_code = settings.is_file() and read_object(settings).get("auto_map") is not None
     try:
-        return AutoTokenizer.from_pretrained(str(path), revision=revision)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"the tokenizer of {path} cannot be loaded: {error}") from error
-    except Exception as error:  # `tokenizers` raises a bare Exception for a damaged tokenizer.json
-        if type(error) is Exception:
-            raise ValueError(f"the tokenizer of {path} cannot be read: {error}") from error
-        raise
+        if own_code and (folder / "tokenizer.json").is_file():  # what the class's Python would read too
+            return PreTrainedTokenizerFast.from_pretrained(str(folder))
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:  # each library has its own: `tokenizers` raises a bare Exception, others KeyError ...
+        if own_code:
+            raise ValueError(
+                f"the tokenizer of {folder} is Python of its own (auto_map in tokenizer_config.json), which dlm never "
+                "runs: put a tokenizer.json there"
+            ) from error
+        raise ValueError(f"the tokenizer of {folder} cannot be read ({' '.join(str(error).split())})") from error
 
 
 def mask_id(tokenizer, config) -> int:

@@ -26,14 +26,15 @@ if __package__ in (None, ""):  # `accelerate launch eval/compare.py` from a clon
 import numpy as np
 import torch
 
+from dlm.checkpoints.files import TWIN
 from dlm.checkpoints.generation import generate
-from dlm.checkpoints.load import TWIN
+from dlm.checkpoints.pretrained import Pretrained
 from dlm.cli.parser import Parser
 from dlm.cli.scripts import guarded
 from dlm.data.examples import Example
 from dlm.data.sources import read_documents
 from dlm.data.windows import CorpusConfig, load_corpus
-from dlm.evaluation.generations import Writer, at_entropy, open_writer, quality, write
+from dlm.evaluation.generations import at_entropy, open_writer, quality, write
 from dlm.evaluation.judge import open_judge
 from dlm.evaluation.perplexity import open_scorer, score_corpus, summarise, unscored_bytes
 from dlm.models.attention import causal
@@ -80,7 +81,7 @@ def parse(argv: list[str]):
 # ---------------------------------------------------------------------------------------------------------- the parts
 
 
-def likelihoods(args, model: Writer, twin: Writer) -> list[dict]:
+def likelihoods(args, model: Pretrained, twin: Pretrained) -> list[dict]:
     """Bits per byte of each text: a bound for the model, exact for the twin, in the same windows."""
     rows = []
     config = LikelihoodConfig(draws=args.draws, seed=args.seed, batch_size=args.batch_size)
@@ -97,7 +98,7 @@ def likelihoods(args, model: Writer, twin: Writer) -> list[dict]:
     return rows
 
 
-def texts(args, model: Writer, twin: Writer) -> dict:
+def texts(args, model: Pretrained, twin: Pretrained) -> dict:
     """Judged perplexity over temperatures for both, and at the entropy of held-out text of the same length."""
     judge = open_judge(args.judge or args.twin)
     places, found = [float(part) for part in args.temperatures.split(",")], {}
@@ -122,7 +123,7 @@ def texts(args, model: Writer, twin: Writer) -> dict:
     }
 
 
-def latencies(args, model: Writer, twin: Writer) -> list[dict]:
+def latencies(args, model: Pretrained, twin: Pretrained) -> list[dict]:
     """Milliseconds a token of one text, with a cache on both sides: the median of the repeats, settings in turn."""
     length, cells = args.gen_length, {}
 
@@ -135,7 +136,7 @@ def latencies(args, model: Writer, twin: Writer) -> list[dict]:
             cells[f"{model.name}, dual cache, {length / steps:g} tokens a pass"] = diffusion(steps)
     for cached in (True, False):
         cells[f"{twin.name}, {'KV cache' if cached else 'no cache'}"] = lambda cached=cached: autoregressive.generate(
-            twin.model, [prompt_of(twin)], length, cached=cached, forbidden=[twin.mask]
+            twin.model, [prompt_of(twin)], length, cached=cached, forbidden=[twin.mask_id]
         )
     times: dict[str, list[float]] = {name: [] for name in cells}
     for turn in range(args.repeats + 1):
@@ -152,7 +153,7 @@ def latencies(args, model: Writer, twin: Writer) -> list[dict]:
     ]
 
 
-def infilling(args, model: Writer, twin: Writer) -> dict:
+def infilling(args, model: Pretrained, twin: Pretrained) -> dict:
     """The middle of held-out passages given both sides, which the twin cannot see: nats a token, and how many tokens
     of the middle are written right at temperature 0."""
     passages, middle = [], 16
@@ -169,7 +170,7 @@ def infilling(args, model: Writer, twin: Writer) -> dict:
         target = (np.arange(len(ids)) >= start) & (np.arange(len(ids)) < start + middle)
         both.append(Example(ids, target, number))
         left.append(Example(ids[: start + middle], target[: start + middle], number))
-        fill.append(np.where(target, model.mask, ids).tolist())
+        fill.append(np.where(target, model.mask_id, ids).tolist())
         ahead.append(ids[:start].tolist())
     truth = np.array([example.tokens[example.target] for example in both])
     wrote = infill(args, model, fill)
@@ -189,7 +190,7 @@ def infilling(args, model: Writer, twin: Writer) -> dict:
     }
 
 
-def reversal(args, model: Writer, twin: Writer) -> dict:
+def reversal(args, model: Pretrained, twin: Pretrained) -> dict:
     """Which of four lines stood before (or after) a given line: the one that the line makes likeliest, compared with
     how likely it is on its own.
 
@@ -224,7 +225,7 @@ def line_pairs(args, tokenizer) -> list[tuple[list[list[int]], list[list[int]]]]
     return questions
 
 
-def asked(args, writer: Writer, questions, way: str) -> dict:
+def asked(args, writer: Pretrained, questions, way: str) -> dict:
     """Accuracy over questions and the gain of the right candidate, with errors."""
     first, given, alone = prompt_of(writer), [], []
     for number, (befores, afters) in enumerate(questions):
@@ -233,13 +234,13 @@ def asked(args, writer: Writer, questions, way: str) -> dict:
             if way == "bayes":  # the line, after each candidate
                 given.append(example(first + candidate, line, [], number))
                 alone.append(example(first, line, [], number))
-            elif way == "before" and not writer.causal:
+            elif way == "before" and not writer.autoregressive:
                 given.append(example(first, candidate, line, number))
                 alone.append(example(first, candidate, [], number))
             else:
                 given.append(example(first + line, candidate, [], number))
                 alone.append(example(first, candidate, [], number))
-    values = twin_values if writer.causal else model_bounds
+    values = twin_values if writer.autoregressive else model_bounds
     told, untold = values(args, writer, given), values(args, writer, alone)
     gains = np.array([before.nats - after.nats for after, before in zip(told, untold, strict=True)])
     gains = gains.reshape(-1, CHOICES)
@@ -252,7 +253,7 @@ def asked(args, writer: Writer, questions, way: str) -> dict:
 # -------------------------------------------------------------------------------------------------------- what they use
 
 
-def prompt_of(writer: Writer) -> list[int]:
+def prompt_of(writer: Pretrained) -> list[int]:
     """What every text begins with: begin-of-text, where the tokenizer has one."""
     bos = writer.tokenizer.bos_token_id
     return [] if bos is None else [bos]
@@ -264,12 +265,12 @@ def example(before: list[int], target: list[int], after: list[int], index: int) 
     return Example(tokens, (place >= len(before)) & (place < len(before) + len(target)), index)
 
 
-def model_bounds(args, writer: Writer, examples: list[Example]) -> list[Bound]:
+def model_bounds(args, writer: Pretrained, examples: list[Example]) -> list[Bound]:
     config = LikelihoodConfig(draws=16, seed=args.seed, batch_size=8 * args.batch_size)
-    return bound(writer.model, examples, config, mask_id=writer.mask)
+    return bound(writer.model, examples, config, mask_id=writer.mask_id)
 
 
-def twin_values(args, writer: Writer, examples: list[Example]) -> list[Bound]:
+def twin_values(args, writer: Pretrained, examples: list[Example]) -> list[Bound]:
     def logits(tokens, valid, keep):
         return writer.model(tokens, visible=causal, logits_to_keep=keep)
 
@@ -281,24 +282,25 @@ def per_token(bounds: list[Bound]) -> Measure:
     return Measure.of([one.per_token for one in bounds])
 
 
-def infill(args, writer: Writer, rows: list[list[int]]) -> np.ndarray:
+def infill(args, writer: Pretrained, rows: list[list[int]]) -> np.ndarray:
     """What is written on the masked places of each row, most confident first, one a pass."""
     from dlm.sampling.canvas import Canvas
 
-    config = SamplingConfig(suppress_eos=bool(writer.ends), eos_token_id=writer.ends or None)
+    config = SamplingConfig(suppress_eos=bool(writer.end_ids), eos_token_id=writer.end_ids or None)
     found = []
     for start in range(0, len(rows), args.batch_size):
-        canvas = Canvas.from_templates(rows[start : start + args.batch_size], writer.mask, device=writer.model.device)
+        batch = rows[start : start + args.batch_size]
+        canvas = Canvas.from_templates(batch, writer.mask_id, device=writer.model.device)
         found += generate(writer.model, canvas, config, tokenizer=writer.tokenizer).sequences.tolist()
     return np.array(found)
 
 
-def write_all(writer: Writer, prompts: list[list[int]], length: int, batch_size: int) -> np.ndarray:
+def write_all(writer: Pretrained, prompts: list[list[int]], length: int, batch_size: int) -> np.ndarray:
     """`length` likeliest tokens after each prompt."""
     found = []
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
-        found += autoregressive.generate(writer.model, batch, length, forbidden=[writer.mask]).sequences.tolist()
+        found += autoregressive.generate(writer.model, batch, length, forbidden=[writer.mask_id]).sequences.tolist()
     return np.array(found)
 
 
@@ -321,8 +323,8 @@ PARTS = {
 def run(args, argv: list[str]) -> int:
     """Every part that is not yet in the results file, then the table."""
     model, twin = open_writer(args.model), open_writer(args.twin)
-    if model.causal or not twin.causal:
-        wrong, kind = (model, "autoregressive") if model.causal else (twin, "a diffusion model")
+    if model.autoregressive or not twin.autoregressive:
+        wrong, kind = (model, "autoregressive") if model.autoregressive else (twin, "a diffusion model")
         raise ValueError(f"{wrong.name} is {kind}: --model takes the diffusion model and --twin the autoregressive one")
     if model.tokenizer.get_vocab() != twin.tokenizer.get_vocab():
         raise ValueError(f"{model.name} and {twin.name} have different vocabularies: a twin has the same")

@@ -60,7 +60,7 @@ def temperatures_of(value: str) -> list[float]:
 
 def run(args, argv: list[str]) -> int:
     """Write, judge and print a row for each model and temperature; then the comparison at the reference's entropy."""
-    from dlm.checkpoints.load import TWIN
+    from dlm.checkpoints.files import TWIN
     from dlm.evaluation.generations import Quality, open_writer, quality
     from dlm.evaluation.judge import open_judge
     from dlm.sampling.config import SamplingConfig
@@ -108,7 +108,7 @@ def write_texts(writer, config, args) -> list[str]:
     from dlm.evaluation.generations import write
     from dlm.tokenizer import encode_prompt
 
-    prompt = encode_prompt(writer.tokenizer, args.prompt, writer.mask)
+    prompt = encode_prompt(writer.tokenizer, args.prompt, writer.mask_id)
 
     def report(done: int) -> None:
         print(f"{writer.name} at {config.temperature:g}: {done}/{args.num_samples} texts", file=sys.stderr, flush=True)

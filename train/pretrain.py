@@ -56,10 +56,11 @@ def prepare(settings: Recipe, accelerator) -> Prepared:
     """Model, tokenizer and examples; the first process trains and tokenizes, the others wait for it."""
     import torch
 
+    from dlm.checkpoints.pretrained import check_fit
     from dlm.data.documents import load_documents
     from dlm.data.streaming import text_source
     from dlm.models.transformer import LLaDAModelLM
-    from dlm.training.recipe import Prepared, check_fit, load_examples, open_model, stream_examples
+    from dlm.training.recipe import Prepared, load_examples, open_model, stream_examples
 
     with accelerator.main_process_first():
         tokenizer = _tokenizer(settings)
@@ -75,13 +76,13 @@ def prepare(settings: Recipe, accelerator) -> Prepared:
         valid = load_examples(settings.valid, settings.sequence_length, load) if settings.valid else None
     torch.manual_seed(settings.seed)  # the weights that a new model starts from
     model = open_model(settings) if settings.model else LLaDAModelLM(_config(settings, tokenizer))
-    check_fit(model, tokenizer)
+    check_fit(model.config, tokenizer)
     return Prepared(model, tokenizer, train, valid)
 
 
 def _tokenizer(settings: Recipe):
+    from dlm.checkpoints.pretrained import open_tokenizer
     from dlm.tokenizer import train_tokenizer
-    from dlm.training.recipe import open_tokenizer
 
     kept = Path(settings.output) / "tokenizer"
     source = settings.tokenizer or settings.model or (kept if kept.is_dir() else None)

@@ -80,12 +80,13 @@ def prepare(settings: Recipe, accelerator) -> Prepared:
     """Model, tokenizer and examples; the first process tokenizes, the others wait for it."""
     import torch
 
+    from dlm.checkpoints.pretrained import check_fit, open_tokenizer
     from dlm.data.conversations import chat_source, load_chats
-    from dlm.training.recipe import Prepared, check_fit, load_examples, open_model, open_tokenizer, stream_examples
+    from dlm.training.recipe import Prepared, load_examples, open_model, stream_examples
 
     model = open_model(settings, getattr(torch, settings.base_dtype))
     tokenizer = open_tokenizer(settings.tokenizer or settings.model)
-    check_fit(model, tokenizer)
+    check_fit(model.config, tokenizer)
     form = chat_format(settings, tokenizer, model.config.max_sequence_length)
 
     def load(path):

@@ -1,86 +1,258 @@
-"""What a checkpoint is, beyond its weights: kind, defaults, digest."""
+"""`Pretrained`: a checkpoint that is open. The one door: every command, recipe and scorer gets its model from here.
+
+What a checkpoint is (configuration, objective, sizes of its weights) is read and checked at once; its parts are made
+when they are first asked for.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from dlm.checkpoints.files import own_defaults
+from dlm.checkpoints.files import SHIPPED, own_defaults
+from dlm.checkpoints.folder import Tensors, check_sizes, fetch, read_tensors, weight_files
+from dlm.checkpoints.load import Placing, is_own, open_model, read_config
 from dlm.kernels.linear import QUANTIZED
-from dlm.models.families import recognise
+from dlm.kernels.packed import packed
+from dlm.sampling.config import as_ids
+from dlm.tokenizer import load_tokenizer, mask_id
 
-__all__ = ["is_autoregressive", "number_type", "own_defaults"]
+__all__ = ["Pretrained", "check_fit", "load", "load_pretrained", "number_type", "open_tokenizer"]
+
+SLOW = 1e9  # bytes of weights from which packing takes seconds
 
 
-@dataclasses.dataclass(frozen=True)
-class Opened:
-    """A checkpoint that is ready to denoise, and the sampling that its generation_config.json asks for."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pretrained:
+    """A checkpoint: its configuration, and its parts as they are asked for.
 
-    name: str
-    model: Any
-    tokenizer: Any
-    mask: int
-    defaults: dict[str, Any]
+    path: a folder or a hub id, as it was given; folder: where its files lie; tensors: the headers of
+    its weights; progress: is told in a word what takes
+    long. Errors of a part come where it is first asked for, each in one line that names the checkpoint.
+    """
+
+    path: str
+    folder: Path
+    config: PreTrainedConfig
+    tensors: Tensors
+    placing: Placing
+    variant: str | None
+    progress: Callable[[str], None]
+
+    # ------------------------------------------------------------ what it is
+
+    @property
+    def name(self) -> str:
+        """The last part of its path: short, for people."""
+        return Path(self.path).name or self.path
+
+    @property
+    def family(self) -> str:
+        """The `model_type` of its config.json."""
+        return self.config.model_type
+
+    @property
+    def objective(self) -> str:
+        """What it was trained for: diffusion, block_diffusion or autoregressive. It stands in config.json; a family
+        that transformers reads is autoregressive."""
+        return self.config.objective if is_own(self.config) else "autoregressive"
+
+    @property
+    def autoregressive(self) -> bool:
+        """Whether it predicts the next token, and cannot fill in masks."""
+        return self.objective == "autoregressive"
+
+    @property
+    def block_length(self) -> int | None:
+        """Of a block-causal model the length of its blocks in slots, else None."""
+        return getattr(self.config, "block_length", None)
+
+    @property
+    def max_length(self) -> int | None:
+        """Most tokens that it reads; None where its configuration does not say."""
+        names = ("max_sequence_length", "max_position_embeddings", "n_positions")
+        return next((value for name in names if (value := getattr(self.config, name, None))), None)
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The ids that end a text."""
+        return as_ids(self.config.eos_token_id)
 
     @property
     def has_end(self) -> bool:
-        """Whether the checkpoint names an end-of-text token."""
-        return self.model.config.eos_token_id is not None
+        """Whether it names an end-of-text token."""
+        return bool(self.end_ids)
+
+    @cached_property
+    def defaults(self) -> dict[str, Any]:
+        """The sampling options that its generation_config.json asks for, perhaps "chat": False."""
+        return own_defaults(str(self.folder))
+
+    @cached_property
+    def digest(self) -> str:
+        """Which weights these are: the hub's commit, or for a folder a digest of what is in it."""
+        if str(self.folder) != self.path:
+            return self.folder.name  # a snapshot is named by its commit
+        digest = hashlib.sha256()
+        for file in sorted([*self.folder.glob("*.safetensors"), *self.folder.glob("*.json")]):
+            digest.update(f"{file.name} {file.stat().st_size}".encode())
+            with file.open("rb") as stream:  # of a large file its first 256 MiB
+                while (piece := stream.read(1 << 20)) and stream.tell() <= 1 << 28:
+                    digest.update(piece)
+        return f"sha256:{digest.hexdigest()[:16]}"
+
+    # ------------------------------------------------------------ text
+
+    @cached_property
+    def optional_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """Its tokenizer, None where the folder has none. Raises ValueError for one that does not fit the model."""
+        tokenizer = load_tokenizer(self.folder)
+        if tokenizer is not None and is_own(self.config):
+            check_fit(self.config, tokenizer)
+        return tokenizer
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Its tokenizer. Raises ValueError where the folder has none."""
+        self.check_tokenizer()
+        return self.optional_tokenizer
+
+    def check_tokenizer(self) -> None:
+        """Raises ValueError where the folder has no tokenizer."""
+        if self.optional_tokenizer is None:
+            raise ValueError(
+                f"{self.path} has no tokenizer, so it cannot read or write text: put its tokenizer files there, "
+                "or give ids from Python (dlm.generate)"
+            )
+
+    @cached_property
+    def mask_id(self) -> int:
+        """The id of its mask token. Raises ValueError where it has none."""
+        return mask_id(self.optional_tokenizer, self.config)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template of its tokenizer, None where it has none."""
+        return getattr(self.optional_tokenizer, "chat_template", None)
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens removed."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
+    # ------------------------------------------------------------ numbers
 
-@contextlib.contextmanager
-def hub_errors(path: str) -> Iterator[None]:
-    """Errors of the hub in one line that names what was asked for."""
-    try:
-        yield
-    except OSError as error:
-        if Path(path).exists():
-            raise
-        reason = "it cannot be reached" if "connect" in str(error) else str(error).split(". ")[0]
-        raise OSError(
-            f"{path} is no folder here, and the hub did not give it ({reason}): check the name and the network"
-        ) from error
+    @cached_property
+    def model(self) -> nn.Module:
+        """The model with its weights, in evaluation mode. Raises ValueError as `load_pretrained`."""
+        return open_model(self.folder, self.config, self.tensors, self.placing, self.variant)
+
+    @property
+    def predictor(self) -> Any:
+        """The mask predictor for `denoise` and `generate`: the model, packed for the processor at the first use.
+
+        Raises ValueError for an autoregressive model.
+        """
+        self.check_diffusion()
+        if sum(weight.nbytes for weight in self.model.parameters()) > SLOW:
+            self.progress("packing weights")
+        return packed(self.model)
+
+    def ready(self) -> None:
+        """Makes all parts that denoising texts needs, now. Raises as each of them."""
+        self.check_diffusion()
+        self.check_tokenizer()
+        _ = self.mask_id, self.predictor  # a part is made when it is asked for
+
+    def check_diffusion(self) -> None:
+        """Raises ValueError for a model that cannot fill in masks."""
+        if self.autoregressive:
+            raise ValueError(
+                f"{self.name} predicts the next token, and cannot fill in masks: give a diffusion model "
+                "(`dlm eval generative` writes text with either)"
+            )
+
+    @property
+    def number_type(self) -> str:
+        """The type of the model's layers, as --dtype names it."""
+        return number_type(self.model)
 
 
-def is_autoregressive(path: str | os.PathLike, revision: str | None = None) -> bool:
-    """Whether a checkpoint predicts the next token: one of the autoregressive families, one that dlm does not read, or
-    one of ours whose config.json names that objective."""
-    from transformers import PretrainedConfig
-
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        return False  # no checkpoint, as `load` will say
-    fields, _ = PretrainedConfig.get_config_dict(str(path), revision=revision or "main")
-    try:
-        if recognise(fields, str(path)).autoregressive:
-            return True
-    except ValueError:
-        return True
-    return fields.get("objective") == "autoregressive"
+# ---------------------------------------------------------------- opening one
 
 
-def identify(path: str, revision: str | None, config) -> str:
-    """Which weights these are: the hub's commit, or for a folder a digest of what is in it."""
-    folder = Path(path)
-    if not folder.is_dir():
-        return getattr(config, "_commit_hash", None) or revision or "unknown"
-    digest = hashlib.sha256()
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
-        digest.update(f"{file.name} {file.stat().st_size}".encode())
-        with file.open("rb") as stream:  # of a large file its first 256 MiB
-            while (piece := stream.read(1 << 20)) and stream.tell() <= 1 << 28:
-                digest.update(piece)
-    return f"sha256:{digest.hexdigest()[:16]}"
+def load_pretrained(
+    path: str | os.PathLike | None = None,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    attn_implementation: str | None = None,
+    device_map: Any = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    cuda_graphs: bool = False,
+    tensor_parallel: bool = False,
+    causal: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> Pretrained:
+    """The checkpoint in a folder or at a hub id; without one, the model that ships with dlm.
+
+    dtype: "auto" is the checkpoint's, but float32 for half-precision weights of up to a billion numbers on a CPU:
+    every processor is quick at that, and gives the same text; "int8" (CPUs) and "fp8" (GPUs) keep the layers' weights
+    in eight bits, for speed, at a small cost in quality (`linear.QUANTIZED`). device: by default a GPU if there is one;
+    device_map, as in transformers, instead of it. attn_implementation: eager, sdpa, flash_attention_2 or
+    flex_attention. variant: `fp16` reads model.fp16.safetensors. cuda_graphs: replay the passes of generation
+    (`cuda_graphs`), on one GPU with sdpa. tensor_parallel: share every layer out over the processes that torchrun
+    started, each with a GPU (`LLaDAConfig.base_model_tp_plan`); all must then make the same calls. causal: also open
+    autoregressive models of the families that transformers reads, which score texts. progress: is told in a word
+    what takes long.
+
+    No code of a checkpoint runs, and no pickle is opened. Raises ValueError, in one line that names the folder and the
+    reason, for a folder that is no checkpoint, another family, wrong fields, damaged weights, or tensors missing or
+    left over; OSError where the hub does not give it.
+    """
+    placing = Placing(dtype, device, attn_implementation, device_map, cuda_graphs, tensor_parallel)
+    path = os.fspath(SHIPPED if path is None else path)
+    folder = fetch(path, revision, variant=variant)
+    config = read_config(folder, causal=causal)
+    tensors = read_tensors(weight_files(folder, variant))
+    check_sizes(folder, config, tensors)
+    return Pretrained(path, folder, config, tensors, placing, variant, progress or (lambda word: None))
+
+
+def load(path: str | os.PathLike | None = None, **options: Any) -> tuple[nn.Module, PreTrainedTokenizerBase | None]:
+    """(model, tokenizer) of a checkpoint, with the options and the errors of `load_pretrained`.
+
+    The tokenizer is None where the folder has none.
+    """
+    opened = load_pretrained(path, **options)
+    return opened.model, opened.optional_tokenizer
+
+
+def open_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder or at a hub id, without a model. Raises ValueError where there is none."""
+    path = os.fspath(path)
+    tokenizer = load_tokenizer(fetch(path, weights=False))
+    if tokenizer is None:
+        raise ValueError(f"{path} holds no tokenizer: give a folder with one")
+    return tokenizer
+
+
+def check_fit(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError for a tokenizer with more tokens than the model has embeddings."""
+    if len(tokenizer) > config.embedding_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model {config.embedding_size} embeddings: "
+            f"use the tokenizer that belongs to the model"
+        )
 
 
 def number_type(model: nn.Module) -> str:

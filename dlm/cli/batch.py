@@ -10,7 +10,7 @@ from dlm.cli.parser import Parser, check_least, shown_defaults
 from dlm.cli.session import Job, Result, batches, denoise, summary
 
 if TYPE_CHECKING:
-    from dlm.checkpoints.pretrained import Opened
+    from dlm.checkpoints.pretrained import Pretrained
 
 
 def add_common(parser: Parser, argv: Sequence[str], leave_out: Sequence[str] = ()) -> None:
@@ -32,7 +32,7 @@ def check_counts(args) -> None:
         raise ValueError(f"--delay is {args.delay}: give 0 or more seconds")
 
 
-def run_jobs(opened: Opened, jobs: Sequence[Job], config, args, show: Callable[[Result], None]) -> int:
+def run_jobs(opened: Pretrained, jobs: Sequence[Job], config, args, show: Callable[[Result], None]) -> int:
     """Denoise all jobs, batch by batch; `show` prints one result. Returns the exit code."""
     for number, batch in enumerate(batches(jobs, args.batch_size)):
         results = denoise(opened, batch, config, args)

@@ -13,7 +13,7 @@ from dlm.cli.parser import Parser, shown_defaults
 from dlm.cli.session import Job, announce, denoise, print_json, print_text, settings, summary, text_of, text_pieces
 
 if TYPE_CHECKING:
-    from dlm.checkpoints.pretrained import Opened
+    from dlm.checkpoints.pretrained import Pretrained
 
 
 def chat(argv: Sequence[str]) -> int:
@@ -59,11 +59,11 @@ def chat(argv: Sequence[str]) -> int:
                 return 130
 
 
-def answer(opened: Opened, messages: Sequence[dict[str, str]], config, args) -> str | None:
+def answer(opened: Pretrained, messages: Sequence[dict[str, str]], config, args) -> str | None:
     """Write and print the answer to a conversation; None where it was interrupted."""
     from dlm.chat_template import chat_ids
 
-    ids = chat_ids(opened.tokenizer, messages, opened.mask) + [opened.mask] * config.gen_length
+    ids = chat_ids(opened.tokenizer, messages, opened.mask_id) + [opened.mask_id] * config.gen_length
     [result] = denoise(opened, [Job(ids, messages[-1]["content"], config.seed)], config, args, show_given=False)
     pieces = text_pieces(opened, result, config, head="")
     if args.json:
@@ -74,7 +74,7 @@ def answer(opened: Opened, messages: Sequence[dict[str, str]], config, args) -> 
     return text_of(pieces) if result.finished else None
 
 
-def check_chat(opened: Opened) -> None:
+def check_chat(opened: Pretrained) -> None:
     """Errors: a checkpoint that was not trained to answer."""
     if opened.defaults.get("chat") is False:
         raise ValueError(

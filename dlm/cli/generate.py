@@ -27,11 +27,11 @@ def generate(argv: Sequence[str]) -> int:
 
     if args.chat:
         check_chat(opened)
-    region = [opened.mask] * config.gen_length
+    region = [opened.mask_id] * config.gen_length
     ids = [
-        chat_ids(opened.tokenizer, [{"role": "user", "content": prompt}], opened.mask)
+        chat_ids(opened.tokenizer, [{"role": "user", "content": prompt}], opened.mask_id)
         if args.chat
-        else encode_prompt(opened.tokenizer, prompt, opened.mask)
+        else encode_prompt(opened.tokenizer, prompt, opened.mask_id)
         for prompt in prompts
     ]
     pairs = [(prompt, head) for prompt, head in zip(prompts, ids, strict=True) for _ in range(args.num_samples)]

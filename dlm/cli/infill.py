@@ -12,7 +12,7 @@ from dlm.cli.prompts import gather_prompts
 from dlm.cli.session import Job, Result, announce, print_json, print_text, row_text, settings, text_of
 
 if TYPE_CHECKING:
-    from dlm.checkpoints.pretrained import Opened
+    from dlm.checkpoints.pretrained import Pretrained
 
 
 def infill(argv: Sequence[str]) -> int:
@@ -31,8 +31,8 @@ def infill(argv: Sequence[str]) -> int:
 
     texts = gather_prompts(args, 'dlm infill "The cat ___ on the mat."')
     opened = announce(args, check=False)
-    rows = [template(opened.tokenizer, text, args.blank_length, opened.mask) for text in texts]
-    places = max(row.count(opened.mask) for row in rows)
+    rows = [template(opened.tokenizer, text, args.blank_length, opened.mask_id) for text in texts]
+    places = max(row.count(opened.mask_id) for row in rows)
     # A blank is in the middle of a text, so the text may not end in it.
     config = settings(args, opened.defaults, gen_length=places, suppress_eos=opened.has_end)
     pairs = [(text, row) for text, row in zip(texts, rows, strict=True) for _ in range(args.num_samples)]
@@ -49,7 +49,7 @@ def infill(argv: Sequence[str]) -> int:
     return run_jobs(opened, jobs, config, args, show)
 
 
-def filled_pieces(opened: Opened, result: Result, config) -> list[live.Piece]:
+def filled_pieces(opened: Pretrained, result: Result, config) -> list[live.Piece]:
     """The whole text, one piece a blank in the style FILLED; what is still masked as its glyph."""
     rows = row_text(opened, config)
     found, at = [], 0

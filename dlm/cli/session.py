@@ -14,7 +14,6 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dlm.cli import live
@@ -22,7 +21,7 @@ from dlm.sampling.config import NEEDS, SAMPLING
 from dlm.utils.settings import flag, refuse_idle
 
 if TYPE_CHECKING:
-    from dlm.checkpoints.pretrained import Opened
+    from dlm.checkpoints.pretrained import Pretrained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +71,7 @@ class Result:
 # ---------------------------------------------------------------- opening a checkpoint
 
 
-def open_checkpoint(args, check: bool = True) -> Opened:
+def open_checkpoint(args, check: bool = True) -> Pretrained:
     """Load the checkpoint that the options name, onto the device that they name.
 
     check: whether to make the settings first, so that a wrong option does not wait for the weights.
@@ -80,32 +79,24 @@ def open_checkpoint(args, check: bool = True) -> Opened:
     """
     gc.disable()  # the imports make a million objects and no garbage: a quarter less time
     try:
-        import dlm
-        from dlm.checkpoints.files import SHIPPED
-        from dlm.checkpoints.pretrained import Opened, hub_errors, own_defaults
-        from dlm.tokenizer import mask_id
+        from dlm.checkpoints.pretrained import load_pretrained
 
-        path = str(SHIPPED if args.model is None else args.model)
-        local = Path(path).is_dir()
-        defaults = own_defaults(path, args.revision) if local else {}
-        if check:
-            settings(args, defaults)
         options = {name: getattr(args, name) for name in ("dtype", "device", "attn_implementation", "cuda_graphs")}
         if getattr(args, "tensor_parallel", False):
             options["tensor_parallel"] = True
             if int(os.environ.get("RANK", 0)):  # the first process speaks for all
                 sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-        with hub_errors(path):
-            model, tokenizer = dlm.load(path, revision=args.revision, **options)
-        if tokenizer is None:
-            raise ValueError(
-                f"{path} has no tokenizer, so it cannot be given text: put its tokenizer files there, "
-                "or give ids from Python (dlm.generate)"
-            )
-        defaults = defaults if local else own_defaults(path, args.revision)
+        opened = load_pretrained(args.model, revision=args.revision, progress=_say, **options)
+        if check:
+            settings(args, opened.defaults)
+        opened.ready()
+        return opened
     finally:
         gc.enable()
-    return Opened(Path(path).name, model, tokenizer, mask_id(tokenizer, model.config), defaults)
+
+
+def _say(word: str) -> None:
+    live.note(sys.stderr, f"{word} ...")
 
 
 def settings(args, defaults: dict[str, Any], **fixed):
@@ -137,7 +128,7 @@ def as_options(message: str) -> str:
 # ---------------------------------------------------------------- denoising and printing
 
 
-def denoise(opened: Opened, jobs: Sequence[Job], config, args, show_given: bool = True) -> list[Result]:
+def denoise(opened: Pretrained, jobs: Sequence[Job], config, args, show_given: bool = True) -> list[Result]:
     """Denoise the jobs as one batch; where the output is a terminal it shows them meanwhile.
 
     Ctrl-C ends it early: the results are then not finished.
@@ -145,7 +136,7 @@ def denoise(opened: Opened, jobs: Sequence[Job], config, args, show_given: bool 
     import dlm
     from dlm.sampling.generate import prepare
 
-    canvas = dlm.Canvas.from_templates([job.ids for job in jobs], opened.mask, device=opened.model.device)
+    canvas = dlm.Canvas.from_templates([job.ids for job in jobs], opened.mask_id, device=opened.model.device)
     config = dataclasses.replace(config, seed=tuple(job.seed for job in jobs))
     _, known = prepare(opened.model, canvas, config.gen_length, opened.tokenizer)
     shown = not args.json and not args.no_live and live.is_live(sys.stdout)
@@ -157,7 +148,7 @@ def denoise(opened: Opened, jobs: Sequence[Job], config, args, show_given: bool 
     state, written, start = None, [0] * len(jobs), time.perf_counter()
     with view:
         try:
-            for state in dlm.denoise(opened.model, canvas, config, **known):
+            for state in dlm.denoise(opened.predictor, canvas, config, **known):
                 written = [a + b for a, b in zip(written, state.committed.sum(1).tolist(), strict=True)]
                 if shown:
                     view.show(state)
@@ -176,7 +167,7 @@ def denoise(opened: Opened, jobs: Sequence[Job], config, args, show_given: bool 
     return results
 
 
-def expected(opened: Opened, canvas, config) -> tuple[int | None, int]:
+def expected(opened: Pretrained, canvas, config) -> tuple[int | None, int]:
     """How many passes (None: the commit rule decides) and blocks the longest row of a canvas takes."""
     from dlm.sampling.methods import visibility
     from dlm.sampling.schedule import lay_out
@@ -187,7 +178,7 @@ def expected(opened: Opened, canvas, config) -> tuple[int | None, int]:
     return ((config.steps or places) if config.commit == "quota" else None), blocks
 
 
-def row_text(opened: Opened, config, show_given: bool = True) -> live.RowText:
+def row_text(opened: Pretrained, config, show_given: bool = True) -> live.RowText:
     """How the rows of a canvas are shown on standard output."""
     from dlm.sampling.config import as_ids
 
@@ -201,7 +192,7 @@ def row_text(opened: Opened, config, show_given: bool = True) -> live.RowText:
     )
 
 
-def text_pieces(opened: Opened, result: Result, config, head: str) -> list[live.Piece]:
+def text_pieces(opened: Pretrained, result: Result, config, head: str) -> list[live.Piece]:
     """`head` in bold and what was written, up to its end-of-text; where it was interrupted, with its masks."""
     from dlm.tokenizer import decode
 
@@ -261,7 +252,7 @@ def batches(jobs: Sequence[Job], size: int) -> Iterator[Sequence[Job]]:
         yield jobs[at : at + size]
 
 
-def announce(args, check: bool = True) -> Opened:
+def announce(args, check: bool = True) -> Pretrained:
     """`open_checkpoint`, and say so meanwhile on a terminal."""
     if not args.json:
         live.note(sys.stderr, f"loading {args.model or 'the shipped model'} ...")

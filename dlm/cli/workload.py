@@ -87,7 +87,7 @@ def open_model(args: Namespace, length: int = 16_384) -> LLaDAModelLM:
     --threads in force. Errors: --cuda-graphs without a GPU, as `dlm.load`, `random_model`, `quantize_`."""
     import torch
 
-    from dlm.checkpoints.load import load
+    from dlm.checkpoints.pretrained import load_pretrained
     from dlm.kernels.linear import QUANTIZED, quantize_
     from dlm.models.shapes import random_model
 
@@ -97,7 +97,9 @@ def open_model(args: Namespace, length: int = 16_384) -> LLaDAModelLM:
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.model:
-        model, _ = load(args.model, dtype=args.dtype, device=args.device)
+        opened = load_pretrained(args.model, dtype=args.dtype, device=args.device)
+        opened.check_diffusion()
+        model = opened.model
     else:
         base = QUANTIZED[args.dtype].base if args.dtype in QUANTIZED else args.dtype
         whole = torch.float32 if base == "auto" else getattr(torch, base)

@@ -10,54 +10,30 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 
 from dlm.checkpoints.generation import generate
-from dlm.checkpoints.load import SHIPPED, load
-from dlm.checkpoints.pretrained import identify, is_autoregressive
+from dlm.checkpoints.pretrained import Pretrained, load_pretrained
 from dlm.evaluation.judge import Judge
 from dlm.evaluation.metrics import distinct, is_degenerate, repetition, unigram_entropy
 from dlm.sampling.autoregressive import generate as generate_causal
-from dlm.sampling.config import SamplingConfig, as_ids
-from dlm.tokenizer import mask_id
+from dlm.sampling.config import SamplingConfig
 from dlm.utils.stats import Measure, ratio
 
 
-@dataclass(frozen=True)
-class Writer:
-    """A model that writes, token by token (causal) or by denoising. digest: of its weights."""
-
-    name: str
-    digest: str
-    causal: bool
-    model: torch.nn.Module
-    tokenizer: object
-    mask: int
-
-    @property
-    def ends(self) -> tuple[int, ...]:
-        """The end-of-text ids."""
-        return as_ids(self.model.config.eos_token_id)
-
-
-def open_writer(path: str | None = None, *, device=None, dtype: str = "auto", revision: str | None = None) -> Writer:
-    """The checkpoint in LLaDA's layout at `path` (None: the one that ships), diffusion or autoregressive.
-
-    Errors: as `dlm.load`; no tokenizer.
-    """
-    path = str(SHIPPED if path is None else path)
-    model, tokenizer = load(path, device=device, dtype=dtype, revision=revision)
-    if tokenizer is None:
-        raise ValueError(f"{path} has no tokenizer, and a text cannot be read without one: put its files there")
-    causal = is_autoregressive(path, revision)
-    digest = identify(path, revision, model.config)
-    return Writer(Path(path).name, digest, causal, model, tokenizer, mask_id(tokenizer, model.config))
+def open_writer(
+    path: str | None = None, *, device=None, dtype: str = "auto", revision: str | None = None
+) -> Pretrained:
+    """A checkpoint that writes, token by token (autoregressive) or by denoising. Raises as `load_pretrained`, and
+    ValueError where it has no tokenizer."""
+    opened = load_pretrained(path, device=device, dtype=dtype, revision=revision)
+    opened.check_tokenizer()
+    return opened
 
 
 def write(
-    writer: Writer, prompts: Sequence[Sequence[int]], config: SamplingConfig, *, batch_size: int = 16,
+    writer: Pretrained, prompts: Sequence[Sequence[int]], config: SamplingConfig, *, batch_size: int = 16,
     report: Callable[[int], None] | None = None,
 ) -> list[list[int]]:  # fmt: skip
     """What follows each prompt, up to its end-of-text: ids. Text i has the seed config.seed + i, whatever the batch.
@@ -67,15 +43,15 @@ def write(
     found: list[list[int]] = []
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
-        if writer.causal:
+        if writer.autoregressive:
             out = generate_causal(
                 writer.model, batch, config.gen_length, temperature=config.temperature, top_k=config.top_k,
-                top_p=config.top_p, seed=config.seed + start, eos_token_ids=writer.ends, forbidden=[writer.mask],
+                top_p=config.top_p, seed=config.seed + start, eos_token_ids=writer.end_ids, forbidden=[writer.mask_id],
             )  # fmt: skip
         else:
             seeds = replace(config, seed=config.seed + start)
             out = generate(writer.model, batch, seeds, tokenizer=writer.tokenizer)
-        found += [until_end(row, writer.ends) for row in out.sequences.tolist()]
+        found += [until_end(row, writer.end_ids) for row in out.sequences.tolist()]
         if report is not None:
             report(len(found))
     return found

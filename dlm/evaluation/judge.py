@@ -15,15 +15,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from dlm.checkpoints.load import TWIN, load, quiet
-from dlm.checkpoints.pretrained import identify, number_type
+from dlm.checkpoints.files import TWIN
+from dlm.checkpoints.load import is_own
+from dlm.checkpoints.pretrained import Pretrained, load_pretrained
 from dlm.evaluation.metrics import perplexity
-from dlm.kernels.linear import QUANTIZED
 from dlm.models.attention import causal
-from dlm.models.configuration import LLaDAConfig
-from dlm.tokenizer import load_tokenizer
 
 BATCH_TOKENS = 4096  # of a forward pass, padding included
 
@@ -51,6 +48,30 @@ class Judge:
     def __init__(self, logits, tokenizer, device, limit: int | None, facts: dict):
         self.logits, self.tokenizer, self.device, self.limit, self.facts = logits, tokenizer, device, limit, facts
         self._known: dict[tuple[str, str, bool], Score] = {}
+
+    @classmethod
+    def of(cls, opened: Pretrained, tokenizer=None, vocab_size: int = 0) -> Judge:
+        """The judge that an open checkpoint is; arguments and errors as `open_judge`."""
+        if not opened.autoregressive:
+            raise ValueError(
+                f"the judge {opened.path} was trained on the objective {opened.objective}: a judge must be "
+                "autoregressive, so that it gives a text one probability"
+            )
+        own, size = opened.optional_tokenizer, opened.config.get_text_config().vocab_size
+        if own is None and (tokenizer is None or size != vocab_size):
+            raise ValueError(
+                f"the judge {opened.path} has no tokenizer, and its vocabulary of {size} is another than the model's "
+                f"{vocab_size}: put its tokenizer files there, or take another judge"
+            )
+        facts = {
+            "id": TWIN.name if Path(opened.path) == TWIN else opened.path,
+            "revision": opened.digest,
+            "kind": opened.family,
+            "parameters": opened.model.num_parameters(),
+            "dtype": opened.number_type,
+            "tokenizer": "its own" if own is not None else "the model's",
+        }
+        return cls(_logits_of(opened), own or tokenizer, opened.model.device, opened.max_length, facts)
 
     def score(self, pairs: Sequence[tuple[str, str]], chat: bool = False) -> list[Score]:
         """One Score a pair. chat: the prompt is a question, put into the judge's chat template where it has one.
@@ -137,56 +158,13 @@ def open_judge(
     tokenizer, vocab_size: of the model that is judged, for a judge that has the same vocabulary and no tokenizer.
     Errors: a model that is not autoregressive; a judge without a tokenizer whose vocabulary is another.
     """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(path, revision=revision)
-    own = load_tokenizer(path, revision)
-    if config.model_type == LLaDAConfig.model_type:
-        _check_autoregressive(path, config.objective)
-        model, _ = load(path, revision=revision, device=device, dtype=dtype)
-
-        def logits(tokens: Tensor, valid: Tensor, keep: Tensor) -> Tensor:
-            return model(tokens, visible=causal, logits_to_keep=keep)  # padding is at the end, which nobody sees
-    else:
-        model = _open_causal(path, revision, device, dtype)
-
-        def logits(tokens: Tensor, valid: Tensor, keep: Tensor) -> Tensor:
-            return model(input_ids=tokens, attention_mask=valid.long()).logits[keep]
-
-    size = config.get_text_config().vocab_size
-    if own is None and (tokenizer is None or size != vocab_size):
-        raise ValueError(
-            f"the judge {path} has no tokenizer, and its vocabulary of {size} is another than the model's "
-            f"{vocab_size}: put its tokenizer files there, or take another judge"
-        )
-    fields = ("max_sequence_length", "max_position_embeddings", "n_positions")
-    limit = next((value for name in fields if (value := getattr(config, name, None))), None)
-    facts = {
-        "id": TWIN.name if Path(path) == TWIN else str(path),
-        "revision": identify(path, revision, config),
-        "kind": config.model_type,
-        "parameters": model.num_parameters(),
-        "dtype": number_type(model),
-        "tokenizer": "its own" if own is not None else "the model's",
-    }
-    return Judge(logits, own or tokenizer, model.device, limit, facts)
+    opened = load_pretrained(path, revision=revision, device=device, dtype=dtype, causal=True)
+    return Judge.of(opened, tokenizer, vocab_size)
 
 
-def _open_causal(path: str, revision: str | None, device, dtype: str):
-    from transformers import AutoModelForCausalLM
-
-    if dtype in QUANTIZED:
-        raise ValueError(f"dtype is {dtype!r}, which is for models in LLaDA's layout, and {path} is none: leave it out")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with quiet():
-        model = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=dtype, device_map={"": device})
-    return model.eval()
-
-
-def _check_autoregressive(path: str, objective: str) -> None:
-    """Errors: a checkpoint in dlm's layout that was trained for something else."""
-    if objective != "autoregressive":
-        raise ValueError(
-            f"the judge {path} was trained on the objective {objective}: a judge must be autoregressive, "
-            "so that it gives a text one probability"
-        )
+def _logits_of(opened: Pretrained):
+    """What `Judge` calls: logits (N, V) at the places kept."""
+    model = opened.model
+    if is_own(opened.config):  # padding is at the end, which nobody sees
+        return lambda tokens, valid, keep: model(tokens, visible=causal, logits_to_keep=keep)
+    return lambda tokens, valid, keep: model(input_ids=tokens, attention_mask=valid.long()).logits[keep]

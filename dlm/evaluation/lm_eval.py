@@ -17,15 +17,14 @@ from dataclasses import replace
 import torch
 
 import dlm
-from dlm.checkpoints.load import SHIPPED
-from dlm.checkpoints.pretrained import number_type, own_defaults
+from dlm.checkpoints.pretrained import load_pretrained
 from dlm.data.examples import Example
 from dlm.data.windows import cut
 from dlm.models.flops import parameters
 from dlm.objectives.exact import greedy
 from dlm.objectives.likelihood import LikelihoodConfig, answer, bound
 from dlm.sampling.config import SamplingConfig
-from dlm.tokenizer import decode, encode_prompt, mask_id
+from dlm.tokenizer import decode, encode_prompt
 from dlm.utils.distributed import leave_processes
 from dlm.utils.names import nearest
 
@@ -60,17 +59,16 @@ class Answers:
             or (str(device) == "cuda:0" and not torch.cuda.is_available())
         ):
             device = self.state.device  # lm_eval asks for cuda:0 where the user names nothing
-        path = str(pretrained or SHIPPED)
+        self.opened = opened = load_pretrained(pretrained, revision=revision, dtype=dtype, device=device)
+        opened.check_diffusion()
         self.batch_size = int(batch_size) if str(batch_size or "").isdigit() else 16  # "auto" is no number
-        self._sampling, self._bounds = split(options, own_defaults(path), self.batch_size)
-        self.model, self.tokenizer = dlm.load(path, revision=revision, dtype=dtype, device=device)
-        if self.tokenizer is None:
-            raise ValueError(f"{path} has no tokenizer, and tasks are text: put its files there")
+        self._sampling, self._bounds = split(options, opened.defaults, self.batch_size)
+        self.model, self.tokenizer = opened.model, opened.tokenizer
         limit = self.model.config.max_sequence_length
         self.max_length = limit if max_length is None else max_length
         if not 2 <= self.max_length <= limit:
             raise ValueError(f"max_length is {max_length}: this model reads 2 to {limit} tokens")
-        self.mask, self.name, self._greedy = mask_id(self.tokenizer, self.model.config), path, greedy
+        self.mask, self.name, self._greedy = opened.mask_id, opened.path, greedy
         self.truncated: dict[str, int] = defaultdict(int)
 
     # ------------------------------------------------------------------------------------------- likelihoods
@@ -266,7 +264,7 @@ class Answers:
         """What lm_eval writes beside the results."""
         return {
             "model_num_parameters": parameters(self.model.config),
-            "model_dtype": number_type(self.model),
+            "model_dtype": self.opened.number_type,
             "sampling": dataclasses.asdict(self._sampling),
             "bounds": dataclasses.asdict(self._bounds),
             "truncated": dict(self.truncated),

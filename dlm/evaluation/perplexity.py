@@ -19,13 +19,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dlm.checkpoints.load import SHIPPED, load, read_config
-from dlm.checkpoints.pretrained import identify, is_autoregressive, number_type
+from dlm.checkpoints.pretrained import load_pretrained
 from dlm.data.examples import Example
 from dlm.data.windows import Corpus
-from dlm.evaluation.judge import open_judge
+from dlm.evaluation.judge import Judge
 from dlm.objectives.likelihood import Bound, LikelihoodConfig, bound, likelihood
-from dlm.tokenizer import mask_id
 from dlm.utils.progress import duration
 from dlm.utils.stats import ratio
 
@@ -55,25 +53,21 @@ def open_scorer(path: str | None = None, *, device=None, dtype: str = "auto", re
 
     Errors: as `dlm.load`; a model without a tokenizer.
     """
-    path = str(SHIPPED if path is None else path)
-    name = Path(path).name
-    if is_autoregressive(path, revision):
-        judge = open_judge(path, revision=revision, device=device, dtype=dtype)
+    opened = load_pretrained(path, device=device, dtype=dtype, revision=revision, causal=True)
+    facts = (opened.tokenizer, opened.max_length, opened.digest, opened.number_type)
+    if opened.autoregressive:
+        judge = Judge.of(opened)
 
         def exactly(examples, config, first_draw):
             return likelihood(judge.logits, examples, device=judge.device, batch_size=config.batch_size)
 
-        return Scorer(name, True, exactly, judge.tokenizer, judge.limit, judge.facts["revision"], judge.facts["dtype"])
-    model, tokenizer = load(path, device=device, dtype=dtype, revision=revision)
-    if tokenizer is None:
-        raise ValueError(f"{path} has no tokenizer, and text cannot be scored without one: put its files there")
-    mask = mask_id(tokenizer, model.config)
+        return Scorer(opened.name, True, exactly, *facts)
+    mask = opened.mask_id
 
     def bounded(examples, config, first_draw):
-        return bound(model, examples, config, mask_id=mask, first_draw=first_draw)
+        return bound(opened.model, examples, config, mask_id=mask, first_draw=first_draw)
 
-    digest = identify(path, revision, read_config(path, revision))
-    return Scorer(name, False, bounded, tokenizer, model.config.max_sequence_length, digest, number_type(model))
+    return Scorer(opened.name, False, bounded, *facts)
 
 
 # ------------------------------------------------------------------------------------------------------------ result

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shlex
 import time
 from collections.abc import Callable
@@ -17,13 +16,12 @@ from pathlib import Path
 import torch
 
 from dlm.checkpoints import save
-from dlm.checkpoints.load import quiet
+from dlm.checkpoints.pretrained import load_pretrained
 from dlm.data.documents import Documents
 from dlm.data.examples import Examples
 from dlm.data.sources import parse_sources
 from dlm.data.streaming import StreamedExamples, StreamedSource
-from dlm.models.transformer import LLaDAModelLM
-from dlm.tokenizer import load_tokenizer, mask_id
+from dlm.tokenizer import mask_id
 from dlm.training.accelerator import make_accelerator
 from dlm.training.config import RecipeConfig
 from dlm.training.sharding import whole_state
@@ -33,27 +31,12 @@ from dlm.utils.hardware import commit, hardware
 # ------------------------------------------------------------------------------------------------- model and data
 
 
-def open_tokenizer(source: str | os.PathLike):
-    """The tokenizer of a folder or hub id. Errors: it has none."""
-    tokenizer = load_tokenizer(source)
-    if tokenizer is None:
-        raise ValueError(f"{source} holds no tokenizer: give one with --tokenizer")
-    return tokenizer
-
-
-def open_model(recipe: RecipeConfig, dtype: torch.dtype = torch.float32) -> LLaDAModelLM:
-    """The model that a recipe goes on from, with its weights in `dtype`."""
-    with quiet():
-        return LLaDAModelLM.from_pretrained(recipe.model, dtype=dtype)
-
-
-def check_fit(model, tokenizer) -> None:
-    """Errors: a tokenizer with more tokens than the model has embeddings."""
-    if len(tokenizer) > model.config.embedding_size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens and the model {model.config.embedding_size} embeddings: "
-            f"use the tokenizer that belongs to the model"
-        )
+def open_model(recipe: RecipeConfig, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """The model that a recipe goes on from, with its weights in `dtype`, on the host: the trainer places it."""
+    opened = load_pretrained(recipe.model, dtype=dtype, device="cpu")
+    if recipe.objective != "autoregressive":
+        opened.check_diffusion()
+    return opened.model
 
 
 def load_examples(value: str, length: int, load: Callable[[str], Documents]) -> Examples:

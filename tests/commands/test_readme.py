@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dlm.checkpoints.load import SHIPPED
+from dlm.checkpoints.files import SHIPPED
 from dlm.cli import main, scripts
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dlm.checkpoints.load import SHIPPED
+from dlm.checkpoints.files import SHIPPED
 
 ROOT = Path(__file__).parents[2]
 

@@ -54,11 +54,11 @@ def test_texts_do_not_depend_on_the_batch(checkpoint, tmp_path_factory, tokenize
     config = SamplingConfig(gen_length=12, temperature=1.0, seed=3)
     for folder, causal in ((checkpoint, False), (twin, True)):
         writer = open_writer(folder)
-        assert writer.causal is causal
+        assert writer.autoregressive is causal
         prompts = [[tokenizer.bos_token_id]] * 5
         told = []
         some = write(writer, prompts, config, batch_size=2, report=told.append)
         assert some == write(writer, prompts, config, batch_size=5) and told == [2, 4, 5]
         assert len({tuple(row) for row in some}) == 5
-        assert not any(writer.mask in row or tokenizer.eos_token_id in row for row in some)
+        assert not any(writer.mask_id in row or tokenizer.eos_token_id in row for row in some)
     assert until_end([1, 2, 3, 2], [3, 9]) == [1, 2] and until_end([1], [3]) == [1]

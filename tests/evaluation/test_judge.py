@@ -7,7 +7,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import dlm
-from dlm.checkpoints.load import TWIN
+from dlm.checkpoints.files import TWIN
 from dlm.evaluation.judge import open_judge
 from dlm.models.attention import causal
 from dlm.tokenizer import train_tokenizer

@@ -1,13 +1,10 @@
 """The causal twin: cached decoding is uncached decoding, and the likelihood of the next token is exact."""
 
-import json
 
 import numpy as np
 import pytest
 import torch
 
-from dlm.checkpoints.load import SHIPPED
-from dlm.checkpoints.pretrained import is_autoregressive
 from dlm.data.examples import Example, pack
 from dlm.models.attention import causal
 from dlm.objectives.likelihood import answer, likelihood
@@ -74,12 +71,3 @@ def test_likelihood_is_the_objective():
     wanted = -(p[1, 1] + p[2, 2] + p[3, 3])
     assert found[0].nats == pytest.approx(float(wanted))
     assert MASK not in examples[0].tokens
-
-
-def test_which_checkpoints_are_autoregressive(tmp_path):
-    assert not is_autoregressive(SHIPPED)
-    for kind, objective, wanted in (("llada", "autoregressive", True), ("llada", None, False), ("gpt2", None, True)):
-        folder = tmp_path / f"{kind}-{objective}"
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps({"model_type": kind, "objective": objective}))
-        assert is_autoregressive(folder) is wanted

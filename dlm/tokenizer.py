@@ -12,31 +12,42 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dlm.utils.files import read_object
 
-BLANK = re.compile(r"_{3,}(?:\{(\d+)\})?")
+# ___, ___{12} for twelve tokens, ___{12:/[0-9]+/} for what they must match, ___{/[0-9]+/} for both left open
+BLANK = re.compile(r"_{3,}(?:\{(?:(\d+)|(?:(\d+):)?/((?:[^/\\]|\\.)*)/)\})?")
 
 
 def template(tokenizer, text: str, blank_length: int, mask: int) -> list[int]:
-    """Ids of a text with blanks (`___`, or `___{12}` for twelve tokens), the mask id in the blanks.
+    """Ids of a text with blanks, as `blanks`, without their patterns."""
+    return blanks(tokenizer, text, blank_length, mask)[0]
+
+
+def blanks(tokenizer, text: str, blank_length: int, mask: int) -> tuple[list[int], list[tuple[int, int, str | None]]]:
+    """Ids of a text with blanks (`___`, or `___{12}` for twelve tokens), the mask id in the blanks; and of each blank
+    where it begins, its length, and the pattern that it must match (`___{12:/[0-9]+/}`) or None.
 
     In a byte-level vocabulary a word begins with its space (" mat"), so the space before a blank is left to
-    the model, which writes it with the word; the text after a blank keeps its own.
+    the model, which writes it with the word; the text after a blank keeps its own. A pattern then has that space.
     Errors: no blank; a blank of no tokens; text that contains the mask token.
     """
-    blanks = list(BLANK.finditer(text))
-    if not blanks:
+    found = list(BLANK.finditer(text))
+    if not found:
         raise ValueError(f"no blank in {text[:60]!r}: mark each with ___, or with ___{{12}} for twelve tokens")
     ids: list[int] = []
+    places: list[tuple[int, int, str | None]] = []
     at = 0
-    for blank in blanks:
-        length = int(blank[1]) if blank[1] else blank_length
+    for blank in found:
+        length = int(blank[1] or blank[2] or blank_length)
         if length < 1:
             raise ValueError(f"the blank {blank[0]} has no tokens: give 1 or more")
-        piece = text[at : blank.start()]
+        piece, pattern = text[at : blank.start()], blank[3]
         if piece.endswith(" ") and not piece.endswith("  "):
             piece = piece[:-1]
-        ids += encode_prompt(tokenizer, piece, mask, beginning=not ids) + [mask] * length
+            pattern = None if pattern is None else f" (?:{pattern})"
+        ids += encode_prompt(tokenizer, piece, mask, beginning=not ids)
+        places.append((len(ids), length, pattern))
+        ids += [mask] * length
         at = blank.end()
-    return ids + encode_prompt(tokenizer, text[at:], mask, beginning=False)
+    return ids + encode_prompt(tokenizer, text[at:], mask, beginning=False), places
 
 
 BOS, EOS, MASK = "<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>"
@@ -184,3 +195,36 @@ def decode(tokenizer, ids: Iterable[int]) -> str:
             break
         kept.append(int(token))
     return tokenizer.decode(kept, skip_special_tokens=True)
+
+
+def token_bytes(tokenizer) -> list[bytes]:
+    """The bytes that each id writes, b"" for special and unused ids: V of them.
+
+    Byte-level vocabularies (GPT-2's alphabet) and SentencePiece ones (a low line for a space, <0x0A> for a byte).
+    """
+    words: list[bytes] = [b""] * len(tokenizer)
+    special = set(tokenizer.all_special_ids) | {
+        number for number, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
+    byte_level = "ByteLevel" in repr(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", ""))
+    alphabet = _byte_alphabet()
+    for word, number in tokenizer.get_vocab().items():
+        if number in special or number >= len(words):
+            continue
+        if number in tokenizer.added_tokens_decoder:
+            words[number] = word.encode()
+        elif byte_level:
+            words[number] = bytes(alphabet[letter] for letter in word if letter in alphabet)
+        elif re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", word):
+            words[number] = bytes([int(word[3:5], 16)])
+        else:
+            words[number] = word.replace("\u2581", " ").encode()
+    return words
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The letter for each byte in a byte-level vocabulary: printable ones are themselves, others follow 255."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = {chr(byte): byte for byte in plain}
+    others = [byte for byte in range(256) if byte not in plain]
+    return letters | {chr(256 + i): byte for i, byte in enumerate(others)}

@@ -9,6 +9,7 @@ from dlm.sampling import denoise as loop
 from dlm.sampling import generate as whole
 from dlm.sampling.canvas import Canvas
 from dlm.sampling.config import SamplingConfig
+from dlm.sampling.constraints import Constraint
 from dlm.sampling.denoise import DenoiseState
 from dlm.sampling.generate import GenerationOutput
 
@@ -32,9 +33,11 @@ def denoise(
     *,
     vocab_size: int | None = None,
     eos_token_ids: Sequence[int] = (),
+    constraints: Sequence[Sequence[Constraint]] | None = None,
 ) -> Iterator[DenoiseState]:
     """Fills the masked places of a canvas with a model or any mask predictor, and yields a state after every turn.
 
     Arguments and errors are those of `sampling.denoise.denoise`.
     """
-    return loop.denoise(packed(model), canvas, config, vocab_size=vocab_size, eos_token_ids=eos_token_ids)
+    known = {"vocab_size": vocab_size, "eos_token_ids": eos_token_ids, "constraints": constraints}
+    return loop.denoise(packed(model), canvas, config, **known)

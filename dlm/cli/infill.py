@@ -20,23 +20,23 @@ def infill(argv: Sequence[str]) -> int:
     parser = Parser(
         "infill",
         "[TEXT ...] [options]",
-        "Fill the blanks of each text: ___ is a blank, ___{12} one of twelve tokens.",
+        "Fill the blanks of each text: ___ is a blank, ___{12} one of twelve tokens, ___{12:/[0-9]+/} of digits.",
     )
     parser.add_argument("prompt", nargs="*", metavar="TEXT", help="text with blanks")
     parser.add_argument("--blank-length", type=int, default=4, metavar="N", help="tokens in a blank (default: 4)")
     add_common(parser, argv, leave_out=("gen_length",))
     args = parser.parse(argv)
     check_counts(args)
-    from dlm.tokenizer import template
+    from dlm.tokenizer import blanks
 
     texts = gather_prompts(args, 'dlm infill "The cat ___ on the mat."')
     opened = announce(args, check=False)
-    rows = [template(opened.tokenizer, text, args.blank_length, opened.mask_id) for text in texts]
-    places = max(row.count(opened.mask_id) for row in rows)
+    rows = [blanks(opened.tokenizer, text, args.blank_length, opened.mask_id) for text in texts]
+    places = max(row.count(opened.mask_id) for row, _ in rows)
     # A blank is in the middle of a text, so the text may not end in it.
     config = settings(args, opened.defaults, gen_length=places, suppress_eos=opened.has_end)
     pairs = [(text, row) for text, row in zip(texts, rows, strict=True) for _ in range(args.num_samples)]
-    jobs = [Job(row, text, config.seed + index) for index, (text, row) in enumerate(pairs)]
+    jobs = [Job(row, text, config.seed + i, tuple(found)) for i, (text, (row, found)) in enumerate(pairs)]
 
     def show(result: Result) -> None:
         pieces = filled_pieces(opened, result, config)

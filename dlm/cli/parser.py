@@ -47,7 +47,7 @@ class Parser(OptionParser):
             more = (
                 {"action": argparse.BooleanOptionalAction}
                 if kind is bool
-                else {"type": kind, "metavar": {int: "N", float: "X", str: "NAME"}[kind]}
+                else {"type": kind, "metavar": {int: "N", float: "X", str: "NAME"}.get(kind, "VALUE")}
             )
             group.add_argument(flag(field), default=None, help=text, **more).shown = bool(value)
 

@@ -31,6 +31,7 @@ class Job:
     ids: list[int]
     prompt: str
     seed: int
+    blanks: tuple[tuple[int, int, str | None], ...] = ()  # of a template: start, length and pattern of each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,11 +135,17 @@ def denoise(opened: Pretrained, jobs: Sequence[Job], config, args, show_given: b
     Ctrl-C ends it early: the results are then not finished.
     """
     import dlm
+    from dlm.sampling.constraints import constraints_of_blanks
     from dlm.sampling.generate import prepare
 
     canvas = dlm.Canvas.from_templates([job.ids for job in jobs], opened.mask_id, device=opened.model.device)
     config = dataclasses.replace(config, seed=tuple(job.seed for job in jobs))
-    _, known = prepare(opened.model, canvas, config.gen_length, opened.tokenizer)
+    _, known = prepare(opened.model, canvas, config, opened.tokenizer)
+    if any(pattern for job in jobs for *_, pattern in job.blanks):
+        if known["constraints"] is not None:
+            raise ValueError("a blank has a pattern of its own: leave --regex, --json-schema and --choices out")
+        eos = config.eos_ids or known["eos_token_ids"]
+        known["constraints"] = [constraints_of_blanks(opened.tokenizer, job.blanks, eos) for job in jobs]
     shown = not args.json and not args.no_live and live.is_live(sys.stdout)
     view: Any = contextlib.nullcontext()
     if shown:

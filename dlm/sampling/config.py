@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Integral, Real
+from pathlib import Path
 
 from dlm.utils.names import check_name
 
@@ -14,6 +15,7 @@ __all__ = [
     "NEEDS",
     "REVISION_NAMES",
     "SAMPLING",
+    "SEARCH_NAMES",
     "SPLIT_NAMES",
     "SamplingConfig",
     "as_ids",
@@ -24,7 +26,19 @@ METHOD_NAMES = ("none", "prefix", "dual", "vicinity", "c2f", "block_causal")  # 
 COMMIT_NAMES = ("quota", "threshold", "factor", "entropy_bound")  # commit.COMMITS
 CONFIDENCE_NAMES = ("probability", "margin", "entropy", "random")  # propose.CONFIDENCES
 REVISION_NAMES = ("none", "edit")  # revise.REVISIONS
+SEARCH_NAMES = ("greedy", "viterbi")
 SPLIT_NAMES = ("remainder_first", "rounded")  # schedule.SPLITS
+
+
+def words(text: str) -> tuple[str, ...]:
+    """The texts between the commas of an option."""
+    return tuple(text.split(","))
+
+
+def schema_file(path: str) -> str:
+    """The text of a JSON schema's file."""
+    return Path(path).read_text(encoding="utf-8")
+
 
 # Field of SamplingConfig: (type, help). The one place where the options of sampling are written.
 SAMPLING: dict[str, tuple[Callable, str]] = {
@@ -46,6 +60,10 @@ SAMPLING: dict[str, tuple[Callable, str]] = {
     "top_k": (int, "only the K most probable tokens"),
     "top_p": (float, "only the most probable tokens that make up P"),
     "cfg_scale": (float, "strength of classifier-free guidance"),
+    "regex": (str, "a pattern that the whole text matches"),
+    "json_schema": (schema_file, "a file with a JSON schema that the whole text fits"),
+    "choices": (words, "texts between commas, of which the whole text is one"),
+    "constraint_search": (str, "greedy or viterbi: token by token, or the most probable text that matches"),
     "window": (int, "for --method vicinity: positions on each side of the block"),
     "seed": (int, "of the first text; the next ones count up from it"),
     "stop_at_eos": (bool, "stop a text at its end-of-text token"),
@@ -62,6 +80,8 @@ NEEDS: dict[str, tuple[str, tuple | None, str]] = {
     "threshold": ("commit", ("threshold",), "add --commit threshold"),
     "factor": ("commit", ("factor",), "add --commit factor"),
     "entropy_bound": ("commit", ("entropy_bound",), "add --commit entropy_bound"),
+    "edit_threshold": ("revise", ("edit",), "add --revise edit"),
+    "max_post_passes": ("revise", ("edit",), "add --revise edit"),
     "window": ("method", ("vicinity",), "add --method vicinity"),
     "top_k": ("temperature", None, "give a --temperature above 0"),
     "top_p": ("temperature", None, "give a --temperature above 0"),
@@ -86,6 +106,8 @@ class SamplingConfig:
         `probability`. tempered_confidence: of the distribution sampled from (Dream), not the model's own (LLaDA).
     temperature: 0 takes the most probable token, above 0 samples. top_k, top_p: which tokens may be sampled.
     cfg_scale: w of classifier-free guidance, l = u + (w + 1)(c - u); 0 is none, and costs nothing.
+    regex, json_schema (its text), choices: what the whole region must match, one of the three; end-of-text fills what
+        is left. constraint_search: `greedy` proposes token by token, `viterbi` the most probable text that matches.
     seed: row i uses seed + i; a tuple gives one a row.
     stop_at_eos: a row ends at a committed end-of-text with nothing masked before it. eos_token_id: an id or several,
         in place of the checkpoint's. suppress_eos: never propose it (LLaDA's logits_eos_inf). delay_eos: commit it
@@ -111,6 +133,10 @@ class SamplingConfig:
     top_p: float | None = None
     cfg_scale: float = 0.0
     window: int = 16
+    regex: str | None = None
+    json_schema: str | None = None
+    choices: tuple[str, ...] | None = None
+    constraint_search: str = "greedy"
     seed: int | tuple[int, ...] = 0
     stop_at_eos: bool = False
     eos_token_id: int | tuple[int, ...] | None = None
@@ -122,6 +148,7 @@ class SamplingConfig:
         check_name("commit", self.commit, COMMIT_NAMES)
         check_name("split", self.split, SPLIT_NAMES)
         check_name("revise", self.revise, REVISION_NAMES)
+        check_name("constraint_search", self.constraint_search, SEARCH_NAMES)
         if self.confidence is not None:
             check_name("confidence", self.confidence, CONFIDENCE_NAMES)
         for name in ("gen_length", "steps", "block_length", "top_k"):
@@ -138,10 +165,11 @@ class SamplingConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: it is a switch; give True or False")
         self._check_numbers()
         self._check_commit()
-        for name in ("seed", "eos_token_id"):
+        for name in ("seed", "eos_token_id", "choices"):
             value = getattr(self, name)
             if isinstance(value, Sequence) and not isinstance(value, str):
                 object.__setattr__(self, name, tuple(value))  # lists, as JSON has them
+        self._check_constraint()
         if not all(_whole(token) and token >= 0 for token in self.eos_ids):
             raise ValueError(f"eos_token_id is {self.eos_token_id!r}: give a token id, 0 or more, or several")
         seeds = self.seed if isinstance(self.seed, tuple) else (self.seed,)
@@ -174,6 +202,23 @@ class SamplingConfig:
             raise ValueError(
                 f"commit factor reads confidence as a probability, but confidence is {self.confidence!r}: "
                 "use probability or margin, or another commit rule"
+            )
+
+    def _check_constraint(self) -> None:
+        given = [name for name in ("regex", "json_schema", "choices") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are given: the text can match one of them; leave the others out")
+        for name in ("regex", "json_schema"):
+            if getattr(self, name) is not None and not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} is {str(getattr(self, name))[:40]!r}: give a text")
+        if self.choices is not None:
+            wrong = not isinstance(self.choices, tuple) or not all(isinstance(text, str) for text in self.choices)
+            if wrong or not self.choices or not all(self.choices):
+                raise ValueError(f"choices is {self.choices!r}: give one or more texts, none of them empty")
+        if self.constraint_search == "viterbi" and self.temperature > 0:
+            raise ValueError(
+                f"constraint_search is 'viterbi', which takes the most probable text, but temperature is "
+                f"{self.temperature}: leave one of them out"
             )
 
     @property

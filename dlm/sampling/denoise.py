@@ -10,12 +10,14 @@ alike share one forward pass.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dlm.sampling.canvas import Canvas
 from dlm.sampling.commit import COMMITS, Step, coarse_block
 from dlm.sampling.config import SamplingConfig
+from dlm.sampling.constraints import Constraint, allowed_tokens, best_words, change_in_order, commit_in_order
 from dlm.sampling.planning import Plan, alike, plan_pass, request_of
 from dlm.sampling.revise import REVISIONS, Slate
 from dlm.sampling.rows import Batch, Row
@@ -50,16 +52,17 @@ def denoise(
     *,
     vocab_size: int | None = None,
     eos_token_ids: Sequence[int] = (),
+    constraints: Sequence[Sequence[Constraint]] | None = None,
 ) -> Iterator[DenoiseState]:
     """Fills the masked places of `canvas` and yields a state after every turn.
 
     `predictor` is any callable with the signature of `Packed.__call__`; a model is called as it is (`dlm.denoise` packs
     it first). vocab_size: ids from there on are never proposed (embeddings beyond the tokenizer). eos_token_ids: what
-    ends a text, unless the config says. Raises ValueError for settings that do not fit the model or the canvas,
-    FloatingPointError for NaN logits.
+    ends a text, unless the config says. constraints: each row's. Raises ValueError for settings that do not fit the
+    model or the canvas, FloatingPointError for NaN logits.
     """
     batch = Batch(predictor, vocab_size=vocab_size, eos_token_ids=eos_token_ids)
-    batch.join(canvas, config or SamplingConfig())
+    batch.join(canvas, config or SamplingConfig(), constraints)
     try:
         while batch.active:
             yield turn(batch)
@@ -133,14 +136,22 @@ def commit(
 ) -> None:
     """Proposes tokens from logits (R, M, V) for rows of the same settings, commits what the rule says, revises."""
     config, where = rows[0].config, (plan.index[:, None], request.slots)
+    written = [row.written for row in rows]
+    bound = any(constraint is not None for constraint in written)
+    suppressed = rows[0].eos if config.suppress_eos else ()
     options = {
         "mask_id": batch.canvas.mask_id,
         "vocab_size": batch.vocab_size,
-        "suppressed": rows[0].eos if config.suppress_eos else (),
-        "generators": [row.generator for row in rows],
+        "suppressed": () if bound else suppressed,  # a constraint says itself where end-of-text stands
         "kernels": getattr(batch.predictor, "kernels", None),
     }
-    token, confidence, largest = decide_all(logits, request, config, **options)
+    generators = [row.generator for row in rows]
+    allowed = None
+    if bound:
+        allowed = allowed_tokens(written, request.slots, eligible, logits.shape[-1], suppressed)
+    token, confidence, largest = decide_all(logits, request, config, generators=generators, allowed=allowed, **options)
+    if bound and config.constraint_search == "viterbi":
+        token, confidence = best_words(written, request, eligible, logits, token, confidence, config)
     batch.unchecked.append((batch.turns, Check(largest, request)))
     certain = confidence
     if config.delay_eos:
@@ -152,16 +163,32 @@ def commit(
     quota = torch.stack([row.share for row in rows])
     rule = Step(quota, config.threshold, config.factor, config.entropy_bound)
     chosen = COMMITS[config.commit](certain, eligible, rule)
+    if bound:
+
+        def again(row: int, place: int, allowed: np.ndarray) -> tuple[int, float]:
+            few = logits[[row + len(rows) * branch for branch in range(rows[row].branches)], place][:, None]
+            one = Request.one(request.slots[row : row + 1, place : place + 1])
+            mask = torch.zeros(1, 1, logits.shape[-1], dtype=torch.bool, device=logits.device)
+            mask[..., : len(allowed)] = torch.from_numpy(allowed[: logits.shape[-1]]).to(mask.device)
+            new, sure, _ = decide_all(few, one, config, generators=[generators[row]], allowed=mask, **options)
+            return int(new), float(sure)
+
+        fixed = config.commit == "quota"
+        token, confidence, chosen = commit_in_order(
+            written, request.slots, token, confidence, chosen, again, keep_count=fixed
+        )
     held = pages.tokens[where]
     if (revision := REVISIONS[config.revise]) is not None:
         best = (token, confidence)
         if not config.is_greedy:
-            best = decide_all(logits, request, config.greedy, **options)[:2]
+            best = decide_all(logits, request, config.greedy, generators=generators, **options)[:2]
         revisable = request.eligible & (held != batch.canvas.mask_id)
         token, revised = revision.rule(Slate(held, token, chosen, revisable, *best, config, rows))
+        if bound:
+            revised = change_in_order(written, request.slots, token, revised, batch.canvas.mask_id)
         pages.revised[where] = revised
-    written = chosen if revision is None else chosen | revised
-    pages.tokens[where] = torch.where(written, token, held)
+    new = chosen if revision is None else chosen | revised
+    pages.tokens[where] = torch.where(new, token, held)
     pages.committed[where] = chosen
     pages.confidence[where] = confidence.float().masked_fill(~chosen, 0.0)  # torch.where copies its 0.0 to a GPU
 

@@ -8,6 +8,7 @@ from transformers.utils import ModelOutput
 
 from dlm.sampling.canvas import Canvas
 from dlm.sampling.config import SamplingConfig, as_ids
+from dlm.sampling.constraints import constraint_of
 from dlm.sampling.denoise import denoise
 from dlm.tokenizer import encode_prompt, mask_id
 
@@ -39,7 +40,7 @@ def generate(predictor, inputs, config: SamplingConfig | None = None, *, tokeniz
     Raises ValueError for inputs or settings that do not fit the model, FloatingPointError for NaN logits.
     """
     config = config or SamplingConfig()
-    canvas, settings = prepare(predictor, inputs, config.gen_length, tokenizer)
+    canvas, settings = prepare(predictor, inputs, config, tokenizer)
     state, committed = None, torch.zeros(len(canvas.tokens), dtype=torch.int64, device=canvas.tokens.device)
     for state in denoise(predictor, canvas, config, **settings):
         committed += state.committed.sum(dim=1)
@@ -55,12 +56,13 @@ def generate(predictor, inputs, config: SamplingConfig | None = None, *, tokeniz
     )
 
 
-def prepare(predictor, inputs, gen_length: int, tokenizer=None) -> tuple[Canvas, dict]:
-    """The canvas for these inputs and what `denoise` should know of the checkpoint (vocab_size, eos_token_ids)."""
+def prepare(predictor, inputs, config: SamplingConfig, tokenizer=None) -> tuple[Canvas, dict]:
+    """The canvas for these inputs and what else `denoise` should know (vocab_size, eos_token_ids, constraints)."""
     settings = getattr(predictor, "config", None)
     vocab_size = getattr(settings, "vocab_size", None) if tokenizer is None else len(tokenizer)
     known = {"vocab_size": vocab_size, "eos_token_ids": as_ids(getattr(settings, "eos_token_id", None))}
     if isinstance(inputs, Canvas):
+        known["constraints"] = constraint_of(config, inputs, tokenizer, known["eos_token_ids"])
         return inputs, known
     if isinstance(inputs, Tensor):
         inputs = inputs.tolist()
@@ -70,13 +72,14 @@ def prepare(predictor, inputs, gen_length: int, tokenizer=None) -> tuple[Canvas,
         if tokenizer is None:
             raise ValueError("text was given but no tokenizer: pass tokenizer=, or give token ids")
         inputs = [encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in inputs]
-    canvas = Canvas.from_prompts(inputs, gen_length, mask_id(tokenizer, settings), device=_device_of(predictor))
+    canvas = Canvas.from_prompts(inputs, config.gen_length, mask_id(tokenizer, settings), device=_device_of(predictor))
     size = getattr(settings, "embedding_size", None)
     wrong = canvas.tokens[(canvas.tokens < 0) | (canvas.tokens >= (size or 2**62))]
     if len(wrong):
         raise ValueError(
             f"the prompts hold id {int(wrong[0])}, but the model's ids go from 0 to {size - 1 if size else '…'}"
         )
+    known["constraints"] = constraint_of(config, canvas, tokenizer, known["eos_token_ids"])
     return canvas, known
 
 

@@ -17,6 +17,7 @@ from dlm.models.attention import Visible
 from dlm.models.kv_cache import KVCache
 from dlm.sampling.canvas import Canvas
 from dlm.sampling.config import SamplingConfig
+from dlm.sampling.constraints import Constraint, Written
 from dlm.sampling.methods import METHODS, Method, visibility
 from dlm.sampling.revise import REVISIONS, Revision
 from dlm.sampling.schedule import lay_out, schedule
@@ -48,6 +49,7 @@ class Row:
     starts: list[int]
     shares: Tensor
     generator: torch.Generator
+    written: Written | None = None
     block: int = 0
     turn: int = 0
     left: int = 0
@@ -150,9 +152,15 @@ class Batch:
         return [row for row in self.rows if row is not None and not row.done]
 
     @torch.inference_mode()
-    def join(self, canvas: Canvas, config: SamplingConfig) -> list[Row]:
+    def join(
+        self,
+        canvas: Canvas,
+        config: SamplingConfig,
+        constraints: Sequence[Sequence[Constraint]] | None = None,
+    ) -> list[Row]:
         """Adds the rows of `canvas` (R, T), all with these settings; row i has the seed of its place.
 
+        constraints: each row's, none for a row that may hold any text.
         Raises ValueError for settings that fit neither the model nor the canvas.
         """
         eos = config.eos_ids or self.eos_token_ids
@@ -174,6 +182,16 @@ class Batch:
         revised = REVISIONS[config.revise] is not None and not method.coarse
         layout, sizes = lay_out(canvas, block_length, visible, revised=revised)
         lengths, seeds, rules = canvas.valid.sum(dim=1).tolist(), config.row_seeds(count), replace(config, seed=0)
+        written: list[Written | None] = [None] * count
+        for i, here in enumerate(constraints or ()):
+            if here:
+                written[i] = Written(here, canvas.tokens[i].tolist(), canvas.mask_id, config.constraint_search)
+                whole = set(written[i].where) >= set(canvas.masked[i].nonzero()[:, 0].tolist())
+                if config.stop_at_eos and not (whole and len(here) == 1):
+                    raise ValueError(
+                        "stop_at_eos ends a whole text, and here a blank is constrained, which may end before the "
+                        "text does: leave it out"
+                    )
         joined = []
         for i, index in enumerate(self._free(count)):
             masked = sizes[i]
@@ -197,6 +215,7 @@ class Batch:
                 [0, *accumulate(len(block) for block in quotas)],
                 torch.tensor([*flat, 0], dtype=torch.int64, device=device),
                 torch.Generator(device).manual_seed(seeds[i]),
+                written[i],
                 left=masked[0] if masked else 0,
             )
             joined.append(row)

@@ -16,7 +16,7 @@ from dlm.sampling.canvas import Canvas
 from dlm.sampling.config import SamplingConfig
 from dlm.sampling.propose import propose
 
-__all__ = ["Check", "Request", "compute", "decide_all"]
+__all__ = ["Check", "Request", "branches", "compute", "decide_all", "guided"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,11 @@ class Request:
     counts: list[int]
     eligible: Tensor
     valid: Tensor | None
+
+    @classmethod
+    def one(cls, slots: Tensor) -> "Request":
+        """A single place of a single row, slots (1, 1), that is asked about once more."""
+        return cls(None, None, slots, [1], torch.ones_like(slots, dtype=torch.bool), None)
 
     def of(self, few: Tensor, index: Tensor) -> "Request":
         """The request of some of its rows, few (N,) into R; index (R,): the rows of the canvas."""
@@ -100,7 +105,7 @@ def _parts(
 ) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
     """The logits (R, M, V) in pieces, with guidance those of the other branch, and where tokens are allowed place by
     place, which: on a CPU a few places at a time, (1, m, V), where no place needs its row's generator."""
-    given = [*(logits.chunk(2) if config.cfg_scale else (logits, None)), allowed]
+    given = [*branches(logits, config), allowed]
     if logits.device.type != "cpu" or config.temperature > 0 or config.ordering == "random":
         return [tuple(given)]
     each = max(1, PART // logits.shape[-1])
@@ -120,10 +125,7 @@ def decide(
     if other is None and allowed is None and kernels is not None and _greedy(config):
         found = kernels.summarise(logits, forbidden, suppressed)
         return found.token, found.confidence(config.ordering), found.largest
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    if other is not None:
-        other = other.to(logits.dtype)
-        logits = other + (config.cfg_scale + 1) * (logits - other)
+    logits = guided(logits, other, config)
     most = logits.amax(dim=-1)  # a NaN or +inf anywhere makes the largest so
     logits = logits.clamp_min(torch.finfo(logits.dtype).min)
     if suppressed:  # LLaDA's logits_eos_inf: gone from the prediction too, so that confidence does not count them
@@ -141,6 +143,20 @@ def decide(
         top_p=config.top_p,
     )
     return token, confidence, most
+
+
+def branches(logits: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor | None]:
+    """The logits (R, M, V), and with guidance those of the branch that has what is given masked."""
+    return tuple(logits.chunk(2)) if config.cfg_scale else (logits, None)
+
+
+def guided(logits: Tensor, other: Tensor | None, config: SamplingConfig) -> Tensor:
+    """Logits in fp32 or more, with guidance l = u + (w + 1)(c - u)."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if other is None:
+        return logits
+    other = other.to(logits.dtype)
+    return other + (config.cfg_scale + 1) * (logits - other)
 
 
 def _greedy(config: SamplingConfig) -> bool:

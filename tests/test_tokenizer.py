@@ -84,3 +84,9 @@ def test_errors(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="no mask token"):
         mask_id(None, Config())
     assert json.loads(tokenizer.backend_tokenizer.to_str())["model"]["type"] == "BPE"
+
+
+def test_a_word_without_end_does_not_stall_the_training():
+    """BPE takes quadratic time over one word: 5 MB without a space never ended."""
+    tokenizer = train_tokenizer(["a fox " * 20, "ab" * 2_500_000], 300)
+    assert tokenizer.decode(tokenizer("a fox")["input_ids"], skip_special_tokens=True) == "a fox"

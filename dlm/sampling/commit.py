@@ -25,10 +25,17 @@ class Step:
 
 
 def _sorted(confidence: Tensor, eligible: Tensor) -> tuple[Tensor, Tensor]:
-    """Confidence from high to low and the places it belongs to; eligible places first, ties by place."""
+    """Confidence from high to low and the places it belongs to; eligible places first, ties by place.
+
+    Places that differ by rounding alone are ties. A row of masks without a prompt has equal confidences everywhere, and
+    the rounding of a product depends on the batch: without this the same row committed in another order elsewhere.
+    """
     floor = torch.finfo(confidence.dtype).min
     ranked = confidence.clamp_min(floor).masked_fill(~eligible, -torch.inf)
-    return ranked.sort(dim=-1, descending=True, stable=True)
+    grid = 4 * torch.finfo(ranked.dtype).eps if ranked.dtype != torch.float64 else 2.0**-40
+    key = torch.where(ranked.abs() < 2**20, (ranked / grid).round() * grid, ranked)
+    order = key.sort(dim=-1, descending=True, stable=True).indices
+    return ranked.gather(-1, order), order
 
 
 def _first(count: Tensor, order: Tensor, eligible: Tensor) -> Tensor:
@@ -45,8 +52,9 @@ def by_quota(confidence: Tensor, eligible: Tensor, step: Step) -> Tensor:
 
 def by_threshold(confidence: Tensor, eligible: Tensor, step: Step) -> Tensor:
     """Every place with confidence >= tau, else the best one (Fast-dLLM, arXiv:2505.22618, alg. 1)."""
-    ranked, order = _sorted(confidence, eligible)
-    return _first((ranked >= step.threshold).sum(dim=-1), order, eligible)
+    sure = eligible & (confidence >= step.threshold)
+    _, order = _sorted(confidence, eligible)
+    return torch.where(sure.any(dim=-1, keepdim=True), sure, _first(sure.sum(dim=-1), order, eligible))
 
 
 def by_factor(confidence: Tensor, eligible: Tensor, step: Step) -> Tensor:

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 import dlm
+from dlm import SamplingConfig, generate
+from dlm.sampling.commit import Step, by_quota
 from dlm.sampling.propose import draw, propose
-from tests.helpers.toys import Probabilities, Table, trace
+from tests.helpers.toys import Probabilities, Table, tiny_model, trace
 
 MASK = 4
 
@@ -421,3 +423,26 @@ def test_what_does_not_go_together_is_refused_with_a_reason(commit, confidence):
     else:
         with pytest.raises(ValueError, match=f"{commit}.*{confidence}"):
             dlm.SamplingConfig(commit=commit, confidence=confidence)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ties_that_rounding_breaks_are_broken_by_place(dtype):
+    """Under guidance a row of masks without a prompt committed in an order that depended on its batch."""
+    even = torch.full((1, 6), 0.025, dtype=dtype)
+    noise = torch.tensor([[0.0, 1, -1, 1, 0, -1]], dtype=dtype) * torch.finfo(dtype).eps * 0.025
+    eligible = torch.tensor([[False, True, True, True, True, True]])
+    chosen = by_quota(even + noise, eligible, Step(torch.tensor([2])))
+    assert chosen.tolist() == [[False, True, True, False, False, False]]
+    last = torch.tensor([[-torch.inf, -torch.inf, 0.5]], dtype=dtype)  # what delay_eos makes of end-of-text
+    chosen = by_quota(last, torch.tensor([[False, True, True]]), Step(torch.tensor([2])))
+    assert chosen.tolist() == [[False, True, True]]
+
+
+def test_rows_of_masks_alone_do_not_depend_on_their_batch():
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model = tiny_model().double()
+        for method in ("none", "dual", "c2f"):
+            config = SamplingConfig(gen_length=12, block_length=4, method=method, cfg_scale=1.5)
+            together = generate(model, [[], [1, 2, 3], [], [4, 4]], config).sequences
+            assert torch.equal(together[2], generate(model, [[]], config).sequences[0])

@@ -175,11 +175,13 @@ def main(argv: Sequence[str]) -> int:
     judge = judge_of(args, opened)
     fixed = fixed_settings(args, opened, config, questions)
     judging = {"judge": judge.facts if judge else None, "bound_draws": args.bound_draws, "checker": args.checker}
+    records = [] if args.fresh else told_apart(sharing.gather(read_journals(out, fixed)))
+    journal = Journal(journal_path(out, sharing.rank), fixed, args.fresh)
     if args.fresh:
-        remove_results(out)
-        sharing.gather([])  # nobody begins before everybody has removed what there was
-    records = told_apart(sharing.gather(read_journals(out, fixed)))
-    journal = Journal(journal_path(out, sharing.rank), fixed)
+        sharing.gather([])  # every process has locked its journal
+        if sharing.rank == 0:
+            remove_results(out, sharing.size)
+        sharing.gather([])
     again = shlex.join(["dlm", "bench", "grid", *(word for word in argv if word != "--fresh")])
     try:
         runner = Runner(model, tokenizer, questions, canvases, config)

@@ -9,9 +9,17 @@ import re
 from pathlib import Path
 from typing import Any
 
-from dlm.utils.files import _sync_folder
+from dlm.utils.files import _sync_folder, try_lock
 
 FORMAT = 1
+NUMBER = int | float
+FIELDS = {  # kinds of records, and the entries without which none can be read
+    "settings": {"settings": dict},
+    "launch": {"time": NUMBER},
+    "reference": {"time": NUMBER},
+    "cell": {"time": NUMBER, "key": str},
+    "judgement": {"time": NUMBER, "key": str, "fields": dict},
+}
 
 
 def meta_path(path: Path) -> Path:
@@ -43,10 +51,19 @@ def check_output(name: str) -> Path:
     return path
 
 
-def remove_results(path: Path) -> None:
-    """Remove a results file, what stands beside it and its journals."""
-    for file in (path, meta_path(path), *journal_paths(path)):
-        file.unlink(missing_ok=True)
+def remove_results(path: Path, keep: int) -> None:
+    """Remove a results file, what stands beside it, and the journals of other processes than the first `keep`.
+
+    Errors: a journal that another process writes to; nothing is removed then.
+    """
+    own = {journal_path(path, rank) for rank in range(keep)}
+    with contextlib.ExitStack() as held:
+        others = [file for file in journal_paths(path) if file not in own]
+        for file in others:
+            if not try_lock(held.enter_context(file.open("rb"))):
+                raise ValueError(f"{file} is being written by another run: wait for it, or give another --out")
+        for file in (path, meta_path(path), *others):
+            file.unlink(missing_ok=True)
 
 
 def glob_literal(text: str) -> str:
@@ -60,22 +77,16 @@ def glob_literal(text: str) -> str:
 class Journal:
     """Appends records to a file; each is on the disk when `append` returns.
 
+    fresh: begin again; nothing is removed before the file is locked.
     Errors: a file that cannot be written, or that another process writes to.
     """
 
-    def __init__(self, path: Path, settings: dict):
-        self.file = path.open("a+b")
-        with contextlib.suppress(ImportError):  # where there is no fcntl nothing is locked
-            import fcntl
-
-            try:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise ValueError(
-                    f"{path} is being written by another run: wait for it, or give another --out"
-                ) from None
+    def __init__(self, path: Path, settings: dict, fresh: bool = False):
+        self.path, self.file = path, path.open("a+b")
+        if not try_lock(self.file):
+            raise ValueError(f"{path} is being written by another run: wait for it, or give another --out")
         self.file.seek(0)
-        whole = self.file.read().rfind(b"\n") + 1
+        whole = 0 if fresh else self.file.read().rfind(b"\n") + 1
         self.file.truncate(whole)  # a kill may have left a part of a line
         if not whole:
             self.append({"kind": "settings", "format": FORMAT, "settings": settings})
@@ -100,8 +111,8 @@ def read_journal(path: Path) -> list[dict]:
     lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline was not finished
     for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            records.append(_record(json.loads(line)))
+        except (ValueError, RecursionError):
             raise ValueError(
                 f"{path}, line {number} is damaged and not the last: take it out, or begin again (--fresh)"
             ) from None
@@ -111,6 +122,15 @@ def read_journal(path: Path) -> list[dict]:
             "version that wrote it, give another --out, or begin again (--fresh)"
         )
     return records
+
+
+def _record(record) -> dict:
+    """A line of a journal. Errors: another type than a line has, or an entry of one."""
+    kind = record.get("kind") if isinstance(record, dict) else None
+    fields = FIELDS.get(kind) if isinstance(kind, str) else None
+    if fields is None or not all(isinstance(record.get(name), of) for name, of in fields.items()):
+        raise ValueError(f"{kind!r} is no record of a journal")
+    return record
 
 
 def read_journals(path: Path, settings: dict) -> list[dict]:

@@ -1,10 +1,12 @@
-"""Files and folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all, that one process writes at a time, and that replace only what
+dlm wrote."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import platform
 import re
 import shutil
 import uuid
@@ -14,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+
+LOCK = ".lock"  # in a folder that one process writes at a time
+MARKER = ".dlm.json"  # in a folder that dlm wrote whole: which files are its own
 
 
 def write_json(path: Path, content: Any, indent: int | None = None) -> None:
@@ -54,13 +59,97 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+# ------------------------------------------------------------------------------------------------------------ locks
+
+_HELD: dict[Path, int] = {}  # how often this process holds a lock file
+
+
+@contextmanager
+def locked(folder: str | os.PathLike) -> Iterator[None]:
+    """Hold a folder, which is made, for this process; within one process the blocks may nest.
+
+    The lock goes with the process, however it ends. Errors: another process holds it; it cannot be written.
+    """
+    path = Path(folder).resolve() / LOCK
+    if _HELD.get(path):
+        _HELD[path] += 1
+        try:
+            yield
+        finally:
+            _HELD[path] -= 1
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as file:
+        if not try_lock(file):
+            file.seek(0)
+            holder = " ".join(file.read(200).split()) or "another process"
+            raise ValueError(f"{folder} is being written by {holder}: wait for it, or give another output folder")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        _HELD[path] = 1
+        try:
+            yield
+        finally:
+            del _HELD[path]
+
+
+def try_lock(file) -> bool:
+    """Lock an open file for this process; False where another has it. Systems without locks lock nothing."""
+    with contextlib.suppress(ImportError):
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # a file system without locks
+            return True
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------- whole folders
+
+
+def check_replaceable(folder: str | os.PathLike) -> None:
+    """Errors: a folder that dlm would replace and that holds what it did not write, a file, a symbolic link."""
+    folder = Path(folder)
+    if folder.is_symlink():
+        raise ValueError(f"{folder} is a symbolic link to {os.readlink(folder)}: name the folder itself")
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file: give the name of a folder")
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
+    try:
+        marker = json.loads((folder / MARKER).read_bytes())
+        ours = {MARKER, *marker["files"]}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        ours = set()
+    foreign = [name for name in names if name not in ours]
+    if foreign or (not ours and any(folder.iterdir())):
+        shown = ", ".join(foreign[:3]) + (f" … ({len(foreign)} in all)" if len(foreign) > 3 else "")
+        raise ValueError(
+            f"{folder} holds what dlm did not write ({shown or 'folders'}) and would be replaced: give another folder, "
+            f"or move these away"
+        )
+
+
+def _mark(folder: Path) -> None:
+    """Write down which files of a folder are ours."""
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir())
+    (folder / MARKER).write_text(json.dumps({"written_by": "dlm", "files": names}, indent=1) + "\n", encoding="utf-8")
+
+
 @contextmanager
 def whole_folder(folder: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary folder that becomes `folder` (replacing it) when the block ends without an error.
 
-    Errors: a disk that is full or cannot be written.
+    A marker in it names its files: a folder is replaced only where all that it holds is named by its marker.
+    Errors: those of `check_replaceable`; a disk that is full or cannot be written.
     """
     folder = Path(folder)
+    check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(folder, "")
     temporary = folder.parent / f".{folder.name}-{uuid.uuid4().hex[:12]}"
@@ -69,6 +158,8 @@ def whole_folder(folder: str | os.PathLike) -> Iterator[Path]:
         yield temporary
         for file in temporary.rglob("*.safetensors"):  # written for their owner alone, whatever the umask
             file.chmod(temporary.stat().st_mode & 0o666)
+        _mark(temporary)
+        check_replaceable(folder)  # hours may have passed
         replace_folder(temporary, folder)
         _remove_stale(folder, "old-")  # only now: one may have been all that a kill between two renames left
     except Exception as error:

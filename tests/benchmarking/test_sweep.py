@@ -208,6 +208,28 @@ def test_two_runs_into_one_file_are_refused(tmp_path):
     first.close()
 
 
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_fresh_grid_does_not_touch_one_that_runs(bench, tmp_path, rank):
+    """Fault: --fresh removed the journal of a running grid, then asked for its lock."""
+    journal = Journal(tmp_path / f"grid.journal-{rank}.jsonl", {})
+    journal.append({"kind": "cell", "key": "measured", "time": 1.0})
+    (tmp_path / "grid.json").write_text("{}")
+    code, out, error = bench("--fresh")
+    assert (code, out) == (2, "") and "being written by another run" in error
+    assert [record["kind"] for record in read_journal(journal.path)] == ["settings", "cell"]
+    assert (tmp_path / "grid.json").read_text() == "{}"
+    journal.close()
+
+
+@pytest.mark.parametrize("line", ["[]", "3", '{"kind": []}', '{"kind": "cell", "time": "x", "key": "a"}', "[" * 9000])
+def test_a_record_of_another_type_is_named(tmp_path, line):
+    """Fault: a line that is JSON and no record was a traceback."""
+    path = tmp_path / "grid.journal-0.jsonl"
+    path.write_text('{"kind": "settings", "format": 1, "settings": {}}\n' + line + "\n")
+    with pytest.raises(ValueError, match=r"grid.journal-0.jsonl, line 2 is damaged"):
+        read_journal(path)
+
+
 def test_input_that_makes_no_grid(bench, checkpoint, tmp_path):
     fails(bench, "none of the", "each needs a pass", block_lengths="1", steps="2")
     fails(bench, "did you mean 'dual'", methods="dula")

@@ -8,7 +8,7 @@ from dlm.checkpoints.save import save_model
 from dlm.models.configuration import LLaDAConfig
 from dlm.models.transformer import LLaDAModelLM
 from dlm.training.state import checkpoints, step_folder
-from dlm.utils.files import whole_folder
+from dlm.utils.files import MARKER, whole_folder
 
 
 def tiny_model():
@@ -31,7 +31,8 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert (tmp_path / "a" / "x").read_text() == "1" and len(list(tmp_path.iterdir())) == 1
     with whole_folder(tmp_path / "a") as temporary:
         (temporary / "y").write_text("3")
-    assert [child.name for child in (tmp_path / "a").iterdir()] == ["y"] and len(list(tmp_path.iterdir())) == 1
+    assert sorted(child.name for child in (tmp_path / "a").iterdir()) == [MARKER, "y"]
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path):

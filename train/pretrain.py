@@ -60,8 +60,12 @@ def prepare(settings: Recipe, accelerator) -> Prepared:
     from dlm.data.documents import load_documents
     from dlm.data.streaming import text_source
     from dlm.models.transformer import LLaDAModelLM
+    from dlm.training.checks import check_new_model
     from dlm.training.recipe import Prepared, load_examples, open_model, stream_examples
 
+    if not settings.model:
+        shape = {name: getattr(settings, name) for name in ("d_model", "n_layers", "n_heads", "mlp_hidden_size")}
+        check_new_model(shape, settings.vocab_size if not settings.tokenizer else 0)
     with accelerator.main_process_first():
         tokenizer = _tokenizer(settings)
 

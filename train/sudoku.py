@@ -74,9 +74,16 @@ def prepare(settings: Recipe, accelerator) -> Prepared:
     import torch
 
     from dlm.models.transformer import LLaDAModelLM
+    from dlm.training.checks import check_memory, check_new_model
     from dlm.training.recipe import Prepared, open_model
 
     tokenizer = sudoku.make_tokenizer()
+    if not settings.model:
+        shape = {name: getattr(settings, name) for name in ("d_model", "n_layers", "n_heads", "mlp_hidden_size")}
+        check_new_model(shape, len(tokenizer))
+    count = settings.examples + settings.valid_examples
+    check_memory(8.0 * sudoku.LENGTH * count, f"{count:,} examples take at least", "give fewer")
+    check_memory(200.0 * settings.bases, f"{settings.bases:,} bases take at least", "give fewer")
     with accelerator.main_process_first():
         train, held_out = _bases(settings, accelerator.is_main_process)
     torch.manual_seed(settings.seed)

@@ -266,12 +266,18 @@ def fetch(
     """The Batch of rows of (epoch, index), as `Stream.take` gives them.
 
     random_length, seed: as `crop` takes them. width: columns of the batch (None: the length that examples were cut to).
-    end_id: fill each example up to `width` with this token, which carries loss (`fill_with_end`).
+    end_id: fill each example that was not cut up to `width` with this token, which carries loss (`fill_with_end`).
     """
-    made = [[(epoch, crop(examples[i], epoch, random_length, seed)) for epoch, i in row] for row in rows]
     width = examples.length if width is None else width
-    if end_id is not None:
-        made = [[(epoch, fill_with_end(example, width, end_id)) for epoch, example in row] for row in made]
+    made: list[list[tuple[int, Example]]] = []
+    for row in rows:
+        made.append([])
+        for epoch, index in row:
+            whole = examples[index]
+            example = crop(whole, epoch, random_length, seed)
+            if end_id is not None and len(example.tokens) == len(whole.tokens):  # a text that was cut does not end
+                example = fill_with_end(example, width, end_id)
+            made[-1].append((epoch, example))
     return pack(made, width, pad_id)
 
 

@@ -1,9 +1,6 @@
-"""What surrounds a run: the accelerator, the model and its optimizers made ready for it, and a polite stop."""
+"""What surrounds a run: the accelerator, the model and its optimizers made ready for it."""
 
 from __future__ import annotations
-
-import signal
-import threading
 
 import torch
 
@@ -70,25 +67,3 @@ def sum_over_processes(accelerator, values: list[float]) -> list[float]:
         return values
     tensor = torch.tensor(values, dtype=torch.float32 if accelerator.device.type == "mps" else torch.float64)
     return accelerator.reduce(tensor.to(accelerator.device), reduction="sum").tolist()
-
-
-class StopSignal:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step; a second Ctrl-C stops at once."""
-
-    def __enter__(self) -> StopSignal:
-        self.requested = False
-        self.name = ""
-        self._before = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number, frame) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested, self.name = True, signal.Signals(number).name
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)

@@ -157,7 +157,8 @@ class RecipeConfig(TrainingConfig):
     data, valid: comma separated sources (`data.sources`), those of data with weights or without; split: of data sets
     of the hub. streaming: read `data` while training, shuffled in windows of shuffle_window examples.
     model: a folder or hub id to go on from; tokenizer: in place of the model's own. attn_implementation: the attention
-    kernel; flex_attention on a GPU skips what packing and blocks hide. resume: go on from the newest checkpoint in
+    kernel; flex_attention on a GPU skips what packing and blocks hide. epochs: passes over the data, in place of
+    max_steps. resume: go on from the newest checkpoint in
     `output`; skip_damaged: set damaged ones aside, and go on from the newest that is whole.
     """
 
@@ -178,11 +179,14 @@ class RecipeConfig(TrainingConfig):
     name: str = ""
     export: str = ""
     export_dtype: str = "bfloat16"
+    epochs: float | None = None
     resume: bool = False
     skip_damaged: bool = False
 
     def __post_init__(self):
         super().__post_init__()
+        if self.epochs is not None and not 0 < self.epochs < float("inf"):
+            raise ValueError(f"epochs is {self.epochs}: give a number above 0")
         if self.skip_damaged and not self.resume:
             raise ValueError("skip_damaged says which checkpoint --resume goes on from: give --resume with it")
         object.__setattr__(self, "export_dtype", float_name(self.export_dtype))

@@ -12,7 +12,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dlm.training.config import TrainingConfig
+from dlm.utils.jsonio import finite
 from dlm.utils.progress import duration
+
+SLOW_STEPS = 3  # the first steps of a run, which also compile and fill caches, say nothing of the time left
+SPEED_STEPS = 20  # after so many a line with the speed and the time left is printed, whatever log_every is
 
 
 class Display:
@@ -30,6 +34,7 @@ class Display:
     ):
         self.report, self.max_steps, self.log_every, self.log_seconds = report, max_steps, log_every, log_seconds
         self.began, self.first, self.shown = time.perf_counter(), step, 0.0
+        self.settled = self.began, step
         self.live = report is print and sys.stderr.isatty()
         self.peak = peak  # operations a second of all devices; None: not known
         self._clear()
@@ -54,13 +59,18 @@ class Display:
         """
         self.loss, self.count, self.took = self.loss + loss * count, self.count + count, self.took + took
         self.norm, self.steps, self.work = self.norm + norm, self.steps + 1, self.work + work
-        if step % self.log_every and step != self.max_steps:
+        if step - self.first == SLOW_STEPS:
+            self.settled = time.perf_counter(), step
+        early = step - self.first == SPEED_STEPS
+        if step % self.log_every and step != self.max_steps and not early:
             return None
-        elapsed = time.perf_counter() - self.began  # with validation and samples: the time left includes them
-        left = elapsed / (step - self.first) * (self.max_steps - step)
+        now = time.perf_counter()
+        elapsed = now - self.began  # with validation and samples: the time left includes them
+        since, first = self.settled if step - self.settled[1] >= SLOW_STEPS else (self.began, self.first)
+        left = (now - since) / (step - first) * (self.max_steps - step)
         record = {
             "step": step,
-            "loss": self.loss / max(self.count, 1),
+            "loss": self.loss / self.count if self.count else None,
             "grad_norm": self.norm / self.steps,
             "learning_rate": rates[0] if rates else 0.0,
             "learning_rates": rates,
@@ -72,16 +82,19 @@ class Display:
         if self.peak:
             record["mfu"] = self.work / self.took / self.peak
             usage = f" ({record['mfu']:.1%} MFU)"
+        loss = f"{record['loss']:.4f}" if self.count else "- (no token carried loss)"
         line = (
-            f"step {step}/{self.max_steps}  loss {record['loss']:.4f}  grad {record['grad_norm']:.2f}  "
+            f"step {step}/{self.max_steps}  loss {loss}  grad {record['grad_norm']:.2f}  "
             f"lr {record['learning_rate']:.2e}  {record['tokens_per_s']:,.0f} tokens/s{usage}  left {duration(left)}"
         )
         if self.live:
             sys.stderr.write(f"\r\x1b[2K{line}" + ("\n" if step == self.max_steps else ""))
             sys.stderr.flush()
-        elif elapsed - self.shown >= self.log_seconds or step == self.max_steps or self.shown == 0.0:
+        elif early or elapsed - self.shown >= self.log_seconds or step == self.max_steps or self.shown == 0.0:
             self.report(line)
             self.shown = elapsed
+        if step % self.log_every and step != self.max_steps:
+            return None  # a line for people, between two records
         self._clear()
         return record
 
@@ -96,7 +109,7 @@ class Metrics:
         """Append a record, and tell the tracker its numbers."""
         if self.accelerator.is_main_process:
             with self.path.open("a", encoding="utf-8") as log:
-                log.write(json.dumps(record) + "\n")
+                log.write(json.dumps(finite(record), allow_nan=False) + "\n")
         numbers = {f"{record['kind']}/{k}": v for k, v in record.items() if isinstance(v, float)}
         self.accelerator.log(numbers, step=record["step"])
 

@@ -54,6 +54,7 @@ GROUPS = {  # title: {field: help}
         "export_dtype": "number type of the exported weights",
         "name": "name in the model card",
         "max_steps": "optimizer steps in all",
+        "epochs": "passes over the data, in place of max-steps",
         "max_seconds": "seconds of training in all; 0: no limit",
         "batch_size": "rows of an optimizer step",
         "accumulation": "micro-batches of an optimizer step",

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shlex
+import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,15 +19,20 @@ import torch
 from dlm.checkpoints import save
 from dlm.checkpoints.pretrained import load_pretrained
 from dlm.data.documents import Documents
-from dlm.data.examples import Examples
+from dlm.data.examples import Examples, epoch_rows
 from dlm.data.sources import parse_sources
 from dlm.data.streaming import StreamedExamples, StreamedSource
+from dlm.objectives.losses import Objective
 from dlm.tokenizer import mask_id
 from dlm.training.accelerator import make_accelerator
+from dlm.training.checks import MANY_EPOCHS, check_batch, check_folders, check_length
 from dlm.training.config import RecipeConfig
 from dlm.training.sharding import whole_state
 from dlm.training.trainer import Result, fit
+from dlm.utils.files import locked
 from dlm.utils.hardware import commit, hardware
+from dlm.utils.jsonio import finite
+from dlm.utils.launch import launcher_processes, typed_command
 
 # ------------------------------------------------------------------------------------------------- model and data
 
@@ -71,7 +77,7 @@ def summary(
     notes = {
         "name": recipe.name,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "command": shlex.join(["python", "-m", f"train.{prog}", *argv]),
+        "command": typed_command(argv, f"dlm train {prog}"),
         "commit": commit(),
         "hardware": hardware(),
         "torch": torch.__version__,
@@ -99,65 +105,118 @@ def summary(
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a recipe trains, and on what. finish(model, weights) -> (model, weights): what is exported."""
+    """What a recipe trains, and on what. finish(model, weights) -> (model, weights): what is exported. objective: in
+    place of the one that the settings name."""
 
     model: torch.nn.Module
     tokenizer: object
     train: Examples | StreamedExamples
     valid: Examples | None
     finish: Callable = lambda model, weights: (model, weights)
+    objective: Objective | None = None
 
 
 def run(recipe: RecipeConfig, argv: list[str], prog: str, prepare: Callable[..., Prepared]) -> int:
     """Train, and export on request. Returns the exit code: 130 where it was interrupted."""
     if not recipe.data:
         raise ValueError("no data: give --data with one or more sources, comma separated")
+    check_length(argv)
+    check_folders(recipe)
     accelerator = make_accelerator(recipe)
+    report = print if accelerator.is_main_process else (lambda line: None)
+    report(processes_line(accelerator))
+    with locked(recipe.output) if accelerator.is_main_process else nullcontext():
+        return _run(recipe, argv, prog, prepare, accelerator, report)
+
+
+def _run(recipe, argv, prog, prepare, accelerator, report) -> int:
     ready = prepare(recipe, accelerator)
     model, train = ready.model, ready.train
+    check_batch(recipe, train.length, model, accelerator.num_processes)
     try:
         model.set_attn_implementation(recipe.attn_implementation)
     except ImportError as error:
         raise ValueError(f"attn_implementation {recipe.attn_implementation} cannot be used: {error}") from error
-    report = print if accelerator.is_main_process else (lambda line: None)
     sizes = [parameter.numel() for parameter in model.parameters()]
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     share = "" if trained == sum(sizes) else f", {trained / 1e6:.2f}M of them trained"
     report(f"model: {sum(sizes) / 1e6:.2f}M parameters{share}; data: {train.describe()}")
     if not recipe.streaming:
         _report_counts(report, train.documents)
-    masked = mask_id(ready.tokenizer, model.config)
+    recipe = with_epochs(recipe, train, report)
     result = fit(
         model,
         ready.tokenizer,
         train,
         ready.valid,
         recipe,
-        mask_id=masked,
+        mask_id=mask_id(ready.tokenizer, model.config),
         resume=recipe.resume,
         skip_damaged=recipe.skip_damaged,
         accelerator=accelerator,
+        objective=ready.objective,
     )
     if result.interrupted:
-        again = " ".join([f"python -m train.{prog}", shlex.join(argv), "" if recipe.resume else "--resume"]).strip()
+        again = typed_command(argv, f"dlm train {prog}", without=["--skip-damaged"], more=["--resume"])
         report(f"stopped after step {result.step}; a checkpoint is in {recipe.output}. Go on with:\n  {again}")
         return 130
     if recipe.streaming:
         _report_counts(report, train.sources)
-    state = whole_state(accelerator.unwrap_model(model), accelerator.is_main_process)
-    if accelerator.is_main_process:
-        notes = summary(recipe, prog, sum(sizes), train, ready.valid, result, argv)
-        plain, weights = ready.finish(accelerator.unwrap_model(model), result.ema)
-        targets = [(Path(recipe.output) / "model", None)]
-        if recipe.export:
-            targets.append((Path(recipe.export), getattr(torch, recipe.export_dtype)))
-        for folder, dtype in targets:
-            own = state if plain is accelerator.unwrap_model(model) else None  # not of merged adapters
-            save.save_model(plain, folder, ready.tokenizer, state=own, weights=weights, dtype=dtype, notes=notes)
-            report(f"wrote {folder}")
-        report(json.dumps({key: notes[key] for key in ("steps", "seconds", "tokens_seen", "epochs")}))
+    _export(recipe, argv, prog, ready, result, sum(sizes), accelerator, report)
     accelerator.wait_for_everyone()
     return 0
+
+
+def _export(recipe, argv, prog, ready: Prepared, result: Result, size: int, accelerator, report) -> None:
+    """Write the model of a run that ended to its output, and where `export` says; every process calls this."""
+    plain = accelerator.unwrap_model(ready.model)
+    state = whole_state(plain, accelerator.is_main_process)
+    if not accelerator.is_main_process:
+        return
+    notes = summary(recipe, prog, size, ready.train, ready.valid, result, argv)
+    made, weights = ready.finish(plain, result.ema)
+    targets = [(Path(recipe.output) / "model", None)]
+    if recipe.export:
+        targets.append((Path(recipe.export), getattr(torch, recipe.export_dtype)))
+    for folder, dtype in targets:
+        own = state if made is plain else None  # not of merged adapters
+        save.save_model(made, folder, ready.tokenizer, state=own, weights=weights, dtype=dtype, notes=finite(notes))
+        report(f"wrote {folder}")
+    report(json.dumps({key: notes[key] for key in ("steps", "seconds", "tokens_seen", "epochs")}))
+
+
+def processes_line(accelerator) -> str:
+    """How many processes this job is, with a warning where its launcher was asked for another number."""
+    world, asked = accelerator.num_processes, launcher_processes()
+    line = f"processes: {world}, on {accelerator.device.type}"
+    if asked is not None and asked != world:
+        line += (
+            f"\nwarning: the launcher was asked for {asked} processes, and this job has {world}: for several on CPUs "
+            f"accelerate launch needs --config_file train/configs/accelerate/cpu_processes.yaml"
+        )
+    return line
+
+
+def with_epochs(recipe: RecipeConfig, train, report: Callable[[str], None]) -> RecipeConfig:
+    """The settings with the steps that `epochs` means; says how often the run goes through its data.
+
+    Errors: epochs of streamed data, whose end is not known.
+    """
+    if isinstance(train, StreamedExamples):
+        if recipe.epochs is not None:
+            raise ValueError("epochs of streamed data are not known: give --max-steps in place of --epochs")
+        return recipe
+    rows = len(epoch_rows(train, recipe.seed, 0, recipe.packing))
+    if recipe.epochs is not None:
+        recipe = dataclasses.replace(recipe, max_steps=max(1, math.ceil(recipe.epochs * rows / recipe.batch_size)))
+    passes = recipe.max_steps * recipe.batch_size / rows
+    report(f"steps: {recipe.max_steps:,} of {recipe.batch_size} rows, {passes:,.3g} epochs of {rows:,} rows")
+    if passes > MANY_EPOCHS:
+        report(
+            f"warning: max_steps {recipe.max_steps} goes through the data {passes:,.0f} times, more than a model "
+            f"learns from: give --epochs 3, say, or fewer --max-steps"
+        )
+    return recipe
 
 
 def _report_counts(report: Callable[[str], None], sources) -> None:

@@ -17,9 +17,13 @@ def show_samples(run) -> None:
     """Continue a run's sample prompts with the averaged weights, print the texts and log them."""
     if not (run.accelerator.is_main_process or run.sharded):  # of a sharded model every process has a part
         return
-    run.model.eval()
-    settings = SamplingConfig(gen_length=run.config.sample_length, temperature=TEMPERATURE, seed=run.config.seed)
     prompts = [encode_prompt(run.tokenizer, text, run.mask_id) for text in run.config.sample_prompts]
+    limit = getattr(run.plain.config, "max_sequence_length", None) or run.config.sample_length
+    length = min(run.config.sample_length, limit - max(map(len, prompts)))
+    if length < 1:
+        return
+    run.model.eval()
+    settings = SamplingConfig(gen_length=length, temperature=TEMPERATURE, seed=run.config.seed)
     average = nullcontext() if run.ema is None else run.ema.in_place_of(run.plain)
     with average, torch.compiler.set_stance("force_eager"):
         out = generate(run.plain, prompts, settings, tokenizer=run.tokenizer)

@@ -24,8 +24,9 @@ from dlm.data.streaming import StreamedExamples
 from dlm.models.flops import peak_flops, training_flops
 from dlm.objectives.losses import OBJECTIVES, Objective
 from dlm.training import zero
-from dlm.training.accelerator import StopSignal, make_accelerator, prepare_model, sum_over_processes
+from dlm.training.accelerator import make_accelerator, prepare_model, sum_over_processes
 from dlm.training.batches import Batches
+from dlm.training.checks import check_batch, check_targets
 from dlm.training.config import TrainingConfig
 from dlm.training.ema import EMA
 from dlm.training.logging import Display, Metrics, finish_tracker, start_tracker
@@ -33,7 +34,10 @@ from dlm.training.optim import schedule_factor, set_learning_rates
 from dlm.training.resume import identify, load_newest, plain_settings
 from dlm.training.sharding import is_sharded, whole_average
 from dlm.training.state import checkpoints, save_state
+from dlm.training.stop import StopSignal
 from dlm.training.validation import Validation, check_in
+from dlm.utils.files import locked
+from dlm.utils.peers import meet_peers
 
 
 @dataclass(frozen=True)
@@ -92,12 +96,15 @@ def fit(
         )
     if not resume and checkpoints(config.output):
         raise ValueError(f"{config.output} holds checkpoints of a run: resume it, or choose another output folder")
+    objective = objective or OBJECTIVES[config.objective]
+    check_batch(config, train.length, model, accelerator.num_processes)
+    check_targets(train, objective)
     report = report if accelerator.is_main_process else (lambda line: None)
-    run = Run(model, tokenizer, train, valid, config, mask_id, accelerator, report, objective)
-    if resume:
-        load_newest(run, skip_damaged)
-    with StopSignal() as stop:
-        return run.loop(stop)
+    with locked(config.output) if accelerator.is_main_process else nullcontext():
+        run = Run(model, tokenizer, train, valid, config, mask_id, accelerator, report, objective)
+        if resume:
+            load_newest(run, skip_damaged)
+        return run.loop()
 
 
 class Run:
@@ -140,8 +147,15 @@ class Run:
 
     # ------------------------------------------------------------------------------------------------- steps
 
-    def loop(self, stop: StopSignal) -> Result:
+    def loop(self) -> Result:
         """All steps from here to the end, or to a request to stop."""
+        with StopSignal(self.accelerator.is_main_process, meet_peers()) as stop:
+            stopped = self._steps(stop)
+        finish_tracker(self.accelerator)
+        return Result(self.step, self.tokens, self.seconds, stopped, self._average(), self.validation)
+
+    def _steps(self, stop: StopSignal) -> bool:
+        """The steps of `loop`; whether they ended on a request to stop."""
         config = self.config
         display = Display(
             self.report, self.step, config.max_steps, log_every=config.log_every, log_seconds=config.log_seconds,
@@ -165,8 +179,7 @@ class Run:
                 self.save()
             if stopped:
                 self.report(f"asked to stop ({stop.name or 'by another process'}) in step {self.step}")
-        finish_tracker(self.accelerator)
-        return Result(self.step, self.tokens, self.seconds, stopped, self._average(), self.validation)
+        return stopped
 
     def train_step(self, stop: bool) -> Step:
         """One optimizer step. stop: this process was asked to stop after it."""

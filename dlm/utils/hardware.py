@@ -59,6 +59,20 @@ def versions() -> dict[str, str]:
     }
 
 
+def memory_size() -> int | None:
+    """Bytes of memory that this machine has in all, less where a container may use less; None: not known."""
+    try:
+        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            size = min(size, int(Path(file).read_text()))
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return size
+
+
 def synchronise(device: torch.device) -> None:
     """Wait until the device has done all that was asked of it."""
     if device.type in ("cuda", "xpu", "mps"):

@@ -50,6 +50,11 @@ def weights(folder):
         (["--max-steps", "many"], "max_steps is 'many': it must be an int"),
         (["--objective", "difusion"], "did you mean 'diffusion'"),
         (["--export-dtype", "float99", "--data", "x.txt"], "one of float32, bfloat16, float16"),
+        (["--export-dtype", "int8", "--export", "x", "--data", "x.txt"], "one of float32, bfloat16, float16"),
+        (["--precision", "fp64"], "precision is 'fp64'"),
+        (["--data", "x.txt", "--epochs", "2", "--max-steps", "9"], "--max-steps and --epochs both say how long"),
+        (["--epochs", "nan"], "epochs is nan"),
+        (["--skip-damaged"], "give --resume with it"),
         ([], "no data: give --data"),
         (["--data", "nowhere.txt"], "nowhere.txt: no such file"),
     ],
@@ -97,7 +102,7 @@ def test_text_becomes_a_model_that_loads_and_writes(tmp_path, arguments, capsys)
     assert out.sequences.shape == (1, 8) and not (out.sequences == tokenizer.mask_token_id).any()
     notes = json.loads((export / "training.json").read_text())
     assert notes["steps"] == 4 and notes["recipe"]["batch_size"] == 2 and notes["validation"]["nats_per_token"] > 0
-    assert shlex.split(notes["command"])[:3] == ["python", "-m", "train.pretrain"]
+    assert shlex.split(notes["command"])[:3] == ["dlm", "train", "pretrain"]
     # what is exported is the moving average, rounded
     assert torch.equal(weights(export), weights(tmp_path / "run" / "model").bfloat16())
 
@@ -120,7 +125,7 @@ def test_interrupt_exits_130_and_the_printed_command_goes_on_bit_for_bit(tmp_pat
     assert steps == [0, 1, 2] and "SIGINT" in told
     assert [step for step, _ in checkpoints(tmp_path / "parts")] == [3]
     command = shlex.split(told.strip().splitlines()[-1])
-    assert command[:3] == ["python", "-m", "train.pretrain"] and command[-1] == "--resume"
+    assert command[:3] == ["dlm", "train", "pretrain"] and command[-1] == "--resume"  # called from Python
     assert not (tmp_path / "parts" / "model").exists()
     AcceleratorState._reset_state(reset_partial_state=True)
     assert main(command[3:]) == 0 and steps == [0, 1, 2, 3]

@@ -92,7 +92,7 @@ def small_disk(tmp_path):
 @pytest.mark.parametrize(
     ("size", "message"),
     [
-        (16, "tokenized data cannot be written to .*No space left on device.*DLM_CACHE"),
+        (24, "tokenized data cannot be written to .*No space left on device.*DLM_CACHE"),
         (100, "step 2 cannot be written.*the last good one is none yet. Make room, then go on with --resume"),
         (240, "step 4 cannot be written.*the last good one is .*step-00000002. Make room, then go on with --resume"),
         (440, "run/model cannot be written.*make room, then go on with --resume"),

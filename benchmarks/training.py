@@ -117,10 +117,11 @@ def measure(args: Namespace, config: TrainingConfig, peak: float) -> dict:
         for _ in range(1 + args.warm_up + args.steps):
             synchronise(device)
             began = time.perf_counter()
-            _, count, _, _ = run.train_step(False)
+            made = run.batches.next(run.step)
+            run.train_step(made)
             synchronise(device)
             times.append(time.perf_counter() - began)
-            operations.append(run.operations(args.length, count))
+            operations.append(run.operations(made.parts))
             run.step += 1
     seconds = statistics.median(times[1 + args.warm_up :])
     return {

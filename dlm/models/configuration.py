@@ -28,8 +28,9 @@ class LLaDAConfig(PretrainedConfig):
     """The configuration of a mask predictor in LLaDA's layout (`model_type` llada).
 
     Fields and defaults are those of LLaDA-8B's `config.json`. Ours beside them, written only where set:
-    `block_length` (a model trained with block-causal attention of that block length, BD3-LM) and `shift_logits` (the
-    guess for slot i is the output at slot i - 1). `objective`, always written, is what the weights were trained for:
+    `block_length` (a model trained with block-causal attention of that block length, BD3-LM), beside it
+    `full_attention` (trained under full attention too: one network for both visibilities) and `shift_logits` (the guess
+    for slot i is the output at slot i - 1). `objective`, always written, is what the weights were trained for:
     diffusion, block_diffusion or autoregressive. The properties below say of LLaDA what the tables of other families
     say of theirs.
     Raises ValueError, naming the field, for a variant that is not implemented and for sizes that do not fit.
@@ -97,6 +98,7 @@ class LLaDAConfig(PretrainedConfig):
     precision: str | None = None
     use_cache: bool = False
     block_length: int | None = None
+    full_attention: bool = False
     objective: str | None = None
     shift_logits: bool | None = None
 
@@ -172,6 +174,8 @@ class LLaDAConfig(PretrainedConfig):
                 f"config has objective={self.objective!r} and block_length={self.block_length}: "
                 "a block_length belongs to block_diffusion, and to no other"
             )
+        if self.full_attention and self.block_length is None:
+            raise ValueError("config has full_attention=true without a block_length: it belongs beside one")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
@@ -213,8 +217,8 @@ class LLaDAConfig(PretrainedConfig):
 
     @property
     def attention(self) -> str:
-        """What a slot sees: `full`, `block_causal` or `causal`."""
-        return "full" if self.block_length is None else "block_causal"
+        """What a slot sees unless something else is asked for: `full`, `block_causal` or `causal`."""
+        return "full" if self.block_length is None or self.full_attention else "block_causal"
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What config.json holds: the fields that LLaDA's own code reads (`torch_dtype` by its old name), ours only
@@ -225,4 +229,6 @@ class LLaDAConfig(PretrainedConfig):
         for name in ("block_length", "shift_logits"):
             if fields.get(name) is None:
                 fields.pop(name, None)
+        if not fields.get("full_attention"):
+            fields.pop("full_attention", None)
         return fields

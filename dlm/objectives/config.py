@@ -22,6 +22,10 @@ class NoiseSettings:
     `d3pm` (of `steps` discrete times). schedule: of the estimators that draw a time; exponent: of `polynomial`.
     low, high: mask rates to draw from; a narrower range than 0 to 1 is no bound, but has less variance (BD3-LM,
     arXiv:2503.09573, section 5). block_length: a draw for each block of so many tokens; None: one for each example.
+    rate_alpha, rate_beta: of the Beta distribution of the mask rates under `count`; 1, 1 is uniform. complementary:
+    draws that come with their complement (`noise.draw_halves`). decoding_share: the share of the examples that get the
+    pattern of left-to-right decoding in place of independent masks, with blocks of decoding_block tokens
+    (`noise.decoding_noise`).
     """
 
     estimator: str = "count"
@@ -31,9 +35,25 @@ class NoiseSettings:
     low: float = 0.0
     high: float = 1.0
     block_length: int | None = None
+    rate_alpha: float = 1.0
+    rate_beta: float = 1.0
+    complementary: bool = False
+    decoding_share: float = 0.0
+    decoding_block: int = 4
+
+    @property
+    def counts_blocks(self) -> bool:
+        """Whether the counts of all blocks of an example can be drawn at once."""
+        return self.estimator == "count" and self.beta == (1.0, 1.0) and not self.complementary
+
+    @property
+    def beta(self) -> tuple[float, float]:
+        """The parameters of the mask rates' Beta distribution."""
+        return self.rate_alpha, self.rate_beta
 
     def __post_init__(self):
         check_name("estimator", self.estimator, ESTIMATORS)
+        self._check_patterns()
         check_name("noise schedule", self.schedule, NOISE_SCHEDULE_NAMES)
         if self.estimator == "count" and self.schedule != "linear":
             raise ValueError(
@@ -53,3 +73,27 @@ class NoiseSettings:
             raise ValueError("estimator d3pm takes all mask rates: use uniform or count to draw from some of them")
         if self.block_length is not None and self.block_length < 1:
             raise ValueError(f"block_length is {self.block_length}: a block holds at least one token")
+
+    def _check_patterns(self) -> None:
+        if min(self.beta) <= 0:
+            raise ValueError(f"rate_alpha and rate_beta are {self.beta[0]} and {self.beta[1]}: give numbers above 0")
+        if not 0 <= self.decoding_share <= 1:
+            raise ValueError(f"decoding_share is {self.decoding_share}: it is a share of the examples, from 0 to 1")
+        if self.decoding_block < 1:
+            raise ValueError(f"decoding_block is {self.decoding_block}: a block holds at least one token")
+        plain = self.estimator == "count" and (self.low, self.high) == (0, 1)
+        if self.beta != (1.0, 1.0) and self.estimator != "count":
+            raise ValueError(
+                f"rate_alpha and rate_beta shape the counts of estimator count, and it is {self.estimator!r}: use "
+                f"count, or leave them at 1"
+            )
+        if self.complementary and not (plain and self.beta == (1.0, 1.0) and not self.decoding_share):
+            raise ValueError(
+                "complementary masks need estimator count with all mask rates, rate_alpha and rate_beta 1 and "
+                "decoding_share 0: leave the others out"
+            )
+        if self.decoding_share and self.block_length is not None:
+            raise ValueError(
+                "decoding_share is for full attention: a block-causal model (block_length) meets the pattern of "
+                "decoding at every step"
+            )

@@ -19,7 +19,6 @@ from dlm.data.examples import Batch
 from dlm.models import attention
 from dlm.models.attention import both, causal, document
 from dlm.models.head import Targets, weighted_sum
-from dlm.models.predictor import as_predictor
 from dlm.objectives.noise import Noise, NoiseSettings, Strata, corrupt, draw_noise
 
 
@@ -46,7 +45,7 @@ def masked_diffusion(model, batch: Batch, noise: Noise, mask_id: int, chunk: int
     Logits are computed at masked places only, and the softmax in fp32 on them alone (LLaDA eq. 3).
     """
     xt = corrupt(batch.tokens, noise.masked, mask_id)
-    asked = {"visible": document(batch.segments), "logits_to_keep": noise.masked}
+    asked = {"visible": document(batch.segments), "logits_to_keep": noise.scored}
     return _masked_loss(model, (xt, batch.positions), asked, batch, noise, chunk)
 
 
@@ -64,7 +63,7 @@ def block_diffusion(model, batch: Batch, noise: Noise, mask_id: int, chunk: int 
     )  # (B, 2T)
     asked = {
         "visible": attention.block_diffusion(batch.segments, batch.positions, noise.block_length),
-        "logits_to_keep": torch.cat([noise.masked, torch.zeros_like(noise.masked)], dim=1),
+        "logits_to_keep": torch.cat([noise.scored, torch.zeros_like(noise.masked)], dim=1),
     }
     return _masked_loss(model, both_copies, asked, batch, noise, chunk)
 
@@ -127,9 +126,14 @@ class MaskedDiffusion(Objective):
 
 
 class BlockDiffusion(Objective):
-    """`block_diffusion`: the bound of blocks that see what is clean before them."""
+    """`block_diffusion`: the bound of blocks that see what is clean before them.
+
+    Rows whose noise was drawn without blocks are trained under full attention (`TrainingConfig.full_share`).
+    """
 
     def loss(self, model, batch, noise, mask_id, chunk=None):
+        if noise.block_length is None:
+            return masked_diffusion(model, batch, noise, mask_id, chunk)
         return block_diffusion(model, batch, noise, mask_id, chunk)
 
 
@@ -151,18 +155,18 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def _masked_loss(model, inputs, asked, batch: Batch, noise: Noise, chunk: int | None) -> Loss:
-    masked = noise.masked
+    scored = noise.scored
     units = batch.segments if noise.units is None else noise.units
-    example, weight, rate = batch.segments[masked], noise.weight[masked], noise.rate[units[masked]]
-    total, ce = _cross_entropies(model, inputs, asked, batch.tokens[masked], weight, chunk)
+    example, weight, rate = batch.segments[scored], noise.weight[scored], noise.rate[units[scored]]
+    total, ce = _cross_entropies(model, inputs, asked, batch.tokens[scored], weight, chunk)
     return _loss(total, ce, weight, example, rate, batch.target, batch)
 
 
 def _cross_entropies(model, inputs, asked, truth: Tensor, weight: Tensor, chunk) -> tuple[Tensor, Tensor]:
     """(weighted sum (), cross entropies (N,)) at the places asked about, N in row-major order over (B, T)."""
     if chunk is None:
-        return weighted_sum(as_predictor(model)(*inputs, **asked), truth, weight)
-    return as_predictor(model)(*inputs, **asked, targets=Targets(truth, weight, chunk))
+        return weighted_sum(model(*inputs, **asked), truth, weight)
+    return model(*inputs, **asked, targets=Targets(truth, weight, chunk))
 
 
 def _loss(total, ce, weight, example, rate, target, batch) -> Loss:

@@ -94,22 +94,63 @@ LINEAR = linear()
 
 
 def draw_count(
-    length: int, generator: np.random.Generator, *, u: float | None = None, low: float = 0.0, high: float = 1.0
-) -> Draw:
+    length: int, generator: np.random.Generator, *, u: float | None = None, low: float = 0.0, high: float = 1.0,
+    beta: tuple[float, float] = (1.0, 1.0),
+) -> Draw:  # fmt: skip
     """Draw l from 1..L and an l-subset; weight L/l. Returns masked (L,) bool, the weight, the rate l/L.
 
     E[weight * sum of masked CE] = sum over l of (1/l) E[sum of CE | l masked], which is the bound itself: l/L
     masked tokens with t integrated out (LLaDA, arXiv:2502.09992, eq. 6). On the toy of tests/test_estimators.py it has
     the least variance, of an example (6.4, exactly; uniform 61) and of a step of 16 (stratified 5 times as much).
     u in [0, 1): use this place in the range of counts (a stratum) in place of drawing one. low, high: only counts with
-    low <= l/L <= high, at least one.
+    low <= l/L <= high, at least one. beta (a, b): draw counts with probability p(l) in proportion to the density of
+    Beta(a, b) at (l - 1/2) / L; the weight is then 1 / (l p(l)), so that the mean stays the bound.
     """
     least = max(1, math.ceil(low * length))
     most = max(least, math.floor(high * length))
-    count = int(generator.integers(least, most + 1)) if u is None else least + int(u * (most - least + 1))
+    weight = None
+    if beta != (1.0, 1.0):
+        shares = count_shares(length, least, most, beta)
+        place = np.searchsorted(shares.cumsum(), generator.random() if u is None else u, side="right")
+        count = least + int(min(place, most - least))
+        weight = 1 / (count * shares[count - least])
+    else:
+        count = int(generator.integers(least, most + 1)) if u is None else least + int(u * (most - least + 1))
     masked = np.zeros(length, dtype=bool)
     masked[generator.permutation(length)[:count]] = True
-    return masked, length / count, count / length
+    return masked, length / count if weight is None else weight, count / length
+
+
+def count_shares(length: int, least: int, most: int, beta: tuple[float, float]) -> np.ndarray:
+    """The probability of each count l from least to most: as the density of Beta(a, b) at (l - 1/2) / L."""
+    rates = (np.arange(least, most + 1) - 0.5) / length
+    shares = rates ** (beta[0] - 1) * (1 - rates) ** (beta[1] - 1)
+    return shares / shares.sum()
+
+
+def draw_halves(length: int, generator: np.random.Generator) -> Draw:
+    """Draw l from 0..L and an l-subset, for use together with its complement (LLaDA2, arXiv:2512.15745).
+
+    The pair masks every token exactly once. Of the two, each count l from 1 to L comes up with probability 2 / (L + 1),
+    so that the mean of both with weight (L + 1) / l is the bound. Returns the first of the two; `complement` makes the
+    other. An empty draw has weight 0.
+    """
+    count = int(generator.integers(0, length + 1))
+    masked = np.zeros(length, dtype=bool)
+    masked[generator.permutation(length)[:count]] = True
+    return masked, (length + 1) / count if count else 0.0, count / length
+
+
+def draw_block_counts(
+    sizes: np.ndarray, generator: np.random.Generator, low: float = 0.0, high: float = 1.0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`draw_count` of many blocks of sizes (U,) at once: masked (sum of sizes,) bool, weights (U,), rates (U,)."""
+    least = np.maximum(1, np.ceil(low * sizes)).astype(np.int64)
+    most = np.maximum(least, np.floor(high * sizes)).astype(np.int64)
+    counts = least + (generator.random(len(sizes)) * (most - least + 1)).astype(np.int64)
+    inside = np.arange(sizes.max())[None] < sizes[:, None]
+    order = np.where(inside, generator.random(inside.shape), 2.0).argsort(axis=1).argsort(axis=1)
+    return (order < counts[:, None])[inside], sizes / counts, counts / sizes
 
 
 def draw_uniform(
@@ -161,8 +202,11 @@ def _draws(
 ) -> list[Draw]:
     """One draw for each unit of an example, with `lengths` target tokens."""
     name = settings.estimator
+    if settings.complementary:
+        return [draw_halves(length, generator) for length in lengths]
     if name == "count":
-        return [draw_count(length, generator, low=settings.low, high=settings.high) for length in lengths]
+        options = {"low": settings.low, "high": settings.high, "beta": settings.beta}
+        return [draw_count(length, generator, **options) for length in lengths]
     schedule = NOISE_SCHEDULES[settings.schedule](settings.exponent)
     if name == "d3pm":
         return [draw_d3pm(length, generator, steps=settings.steps, schedule=schedule) for length in lengths]
@@ -182,9 +226,10 @@ def _draws(
 
 @dataclass(frozen=True)
 class Noise:
-    """What is masked in a batch: masked (B, T) bool, weight (B, T) fp32 (0 where not masked), rate (U,) fp32.
+    """What is masked in a batch: masked (B, T) bool, weight (B, T) fp32 (0 where not scored), rate (U,) fp32.
 
-    A unit is what had one draw: an example, or with `block_length` a block of one. units (B, T) int64: each token's
+    What is scored is masked; under decoding-like noise the places after the block are masked and not scored. A unit is
+    what had one draw: an example, or with `block_length` a block of one. units (B, T) int64: each token's
     unit; None: `batch.segments`, the examples.
     """
 
@@ -198,9 +243,15 @@ class Noise:
         assert self.masked.shape == self.weight.shape and self.masked.dtype == torch.bool
         assert (self.units is None) == (self.block_length is None)
 
+    @property
+    def scored(self) -> Tensor:
+        """(B, T) bool: the places whose cross entropy counts."""
+        return self.weight > 0
+
     def to(self, device) -> Noise:
-        units = None if self.units is None else self.units.to(device)
-        return Noise(self.masked.to(device), self.weight.to(device), self.rate.to(device), units, self.block_length)
+        units = None if self.units is None else self.units.to(device, non_blocking=True)
+        masked, weight, rate = (x.to(device, non_blocking=True) for x in (self.masked, self.weight, self.rate))
+        return Noise(masked, weight, rate, units, self.block_length)
 
 
 def draw_noise(
@@ -228,9 +279,23 @@ def draw_noise(
         own = places[bounds[e] : bounds[e + 1]]
         if len(own) == 0:
             continue
-        parts = [own] if block is None else np.split(own, np.flatnonzero(np.diff(block[own])) + 1)
+        generator = example_generator(seed, *key, stream)
+        sizes = None if block is None else np.diff(np.flatnonzero(np.diff(block[own], prepend=-1)), append=len(own))
+        if sizes is not None and len(sizes) > 1 and settings.counts_blocks:
+            chosen, factors, drawn_rates = draw_block_counts(sizes, generator, settings.low, settings.high)
+            numbers = np.repeat(np.arange(len(sizes)), sizes)
+            masked[own] = chosen
+            weight[own] = np.where(chosen, factors[numbers], 0)
+            units[own] = len(rates) + numbers
+            rates += drawn_rates.tolist()
+            continue
+        if settings.decoding_share and generator.random() < settings.decoding_share:
+            chosen, factors, rates[e] = decoding_noise(len(own), generator, settings.decoding_block)
+            masked[own], weight[own] = chosen, factors
+            continue
+        parts = [own] if sizes is None else np.split(own, np.cumsum(sizes)[:-1])
         stratum = (0, 1) if strata is None else strata[key]
-        drawn = _draws([len(part) for part in parts], example_generator(seed, *key, stream), settings, stratum)
+        drawn = _draws([len(part) for part in parts], generator, settings, stratum)
         for part, (chosen, factor, rate) in zip(parts, drawn, strict=True):
             masked[part] = chosen
             weight[part[chosen]] = factor
@@ -247,6 +312,38 @@ def draw_noise(
         None if units is None else torch.from_numpy(units).view(shape),
         settings.block_length,
     )
+
+
+def decoding_noise(
+    length: int, generator: np.random.Generator, block_length: int
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """What left-to-right decoding shows: clean text before a block, the block partly masked, all after it masked.
+
+    One block of the example, drawn evenly among its n = ceil(L / block_length), with a count l of its K tokens masked
+    as in `draw_count`; these alone are scored, with weight n K / l. The mean is the sum over blocks of each one's
+    bound given the clean tokens before it, a bound on -log p of the whole (Blockwise SFT, arXiv:2508.19529).
+    Returns masked (L,) bool, weight (L,), the rate l / K.
+    """
+    blocks = -(-length // block_length)
+    start = int(generator.integers(blocks)) * block_length
+    size = min(block_length, length - start)
+    chosen, factor, rate = draw_count(size, generator)
+    masked, weight = np.arange(length) >= start + size, np.zeros(length)
+    masked[start : start + size] = chosen
+    weight[start : start + size] = np.where(chosen, blocks * factor, 0.0)
+    return masked, weight, rate
+
+
+def complement(batch, noise: Noise) -> Noise:
+    """The other half of noise that was drawn with `complementary`: every target token that `noise` leaves is masked."""
+    units = batch.segments if noise.units is None else noise.units
+    number = units.clamp_min(0)[batch.target]
+    sizes = torch.bincount(number, minlength=len(noise.rate))
+    masked = batch.target & ~noise.masked
+    counts = torch.bincount(units.clamp_min(0)[masked], minlength=len(noise.rate))
+    factor = torch.where(counts > 0, (sizes + 1) / counts.clamp_min(1), 0.0)
+    weight = torch.where(masked, factor[units.clamp_min(0)], 0.0)
+    return Noise(masked, weight, counts / sizes.clamp_min(1), noise.units, noise.block_length)
 
 
 def corrupt(tokens: Tensor, masked: Tensor, mask_id: int) -> Tensor:

@@ -95,13 +95,16 @@ def methods_for(settings) -> list[str]:
     """The methods that suit a checkpoint, by its configuration (None for a bare callable: all of them)."""
     if settings is None:
         return list(METHODS)
+    if getattr(settings, "full_attention", False):
+        return list(METHODS)
     if getattr(settings, "block_length", None) is None:
         return [name for name, method in METHODS.items() if not method.block_causal]
     return [name for name, method in METHODS.items() if method.block_causal or not method.cached]
 
 
 def visibility(model, name: str, block_length: int | None) -> tuple[int, Visible]:
-    """The block length and the visibility rule in force: the checkpoint's where it is block-causal.
+    """The block length and the visibility rule in force: the checkpoint's where it is block-causal, the method's where
+    it was trained under both.
 
     Raises ValueError where the method does not suit the model, or the block length is not what it was trained with.
     """
@@ -118,7 +121,7 @@ def visibility(model, name: str, block_length: int | None) -> tuple[int, Visible
             f"method {name!r} is for {kind} models, and this is a {other} one"
             f"{f' (block_length {trained})' if trained else ''}: use {', '.join(methods_for(settings))}"
         )
-    if trained is not None:
+    if trained is not None and (METHODS[name].block_causal or not getattr(settings, "full_attention", False)):
         if block_length not in (None, trained):
             raise ValueError(
                 f"block_length is {block_length}, but this model was trained with blocks of {trained}: leave it out"

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from dlm.models.attention import Visible
 from dlm.models.kv_cache import KVCache
-from dlm.models.predictor import as_predictor
 from dlm.sampling.canvas import Canvas
 from dlm.sampling.config import SamplingConfig
 from dlm.sampling.propose import propose
@@ -66,7 +65,7 @@ def compute(
     if positions is not None:
         tokens = tokens.gather(1, positions)
     cache = None if cache is None else cache.at(rows)
-    predict = as_predictor(predictor)
+    predict = getattr(predictor, "predict", predictor)
     return predict(tokens, positions, visible=visible, cache=cache, valid=valid, logits_to_keep=kept)
 
 

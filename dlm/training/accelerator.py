@@ -37,6 +37,7 @@ def prepare_model(accelerator, model, config: TrainingConfig):
     """
     if hasattr(model, "config"):  # what it sees from now on, and says in its checkpoint
         model.config.objective, model.config.block_length = config.objective, config.block_length
+        model.config.full_attention = config.full_share > 0
     if config.activation_checkpointing:
         checkpoint_activations(model)
     model.to(accelerator.device)  # before the optimizers: they look at where the parameters are
@@ -52,7 +53,7 @@ def prepare_model(accelerator, model, config: TrainingConfig):
     if config.compile:
         for module in model.modules():
             if type(module).__name__ in (getattr(model, "_no_split_modules", None) or ()):
-                module.compile()  # layer by layer: one shape, one compilation
+                module.compile(dynamic=False)  # layer by layer: one compilation a shape
     check_sharding(accelerator, optimizers)
     keep_sums_exact(accelerator, config.precision)
     zero.configure(accelerator, config)

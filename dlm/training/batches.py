@@ -9,18 +9,30 @@ from dataclasses import dataclass
 
 from dlm.data.examples import Batch, Examples, drop_prompts, fetch
 from dlm.data.streaming import StreamedExamples
+from dlm.objectives.config import NoiseSettings
 from dlm.objectives.losses import Objective
-from dlm.objectives.noise import Noise, deal_strata
+from dlm.objectives.noise import Noise, complement, deal_strata
 from dlm.training.config import TrainingConfig
+
+GOLDEN = (5**0.5 - 1) / 2
+
+
+def under_full_attention(number: int, share: float) -> bool:
+    """Whether row `number` of a step is of the `share` that is trained under full attention.
+
+    Multiples of the golden ratio fall evenly into [0, 1), also where only every n-th row is looked at (a process's).
+    """
+    return (number + 1) * GOLDEN % 1.0 < share
 
 
 @dataclass(frozen=True)
 class StepBatches:
     """One process's part of an optimizer step.
 
-    parts: (batch, noise) of each micro-batch, in order. count: this process's share of the step's normaliser.
-    examples: the numbers of the examples, for messages. position, window: of the stream after the step and a digest of
-    the streamed examples there, for a checkpoint.
+    parts: (batch, noise) of each forward and backward pass, in order: a micro-batch is one, or two where its rows are
+    of two visibilities, or where masks come with their complement. count: this process's share of the step's
+    normaliser. examples: the numbers of the examples, for messages. position, window: of the stream after the step and
+    a digest of the streamed examples there, for a checkpoint.
     """
 
     parts: list[tuple[Batch, Noise]]
@@ -69,20 +81,42 @@ class Batches:
         strata = None
         if config.estimator == "stratified":  # over the whole step, which every process knows
             strata = deal_strata((key for row in step_rows for key in row), config.seed, step)
-        rows = step_rows[self.rank :: self.world]
-        size = len(rows) // config.accumulation
+        numbers = range(len(step_rows))[self.rank :: self.world]
+        size = len(numbers) // config.accumulation
         options = {"random_length": config.random_length, "seed": config.seed}
         if not config.packing:  # rows as long as the longest example of the step, whoever has it
             lengths = self.data.lengths
             options["width"] = max(int(lengths[index]) for row in step_rows for _, index in row)
             options["end_id"] = self.end_id if config.eos_padding == "longest" else None
         parts = []
-        for start in range(0, len(rows), size):
-            batch = fetch(self.data, rows[start : start + size], self.pad_id, **options)
-            batch = drop_prompts(batch, config.dropout_prompt, config.seed, self.mask_id)
-            parts.append((batch, self.objective.noise(batch, config.noise(), config.seed, strata)))
+        for start in range(0, len(numbers), size):
+            for some, settings in self._by_visibility(numbers[start : start + size]):
+                batch = fetch(self.data, [step_rows[number] for number in some], self.pad_id, **options)
+                batch = drop_prompts(batch, config.dropout_prompt, config.seed, self.mask_id)
+                noise = self.objective.noise(batch, settings, config.seed, strata)
+                parts.append((batch, noise))
+                if config.complementary:
+                    parts.append((batch, complement(batch, noise)))
         count = sum(self.objective.count(batch) for batch, _ in parts)
         return StepBatches(
-            parts, count, sorted({index for row in rows for _, index in row}),
+            parts, count, sorted({index for number in numbers for _, index in step_rows[number]}),
             self.position, self.stream.window_digest,
         )  # fmt: skip
+
+    def _by_visibility(self, numbers: range) -> list[tuple[list[int], NoiseSettings]]:
+        """The rows of a micro-batch that are computed together, and how their noise is drawn."""
+        config, share = self.config, self.config.full_share
+        if not share:
+            return [(list(numbers), config.noise())]
+        full = [number for number in numbers if under_full_attention(number, share)]
+        blocks = [number for number in numbers if not under_full_attention(number, share)]
+        if not full or not blocks:
+            raise ValueError(
+                f"full_share is {share}, and of a micro-batch of {len(numbers)} rows none is left for one of the two "
+                f"visibilities: use a larger batch_size, or less accumulation"
+            )
+        return [(blocks, config.noise()), (full, config.noise(full=True))]
+
+    def skip(self) -> None:
+        """Leave out a step, which another process makes."""
+        self.stream.take(self.config.batch_size)

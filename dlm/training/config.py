@@ -17,19 +17,26 @@ MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 class TrainingConfig:
     """Settings of one run. Rates are per optimizer step; lengths are in optimizer steps; batch_size in packed rows.
 
-    estimator, noise_schedule, noise_exponent, diffusion_steps, lowest_rate, highest_rate, block_length: what training
-    noise is drawn with (`diffusion.NoiseSettings`); validation always takes the whole bound by `count`.
+    max_seconds: the run also ends when it has trained for so long (validation, samples and checkpoints do not count),
+    and the learning rate decays by whichever of steps and seconds is further; 0 is no limit.
+    estimator, noise_schedule, noise_exponent, diffusion_steps, lowest_rate, highest_rate, block_length, rate_alpha,
+    rate_beta, complementary, decoding_share, decoding_block: what training noise is drawn with
+    (`objectives.config.NoiseSettings`); validation always takes the whole bound by `count`. full_share: under objective
+    block_diffusion the share of the rows that are trained under full attention, so that one network knows both
+    visibilities; decoding_share is of those rows then.
     random_length: share of the examples cut to a random length. packing: several examples may share a row.
     eos_padding: `longest` ends every example with end-of-text tokens, which carry loss, up to the longest of its
     optimizer step (LLaDA's rule for fine-tuning). dropout_prompt: share of the examples whose prompt is all masks.
     activation_checkpointing: keep only each layer's input and compute the rest again in the backward pass: less memory,
     a third more arithmetic, the same gradient. loss_chunk: places whose logits are held at a time, 0 for all of them;
-    None: as many as `models.head.loss_chunk` says; the gradient is the same to rounding. tracker: beside metrics.jsonl;
+    None: as many as `models.head.loss_chunk` says; the gradient is the same to rounding. workers: processes that make
+    batches ahead of time; None: some on a GPU, none on a CPU; the batches are the same. tracker: beside metrics.jsonl;
     `auto` is TensorBoard, if it is installed.
     """
 
     output: str
     max_steps: int
+    max_seconds: float = 0.0
     batch_size: int = 32
     accumulation: int = 1
     learning_rate: float = 2e-3
@@ -53,6 +60,12 @@ class TrainingConfig:
     lowest_rate: float = 0.0
     highest_rate: float = 1.0
     block_length: int | None = None
+    rate_alpha: float = 1.0
+    rate_beta: float = 1.0
+    complementary: bool = False
+    decoding_share: float = 0.0
+    decoding_block: int = 4
+    full_share: float = 0.0
     random_length: float = 0.0
     packing: bool = True
     eos_padding: str = "none"
@@ -61,6 +74,7 @@ class TrainingConfig:
     activation_checkpointing: bool = False
     compile: bool = False
     loss_chunk: int | None = None
+    workers: int | None = None
     seed: int = 0
     valid_every: int = 500
     valid_rows: int = 128
@@ -94,6 +108,7 @@ class TrainingConfig:
             "beta2",
             "random_length",
             "dropout_prompt",
+            "full_share",
         ):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must lie between 0 and 1")
@@ -101,7 +116,7 @@ class TrainingConfig:
             raise ValueError(
                 "decay_fraction is 0 under schedule wsd: give a share of the run, or use schedule constant"
             )
-        for name in ("warmup_steps", "valid_every", "sample_every", "weight_decay", "seed"):
+        for name in ("warmup_steps", "valid_every", "sample_every", "weight_decay", "seed", "max_seconds"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must not be negative")
         if self.batch_size % self.accumulation:
@@ -113,6 +128,13 @@ class TrainingConfig:
                 f"block_length is {self.block_length} under objective {self.objective}: give a block_length with "
                 f"objective block_diffusion, and with no other"
             )
+        if self.full_share and (self.objective != "block_diffusion" or self.full_share == 1):
+            raise ValueError(
+                f"full_share is {self.full_share} under objective {self.objective}: it is the share, below 1, of "
+                f"objective block_diffusion's rows that see everything; for full attention alone use diffusion"
+            )
+        if self.workers is not None and self.workers < 0:
+            raise ValueError(f"workers is {self.workers}: give a number of processes, 0 for none")
         if self.eos_padding != "none" and self.packing:
             raise ValueError(
                 f"eos_padding is {self.eos_padding!r} and packing is on: examples that share a row have no room for "
@@ -133,13 +155,29 @@ class TrainingConfig:
         if self.dropout_prompt and self.objective == "autoregressive":
             raise ValueError("dropout_prompt puts masks in place of prompts, which an autoregressive model never meets")
         self.noise()
+        if self.full_share:
+            self.noise(full=True)
 
-    def noise(self) -> NoiseSettings:
-        """How the training noise is drawn. Errors: settings that do not fit together."""
+    def noise(self, full: bool = False) -> NoiseSettings:
+        """How the training noise is drawn; full: of the rows that see everything, where `full_share` has both kinds.
+
+        Errors: settings that do not fit together.
+        """
+        blocks = self.objective == "block_diffusion" and not full
         return NoiseSettings(
-            self.estimator, self.noise_schedule, self.noise_exponent, self.diffusion_steps,
-            self.lowest_rate, self.highest_rate, self.block_length,
-        )  # fmt: skip
+            estimator=self.estimator,
+            schedule=self.noise_schedule,
+            exponent=self.noise_exponent,
+            steps=self.diffusion_steps,
+            low=self.lowest_rate,
+            high=self.highest_rate,
+            block_length=self.block_length if blocks else None,
+            rate_alpha=self.rate_alpha,
+            rate_beta=self.rate_beta,
+            complementary=self.complementary,
+            decoding_share=0.0 if blocks and self.full_share else self.decoding_share,
+            decoding_block=self.decoding_block,
+        )
 
     def chunk(self, places: int, vocabulary: int) -> int | None:
         """Of how many places logits are held at a time in a micro-batch of `places`; None: of all that are asked."""

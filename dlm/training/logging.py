@@ -52,22 +52,28 @@ class Display:
         rates: list[float],
         tokens: int,
         work: float = 0.0,
+        time_share: float = 0.0,
+        last: bool = False,
     ) -> dict | None:
         """Note a step; returns a record for the log every `log_every` steps. Loss in nats per target token.
 
-        work: the step's operations, of which the record's `mfu` is the share of the peak.
+        work: the step's operations, of which the record's `mfu` is the share of the peak. time_share: of the time that
+        the run has, where that limits it. last: nothing comes after it.
         """
         self.loss, self.count, self.took = self.loss + loss * count, self.count + count, self.took + took
         self.norm, self.steps, self.work = self.norm + norm, self.steps + 1, self.work + work
+        last = last or step == self.max_steps
         if step - self.first == SLOW_STEPS:
             self.settled = time.perf_counter(), step
         early = step - self.first == SPEED_STEPS
-        if step % self.log_every and step != self.max_steps and not early:
+        if step % self.log_every and not last and not early:
             return None
         now = time.perf_counter()
         elapsed = now - self.began  # with validation and samples: the time left includes them
         since, first = self.settled if step - self.settled[1] >= SLOW_STEPS else (self.began, self.first)
         left = (now - since) / (step - first) * (self.max_steps - step)
+        if time_share > 0:
+            left = min(left, elapsed * max(0.0, 1 / time_share - 1))
         record = {
             "step": step,
             "loss": self.loss / self.count if self.count else None,
@@ -88,12 +94,12 @@ class Display:
             f"lr {record['learning_rate']:.2e}  {record['tokens_per_s']:,.0f} tokens/s{usage}  left {duration(left)}"
         )
         if self.live:
-            sys.stderr.write(f"\r\x1b[2K{line}" + ("\n" if step == self.max_steps else ""))
+            sys.stderr.write(f"\r\x1b[2K{line}" + ("\n" if last else ""))
             sys.stderr.flush()
-        elif early or elapsed - self.shown >= self.log_seconds or step == self.max_steps or self.shown == 0.0:
+        elif early or elapsed - self.shown >= self.log_seconds or last or self.shown == 0.0:
             self.report(line)
             self.shown = elapsed
-        if step % self.log_every and step != self.max_steps:
+        if step % self.log_every and not last:
             return None  # a line for people, between two records
         self._clear()
         return record

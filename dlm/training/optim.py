@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from dlm.training.muon import Muon
+
 # ------------------------------------------------------------------------------------------------------- schedule
 
 
@@ -30,16 +32,18 @@ SCHEDULES: dict[str, Callable[[float, float], float]] = {"wsd": wsd, "cosine": c
 
 
 def schedule_factor(
-    name: str, step: int, max_steps: int, *, warmup_steps: int, decay_fraction: float, final_factor: float
-) -> float:
+    name: str, step: int, max_steps: int, *, warmup_steps: int, decay_fraction: float, final_factor: float,
+    time_share: float = 0.0,
+) -> float:  # fmt: skip
     """Factor on the learning rate in step `step` (0-based): linear warm-up, then final + (1 - final) * shape.
 
     Step `warmup_steps` has factor 1 and step `max_steps` (the one after the last) has `final_factor`. It depends on
-    the step alone, so that a resumed run follows the same curve.
+    the step alone, so that a resumed run follows the same curve, but for time_share: the share of the run's time that
+    is over, where time limits it, counts where it is further than the steps.
     """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
-    progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
+    progress = max(time_share, (step - warmup_steps) / max(1, max_steps - warmup_steps))
     return final_factor + (1.0 - final_factor) * SCHEDULES[name](min(progress, 1.0), decay_fraction)
 
 
@@ -94,7 +98,7 @@ def build_optimizers(
     if muon and groups["matrices"]:
         rate = learning_rate if muon_learning_rate is None else muon_learning_rate
         built.append(
-            torch.optim.Muon(
+            Muon(
                 groups["matrices"],
                 lr=rate,
                 weight_decay=weight_decay,

@@ -17,14 +17,15 @@ from dlm.training.state import Damaged, checkpoints, load_state, set_aside, veri
 
 # Every setting must be the same but for these.
 FREE = {  # the weights do not depend on them; `data`, `model` and `tokenizer` may move: what they hold is compared
-    "output", "name", "export", "export_dtype", "resume", "skip_damaged", "tracker", "epochs",
+    "output", "name", "export", "export_dtype", "resume", "skip_damaged", "tracker", "epochs", "workers",
     "log_every", "log_seconds", "checkpoint_every", "keep_last", "sample_every", "sample_prompts", "sample_length",
     "valid", "valid_every", "valid_rows", "data", "model", "tokenizer",
 }  # fmt: skip
 # these change the last digits of a sum
 ROUNDING = {"accumulation", "activation_checkpointing", "compile", "loss_chunk", "attn_implementation"}
 FROM_HERE_ON = {  # what is given anew holds from the next step on, and the run says so
-    "max_steps", "learning_rate", "muon_learning_rate", "schedule", "warmup_steps", "decay_fraction", "final_factor",
+    "max_steps", "max_seconds", "learning_rate", "muon_learning_rate", "schedule", "warmup_steps", "decay_fraction",
+    "final_factor",
 }  # fmt: skip
 NOT_OF_THE_MODEL = {  # of a model's config.json: what does not change its answers once there are weights
     "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache", "init_fn", "init_std",

@@ -25,7 +25,8 @@ from dlm.models.flops import peak_flops, training_flops
 from dlm.objectives.losses import OBJECTIVES, Objective
 from dlm.training import zero
 from dlm.training.accelerator import make_accelerator, prepare_model, sum_over_processes
-from dlm.training.batches import Batches
+from dlm.training.ahead import Ahead, usual_workers
+from dlm.training.batches import Batches, StepBatches
 from dlm.training.checks import check_batch, check_targets
 from dlm.training.config import TrainingConfig
 from dlm.training.ema import EMA
@@ -54,12 +55,17 @@ class Result:
 
 
 class Step(NamedTuple):
-    """What one optimizer step was: loss per target token, target tokens, gradient norm, whether to stop after it."""
+    """An optimizer step that was given to the device: its number (from 1), the sum of this process's losses and the
+    gradient norm as they will be there, target tokens of all processes, operations, the numbers of its examples, and
+    (numbers, losses) of those of each pass."""
 
-    loss: float
+    number: int
+    total: torch.Tensor
+    norm: torch.Tensor
     count: int
-    norm: float
-    stop: bool
+    work: float
+    examples: list[int]
+    losses: list[tuple[torch.Tensor, torch.Tensor]]
 
 
 class NonFiniteLoss(ValueError):
@@ -134,6 +140,8 @@ class Run:
         )  # fmt: skip
         self.position, self.window = self.batches.position, ""
         self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.waiting: list[Step] = []  # steps that were given to the device and not read yet
+        self.since, self.time_share = 0.0, 0.0  # when training went on; the share of max_seconds that is over
         self.last_checkpoint: Path | None = None
         self.validation: Validation | None = None
         if config.sample_every:  # now, not hours later, is when an import may fail
@@ -161,71 +169,128 @@ class Run:
             self.report, self.step, config.max_steps, log_every=config.log_every, log_seconds=config.log_seconds,
             peak=None if self.peak is None else self.peak * self.accelerator.num_processes,
         )  # fmt: skip
-        stopped = False
-        while self.step < config.max_steps and not stopped:
-            began = time.perf_counter()
-            loss, count, norm, stopped = self.train_step(stop.requested)
-            took = time.perf_counter() - began
-            self.step, self.tokens, self.seconds = self.step + 1, self.tokens + count, self.seconds + took
-            record = display.add(self.step, loss, count, norm, took, self._rates(), self.tokens, self.work)
-            if record:
-                self.metrics.add({"kind": "train", **record})
-            last = self.step == config.max_steps
-            if self.valid is not None and config.valid_every and (self.step % config.valid_every == 0 or last):
-                self.validation = check_in(self, None if last else config.valid_rows)
-            if config.sample_every and self.tokenizer is not None and (self.step % config.sample_every == 0 or last):
-                self.show_samples(self)
-            if self.step % config.checkpoint_every == 0 or last or stopped:
-                self.save()
-            if stopped:
-                self.report(f"asked to stop ({stop.name or 'by another process'}) in step {self.step}")
+        device, ahead = self.accelerator.device, None
+        workers = usual_workers(device, self.batches.data) if config.workers is None else config.workers
+        every = config.log_every if device.type == "cuda" else 1
+        stopped, ended = False, self.step >= config.max_steps
+        try:
+            ahead = Ahead(self.batches, self.step, workers)
+            self.since = time.perf_counter()
+            while not (ended or stopped):
+                self.waiting.append(self.train_step(ahead.next()))
+                self.step += 1
+                due = self._due()
+                if not any(due.values()) and self.step % every:
+                    continue
+                records, stopped, took = self.read(stop.requested)
+                ended = due["end"] or self.time_share >= 1
+                for number, (step, loss, norm) in enumerate(records, 1):
+                    self.tokens += step.count
+                    record = display.add(
+                        step.number, loss, step.count, norm, took / len(records), self._rates(), self.tokens, step.work,
+                        self.time_share, last=ended and number == len(records),
+                    )  # fmt: skip
+                    if record:
+                        self.metrics.add({"kind": "train", **record})
+                if self.valid is not None and (due["valid"] or (ended and config.valid_every)):
+                    self.validation = check_in(self, None if ended else config.valid_rows)
+                if due["sample"] or (ended and config.sample_every and self.tokenizer is not None):
+                    self.show_samples(self)
+                if due["checkpoint"] or ended or stopped:
+                    self.save()
+                if stopped:
+                    self.report(f"asked to stop ({stop.name or 'by another process'}) in step {self.step}")
+                self.since = time.perf_counter()
+        finally:
+            if ahead is not None:
+                ahead.close()
         return stopped
 
-    def train_step(self, stop: bool) -> Step:
-        """One optimizer step. stop: this process was asked to stop after it."""
+    def _due(self) -> dict[str, bool]:
+        """What is to be done after this step, beside training."""
+        config, step = self.config, self.step
+        return {
+            "valid": bool(self.valid is not None and config.valid_every) and step % config.valid_every == 0,
+            "sample": bool(config.sample_every and self.tokenizer is not None) and step % config.sample_every == 0,
+            "checkpoint": step % config.checkpoint_every == 0,
+            "end": step == config.max_steps,
+        }
+
+    def train_step(self, made: StepBatches) -> Step:
+        """One optimizer step. On a GPU nothing of its outcome is read yet: `read` does that later."""
         config, accelerator = self.config, self.accelerator
-        made = self.batches.next(self.step)
         count = int(self._sum([made.count])[0])
         self._set_rates()
         self.model.train()
-        self.work = self.operations(made.parts[0][0].tokens.shape[1], count) if self.peak else 0.0
-        total, bad = self._backward(made.parts, count)
-        norm = float(accelerator.clip_grad_norm_(self.model.parameters(), config.clip))
-        total, stops, broken = self._sum([total, float(stop), float(not math.isfinite(norm))])
-        if not math.isfinite(total) or (broken and config.precision != "fp16"):  # fp16 skips such a step by itself
-            raise NonFiniteLoss(self._non_finite(bad or made.examples, total, norm))
+        total, losses = self._backward(made.parts, count)
+        norm = torch.as_tensor(accelerator.clip_grad_norm_(self.model.parameters(), config.clip))
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        work = self.operations(made.parts) if self.peak else 0.0
+        step = Step(self.step + 1, total, norm.detach(), count, work, made.examples, losses)
+        if accelerator.device.type != "cuda":  # where reading is free, bad numbers do not reach the weights
+            whole, broken = self._sum([float(total), float(not math.isfinite(norm))])
+            self._refuse_non_finite(step, whole, math.nan if broken else 0.0, float(norm))
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             self.ema.update(self.plain, self.step)
         self.position, self.window = made.position, made.window
-        return Step(total / max(count, 1), count, norm, stops > 0)
+        return step
 
-    def _backward(self, parts, count: int) -> tuple[float, list[int]]:
-        """Gradients of this process's micro-batches; (the sum of their losses, examples whose loss is not finite)."""
+    def _backward(self, parts, count: int) -> tuple[torch.Tensor, list]:
+        """Gradients of this process's passes; the sum of their losses, (numbers, losses) of the examples of each."""
         accelerator, world = self.accelerator, self.accelerator.num_processes
-        total, bad = 0.0, []
+        total, losses = torch.zeros((), device=accelerator.device), []
         for number, (batch, noise) in enumerate(parts):
             accelerator.sync_gradients = last = number == len(parts) - 1  # DeepSpeed steps in this backward pass
-            batch, noise = batch.to(accelerator.device), noise.to(accelerator.device)
+            index, batch, noise = batch.index, batch.to(accelerator.device), noise.to(accelerator.device)
             with nullcontext() if last else accelerator.no_sync(self.model):
                 loss = self.objective.loss(self.model, batch, noise, self.mask_id, self.chunk)
                 # DDP averages gradients over processes: times `world` makes the average a sum.
                 accelerator.backward(loss.total * (world / max(count, 1)))
-            value = float(loss.total.detach())
-            total += value
-            if not math.isfinite(value):
-                bad += batch.index[~loss.examples.isfinite()].tolist()
-        return total, bad
+            total += loss.total.detach()
+            losses.append((index, loss.examples))
+        return total, losses
 
-    def operations(self, width: int, count: int) -> float:
-        """Operations of this step over all processes; half of the targets are predicted on average in diffusion."""
-        copies = 2 if self.config.objective == "block_diffusion" else 1
-        predicted = count if self.config.objective == "autoregressive" else count / 2
+    def read(self, stop: bool) -> tuple[list[tuple[Step, float, float]], bool, float]:
+        """(step, loss per target token, gradient norm) of the steps that wait; whether to stop; their seconds.
+
+        stop: this process was asked to. The host waits for the device here, and nowhere else.
+        """
+        steps, self.waiting = self.waiting, []
+        device = self.accelerator.device
+        numbers = torch.stack([step.total for step in steps] + [step.norm.to(device, torch.float32) for step in steps])
+        totals, norms = numbers.view(2, -1).tolist()
+        took = time.perf_counter() - self.since
+        self.seconds += took
+        broken = [float(not math.isfinite(norm)) for norm in norms]
+        *sums, stops, spent = self._sum([*totals, *broken, float(stop), self.seconds])
+        totals, broken = sums[: len(steps)], sums[len(steps) :]
+        for step, total, bad, norm in zip(steps, totals, broken, norms, strict=True):
+            self._refuse_non_finite(step, total, math.nan if bad else 0.0, norm)
+        if self.config.max_seconds:
+            self.time_share = spent / self.accelerator.num_processes / self.config.max_seconds
+        found = [(s, total / max(s.count, 1), norm) for s, total, norm in zip(steps, totals, norms, strict=True)]
+        return found, stops > 0, took
+
+    def _refuse_non_finite(self, step: Step, total: float, any_norm: float, norm: float) -> None:
+        """NonFiniteLoss where a step's loss is not finite, or a process's gradient; fp16 skips the latter by itself."""
+        if math.isfinite(total) and (math.isfinite(any_norm) or self.config.precision == "fp16"):
+            return
+        bad = [int(i) for index, losses in step.losses for i in index[~losses.isfinite().cpu()]]
+        raise NonFiniteLoss(self._non_finite(step.number, bad or step.examples, total, norm))
+
+    def operations(self, parts) -> float:
+        """Operations of a step over all processes; half of the targets are predicted on average in diffusion."""
         frozen = not all(parameter.requires_grad for parameter in self.plain.parameters())
-        tokens = self.config.batch_size * width * copies
-        return training_flops(self.plain.config, tokens, width * copies, predicted, frozen=frozen)
+        total = 0.0
+        for batch, noise in parts:
+            rows, width = batch.tokens.shape
+            copies = 1 if noise.block_length is None else 2
+            predicted = self.objective.count(batch) * (1.0 if self.config.objective == "autoregressive" else 0.5)
+            total += training_flops(self.plain.config, rows * width * copies, width * copies, predicted, frozen=frozen)
+        return total * self.accelerator.num_processes
 
     def _sum(self, values: list[float]) -> list[float]:
         return sum_over_processes(self.accelerator, values)
@@ -234,19 +299,19 @@ class Run:
         config = self.config
         factor = schedule_factor(
             config.schedule, self.step, config.max_steps, warmup_steps=config.warmup_steps,
-            decay_fraction=config.decay_fraction, final_factor=config.final_factor,
+            decay_fraction=config.decay_fraction, final_factor=config.final_factor, time_share=self.time_share,
         )  # fmt: skip
         set_learning_rates(self.optimizers, factor)
 
     def _rates(self) -> list[float]:
         return [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
 
-    def _non_finite(self, examples: list[int], total: float, norm: float) -> str:
+    def _non_finite(self, step: int, examples: list[int], total: float, norm: float) -> str:
         of = sorted(set(examples))
         shown = ", ".join(map(str, of[:16])) + (f" … ({len(of)} in all)" if len(of) > 16 else "")
         last = self.last_checkpoint or "none yet"
         return (
-            f"step {self.step + 1}: the loss is {total} and the gradient norm {norm}; examples {shown}. "
+            f"step {step}: the loss is {total} and the gradient norm {norm}; examples {shown}. "
             f"Last good checkpoint: {last}. Lower learning_rate, raise warmup_steps, or look at those examples"
         )
 

@@ -10,7 +10,6 @@ import math
 import os
 import re
 import time
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,7 +28,7 @@ NO_WRAP, WRAP = (
 )  # a line that was measured wrongly is cut, so the line count stays true
 HOLD, RELEASE = "\x1b[?2026h", "\x1b[?2026l"  # terminals that know them draw a frame in one go
 # Text of a model or a prompt must not steer the terminal: all control characters but newline and tab.
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 def safe(text: str) -> str:
@@ -37,9 +36,19 @@ def safe(text: str) -> str:
     return CONTROL.sub("\ufffd", text.replace("\r\n", "\n").replace("\t", "    "))
 
 
+def is_terminal(stream) -> bool:
+    """Whether `stream` is a terminal, of whatever kind."""
+    return bool(getattr(stream, "isatty", lambda: False)())
+
+
 def is_live(stream) -> bool:
     """Whether `stream` is a terminal that can move its cursor."""
-    return bool(getattr(stream, "isatty", lambda: False)()) and os.environ.get("TERM", "dumb") != "dumb"
+    return is_terminal(stream) and os.environ.get("TERM", "dumb") != "dumb"
+
+
+def printable(text: str, stream) -> str:
+    """`text` as it may be written to `stream`: `safe` where that is a terminal, with or without TERM."""
+    return safe(text) if is_terminal(stream) else text
 
 
 def wants_colour(stream) -> bool:
@@ -50,7 +59,8 @@ def wants_colour(stream) -> bool:
 def note(stream, text: str) -> None:
     """Put one quiet line on a terminal, in place of the last one; "" removes it. Elsewhere: nothing."""
     if is_live(stream):
-        stream.write("\r\x1b[2K" + (paint(text, QUIET) if text else ""))
+        columns, _ = size_of(stream)
+        stream.write("\r\x1b[2K" + (paint(safe(text)[: columns - 1], QUIET) if text else ""))
         stream.flush()
 
 
@@ -184,15 +194,30 @@ class RowText:
             at += count
 
 
-def width_of(character: str) -> int:
-    """Columns that a character takes in a terminal: 0, 1 or 2."""
-    if unicodedata.category(character) in ("Mn", "Me", "Cf"):
-        return 0
-    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+@lru_cache(maxsize=65536)
+def clusters(text: str) -> tuple[tuple[str, int], ...]:
+    """The characters of a text as a reader counts them, each with its columns in a terminal: 0, 1 or 2.
+
+    An accent belongs to its letter, and an emoji of several code points is one character of two columns (UAX #29).
+    """
+    if text.isascii():
+        return tuple((character, int(character != "\n")) for character in text)
+    from rich.cells import split_graphemes
+
+    spans, _ = split_graphemes(text)
+    return tuple((text[start:end], width) for start, end, width in spans)
+
+
+def fit(parts: Sequence[tuple[int, str]], columns: int, dot: str) -> str:
+    """The parts of a status line that fit into `columns`: (rank, text), those of the lowest ranks, in their order."""
+    kept = list(parts)
+    while len(kept) > 1 and len(f" {dot} ".join(text for _, text in kept)) > columns:
+        kept.remove(max(kept, key=lambda part: part[0]))
+    return f" {dot} ".join(text for _, text in kept)[:columns]
 
 
 class Line(list):
-    """One line of the screen: (character, piece) pairs."""
+    """One line of the screen: (character, piece) pairs, a character being a grapheme cluster."""
 
     def text(self, colour: bool) -> str:
         """The line with its SGR codes."""
@@ -213,12 +238,11 @@ def wrap(pieces: Sequence[Piece], columns: int) -> tuple[list[Line], int | None]
     """
     lines, line, used, breakpoint_ = [], Line(), 0, 0
     for piece in pieces:
-        for character in piece.text:
+        for character, wide in clusters(piece.text):
             if character == "\n":
                 lines.append(line)
                 line, used, breakpoint_ = Line(), 0, 0
                 continue
-            wide = width_of(character)
             if used + wide > columns and line:
                 if character == " ":  # the space at which a line ends is not shown
                     lines.append(line)
@@ -227,7 +251,7 @@ def wrap(pieces: Sequence[Piece], columns: int) -> tuple[list[Line], int | None]
                 cut = breakpoint_ or len(line)
                 lines.append(Line(line[:cut]))
                 line = Line(line[cut:])
-                used, breakpoint_ = sum(width_of(c) for c, _ in line), 0
+                used, breakpoint_ = sum(width for c, _ in line for _, width in clusters(c)), 0
             line.append((character, piece))
             used += wide
             if character == " " or piece.breakable:
@@ -296,8 +320,10 @@ class LiveView:
         self.newest = state.committed.new_zeros(state.committed.shape)
         if self.delay:
             before = self.clock()
-            time.sleep(self.delay)
-            self.waited += self.clock() - before
+            try:
+                time.sleep(self.delay)
+            finally:  # Ctrl-C ends the wait too
+                self.waited += self.clock() - before
         self.last_frame = self.clock()
 
     def frame(self, state, masked) -> list[str]:
@@ -326,24 +352,24 @@ class LiveView:
             for number, line in enumerate(part):
                 name = f"{row + 1:>{label - 2}}  " if label and not number else " " * label
                 shown.append((paint(name, QUIET) if name.strip() else name) + line.text(self.colour))
-        status = self.status(state, masked)
+        more = []
         if count > len(wrapped):
-            status += f" {self.rows.glyphs.dot} {count - len(wrapped)} more rows"
+            more = [(3, f"{count - len(wrapped)} more rows")]
         elif hidden:
-            status += f" {self.rows.glyphs.dot} {hidden} more lines"
-        return [*shown, paint(status[:columns], QUIET)]
+            more = [(3, f"{hidden} more lines")]
+        return [*shown, paint(self.status(state, masked, more, columns), QUIET)]
 
-    def status(self, state, masked) -> str:
-        """For example `pass 12/64 · block 2/4 · 5.3 tok/pass · 41 tok/s`."""
+    def status(self, state, masked, more=(), columns: int = 80) -> str:
+        """For example `pass 12/64 · block 2/4 · 5.3 tok/pass · 41 tok/s`, as much of it as fits into `columns`."""
         seconds = max(self.clock() - self.started - self.waited, 1e-9)
         written = int((state.canvas.editable & state.canvas.valid & ~masked).sum())
         spent = max(int(state.nfe.max()), 1)
-        parts = [f"pass {state.step}" + (f"/{self.passes}" if self.passes else "")]
+        parts = [(0, f"pass {state.step}" + (f"/{self.passes}" if self.passes else ""))]
         if self.blocks and self.blocks > 1:
-            parts.append(f"block {min(int(state.block.max()) + 1, self.blocks)}/{self.blocks}")
-        parts.append(f"{written / masked.shape[0] / spent:.1f} tok/pass")
-        parts.append(f"{written / seconds:.0f} tok/s")
-        return f" {self.rows.glyphs.dot} ".join(parts)
+            parts.append((2, f"block {min(int(state.block.max()) + 1, self.blocks)}/{self.blocks}"))
+        parts.append((4, f"{written / masked.shape[0] / spent:.1f} tok/pass"))
+        parts.append((1, f"{written / seconds:.0f} tok/s"))
+        return fit([*parts, *more], columns - 1, self.rows.glyphs.dot)
 
     def erase(self) -> None:
         """Remove what was drawn; the cursor is then where it was before the first frame."""

@@ -113,6 +113,21 @@ def test_wrap_cuts_long_words_and_measures_wide_characters():
     assert plain(wrap([Piece("e\u0301e\u0301e\u0301")], 3)[0]) == ["e\u0301e\u0301e\u0301"]  # accents take no column
 
 
+@pytest.mark.parametrize("text", ["👍🏽", "👨\u200d👩\u200d👧", "❤\ufe0f", "🇩🇪", "1\ufe0f\u20e3"])
+def test_an_emoji_of_several_code_points_is_one_character_of_two_columns(text):
+    """Was: each code point counted alone, so that a line with a family of emoji was cut."""
+    assert live.clusters(text) == ((text, 2),)
+    assert plain(wrap([Piece(text * 3)], 4)[0]) == [text * 2, text]
+
+
+def test_a_status_line_keeps_what_matters_most():
+    parts = [(0, "pass 1/4"), (2, "block 1/2"), (4, "1.0 tok/pass"), (1, "41 tok/s"), (3, "12 more lines")]
+    assert live.fit(parts, 80, "·") == "pass 1/4 · block 1/2 · 1.0 tok/pass · 41 tok/s · 12 more lines"
+    assert live.fit(parts, 40, "·") == "pass 1/4 · block 1/2 · 41 tok/s"
+    assert live.fit(parts, 12, "·") == "pass 1/4"
+    assert live.fit(parts, 5, "·") == "pass "
+
+
 def test_wrap_may_break_between_masks_and_finds_the_focus():
     lines, focus = wrap([Piece("word "), Piece("░" * 9, breakable=True, focus=True)], 6)
     assert plain(lines) == ["word ░", "░░░░░░", "░░"]
@@ -172,7 +187,7 @@ def test_view_shows_prompt_masks_newest_and_status():
         view.show(state([[1, 2, MASK, 7, MASK]], committed=[3], confidence=0.95))
         shown = stream.getvalue()
         assert Screen(shown).text.splitlines()[0] == " w1 w2░ w7░"
-        assert "pass 1/4 · block 1/2 · 1.0 tok/pass" in Screen(shown).text
+        assert "pass 1/4 · block 1/2 · 0 tok/s" in Screen(shown).text  # tok/pass has no room in 40 columns
         assert f"\x1b[{live.RAMP[-1]};7m w7" in shown  # sure, and new
         view.show(state([[1, 2, 5, 7, MASK]], committed=[2], confidence=0.05, step=2))
         later = stream.getvalue()[len(shown) :]

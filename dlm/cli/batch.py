@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from dlm.cli.parser import Parser, check_least, shown_defaults
@@ -11,6 +11,8 @@ from dlm.cli.session import Job, Result, batches, denoise, summary
 
 if TYPE_CHECKING:
     from dlm.checkpoints.pretrained import Pretrained
+
+MOST_SAMPLES, MOST_DELAY = 1_000_000, 60
 
 
 def add_common(parser: Parser, argv: Sequence[str], leave_out: Sequence[str] = ()) -> None:
@@ -28,11 +30,32 @@ def add_common(parser: Parser, argv: Sequence[str], leave_out: Sequence[str] = (
 def check_counts(args) -> None:
     """Errors: counts below one, a negative delay."""
     check_least(args, 1, *(name for name in ("num_samples", "batch_size", "blank_length") if name in args))
-    if not args.delay >= 0:
-        raise ValueError(f"--delay is {args.delay}: give 0 or more seconds")
+    if getattr(args, "num_samples", 1) > MOST_SAMPLES:
+        raise ValueError(
+            f"--num-samples is {args.num_samples}: give at most {MOST_SAMPLES:,}, and run it several times"
+        )
+    if not 0 <= args.delay <= MOST_DELAY:
+        raise ValueError(f"--delay is {args.delay}: give 0 to {MOST_DELAY} seconds")
 
 
-def run_jobs(opened: Pretrained, jobs: Sequence[Job], config, args, show: Callable[[Result], None]) -> int:
+def check_texts(opened: Pretrained, texts: Sequence[str]) -> None:
+    """Raises ValueError for a text that cannot fit the model, before it is cut into tokens: that takes long.
+
+    A text has at least as many tokens as its UTF-8 bytes over the bytes of the vocabulary's longest token.
+    """
+    if opened.max_length is None:
+        return
+    longest = max((len(token.encode("utf-8")) for token in opened.tokenizer.get_vocab()), default=1)
+    most = 4 * longest * opened.max_length  # a normaliser may shorten a text, not to a quarter
+    for text in texts:
+        if len(text) > most:
+            raise ValueError(
+                f"the prompt {text[:24]!r}... has {len(text):,} characters, and this model reads {opened.max_length} "
+                "tokens at most: shorten it"
+            )
+
+
+def run_jobs(opened: Pretrained, jobs: Iterable[Job], config, args, show: Callable[[Result], None]) -> int:
     """Denoise all jobs, batch by batch; `show` prints one result. Returns the exit code."""
     for number, batch in enumerate(batches(jobs, args.batch_size)):
         results = denoise(opened, batch, config, args)

@@ -8,9 +8,21 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dlm.cli import live
-from dlm.cli.batch import check_counts
+from dlm.cli.batch import check_counts, check_texts
 from dlm.cli.parser import Parser, shown_defaults
-from dlm.cli.session import Job, announce, denoise, print_json, print_text, settings, summary, text_of, text_pieces
+from dlm.cli.session import (
+    Job,
+    announce,
+    check_region,
+    denoise,
+    print_json,
+    print_text,
+    settings,
+    summary,
+    text_of,
+    text_pieces,
+)
+from dlm.utils.errors import one_line
 
 if TYPE_CHECKING:
     from dlm.checkpoints.pretrained import Pretrained
@@ -27,6 +39,9 @@ def chat(argv: Sequence[str]) -> int:
     opened = announce(args)
     check_chat(opened)
     config = settings(args, opened.defaults, stop_at_eos=opened.has_end)
+    check_region(opened, config.gen_length, "--gen-length")
+    if sys.stdin is None:
+        raise ValueError("standard input is closed: type your lines, or pipe them in")
     typed = sys.stdin.isatty()
     if typed:
         with contextlib.suppress(ImportError):
@@ -35,9 +50,14 @@ def chat(argv: Sequence[str]) -> int:
     messages: list[dict[str, str]] = []
     while True:
         try:
-            line = input("> " if typed else "").strip()
+            line = read_line(typed)
         except EOFError:
             return 0
+        except ValueError as error:
+            if not typed:
+                raise
+            print(f"dlm: error: {one_line(error)}", file=sys.stderr)
+            continue
         if line == "/quit":
             return 0
         if line == "/reset":
@@ -51,7 +71,7 @@ def chat(argv: Sequence[str]) -> int:
             except ValueError as error:
                 if not typed:
                     raise
-                print(f"dlm: error: {error}", file=sys.stderr)
+                print(f"dlm: error: {one_line(error)}", file=sys.stderr)
                 continue
             if reply is not None:
                 messages = [*turn, {"role": "assistant", "content": reply}]
@@ -59,10 +79,21 @@ def chat(argv: Sequence[str]) -> int:
                 return 130
 
 
+def read_line(typed: bool) -> str:
+    """The next line of standard input, stripped. Raises EOFError at its end, ValueError where it is not UTF-8 text."""
+    try:
+        line = input("> " if typed else "").strip()
+        line.encode("utf-8")
+    except UnicodeError:
+        raise ValueError("standard input has a line that is not UTF-8 text: convert it to UTF-8") from None
+    return line
+
+
 def answer(opened: Pretrained, messages: Sequence[dict[str, str]], config, args) -> str | None:
     """Write and print the answer to a conversation; None where it was interrupted."""
     from dlm.chat_template import chat_ids
 
+    check_texts(opened, [messages[-1]["content"]])
     ids = chat_ids(opened.tokenizer, messages, opened.mask_id) + [opened.mask_id] * config.gen_length
     [result] = denoise(opened, [Job(ids, messages[-1]["content"], config.seed)], config, args, show_given=False)
     pieces = text_pieces(opened, result, config, head="")

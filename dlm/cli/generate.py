@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dlm.cli.batch import add_common, check_counts, run_jobs
+from dlm.cli.batch import add_common, check_counts, check_texts, run_jobs
 from dlm.cli.chat import check_chat
 from dlm.cli.parser import Parser
 from dlm.cli.prompts import gather_prompts
-from dlm.cli.session import Job, Result, announce, print_json, print_text, settings, text_of, text_pieces
+from dlm.cli.session import Job, Result, announce, check_region, print_json, print_text, settings, text_of, text_pieces
 
 
 def generate(argv: Sequence[str]) -> int:
@@ -27,6 +27,8 @@ def generate(argv: Sequence[str]) -> int:
 
     if args.chat:
         check_chat(opened)
+    check_region(opened, config.gen_length, "--gen-length")
+    check_texts(opened, prompts)
     region = [opened.mask_id] * config.gen_length
     ids = [
         chat_ids(opened.tokenizer, [{"role": "user", "content": prompt}], opened.mask_id)
@@ -34,8 +36,8 @@ def generate(argv: Sequence[str]) -> int:
         else encode_prompt(opened.tokenizer, prompt, opened.mask_id)
         for prompt in prompts
     ]
-    pairs = [(prompt, head) for prompt, head in zip(prompts, ids, strict=True) for _ in range(args.num_samples)]
-    jobs = [Job(head + region, prompt, config.seed + index) for index, (prompt, head) in enumerate(pairs)]
+    pairs = ((prompt, head) for prompt, head in zip(prompts, ids, strict=True) for _ in range(args.num_samples))
+    jobs = (Job(head + region, prompt, config.seed + index) for index, (prompt, head) in enumerate(pairs))
 
     def show(result: Result) -> None:
         pieces = text_pieces(opened, result, config, head="" if args.json or args.chat else result.job.prompt)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dlm.cli import live
-from dlm.cli.batch import add_common, check_counts, run_jobs
+from dlm.cli.batch import add_common, check_counts, check_texts, run_jobs
 from dlm.cli.parser import Parser
 from dlm.cli.prompts import gather_prompts
-from dlm.cli.session import Job, Result, announce, print_json, print_text, row_text, settings, text_of
+from dlm.cli.session import Job, Result, announce, check_region, print_json, print_text, row_text, settings, text_of
 
 if TYPE_CHECKING:
     from dlm.checkpoints.pretrained import Pretrained
@@ -27,16 +27,20 @@ def infill(argv: Sequence[str]) -> int:
     add_common(parser, argv, leave_out=("gen_length",))
     args = parser.parse(argv)
     check_counts(args)
-    from dlm.tokenizer import blanks
+    from dlm.tokenizer import blank_lengths, blanks
 
     texts = gather_prompts(args, 'dlm infill "The cat ___ on the mat."')
     opened = announce(args, check=False)
+    check_texts(opened, texts)
+    check_region(opened, args.blank_length, "--blank-length")
+    for text in texts:
+        check_region(opened, sum(blank_lengths(text, args.blank_length)), "the blanks' length")
     rows = [blanks(opened.tokenizer, text, args.blank_length, opened.mask_id) for text in texts]
     places = max(row.count(opened.mask_id) for row, _ in rows)
     # A blank is in the middle of a text, so the text may not end in it.
     config = settings(args, opened.defaults, gen_length=places, suppress_eos=opened.has_end)
-    pairs = [(text, row) for text, row in zip(texts, rows, strict=True) for _ in range(args.num_samples)]
-    jobs = [Job(row, text, config.seed + i, tuple(found)) for i, (text, (row, found)) in enumerate(pairs)]
+    pairs = ((text, row) for text, row in zip(texts, rows, strict=True) for _ in range(args.num_samples))
+    jobs = (Job(row, text, config.seed + i, tuple(wanted)) for i, (text, (row, wanted)) in enumerate(pairs))
 
     def show(result: Result) -> None:
         pieces = filled_pieces(opened, result, config)

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from collections.abc import Sequence
 
 from dlm.checkpoints.inspect import describe
+from dlm.cli import live
 from dlm.cli.parser import Parser
+from dlm.cli.session import print_json
 
 
 def info(argv: Sequence[str]) -> int:
     """`dlm info`: print what a checkpoint is."""
     parser = Parser("info", "[PATH] [options]", "Say what a checkpoint is, and which methods suit it.")
     parser.add_argument("path", nargs="?", help="folder or hub id (default: the model that ships)")
-    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
+    parser.add_argument("--model", metavar="PATH", help="the same as PATH")
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub id")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     args = parser.parse(argv)
+    if args.model is not None and args.path is not None:
+        raise ValueError(f"both {args.path} and --model {args.model} are given: name one checkpoint")
+    args.path = args.path or args.model
     facts = describe(args.path, args.revision)
     if args.json:
-        print(json.dumps(facts))
+        print_json(facts)
         return 0
     unknown = "not on this machine"
     grouped = "" if facts["heads"] == facts["kv_heads"] else f", {facts['kv_heads']} for keys"
@@ -38,5 +44,5 @@ def info(argv: Sequence[str]) -> int:
         "defaults": ", ".join(f"{name} {value}" for name, value in facts["defaults"].items()) or "dlm's own",
     }
     for name, text in lines.items():
-        print(f"{name:<11} {text}")
+        print(live.printable(f"{name:<11} {text}", sys.stdout))
     return 0

@@ -8,11 +8,12 @@ from __future__ import annotations
 import codecs
 import math
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+
+from dlm.utils.printable import safe
 
 PROMPT, QUIET, FILLED = "1", "2", "1;4"  # SGR codes: bold, faint, bold and underlined
 NEWEST = "7"  # reversed: the confidence's colour becomes the background
@@ -27,13 +28,6 @@ NO_WRAP, WRAP = (
     "\x1b[?7h",
 )  # a line that was measured wrongly is cut, so the line count stays true
 HOLD, RELEASE = "\x1b[?2026h", "\x1b[?2026l"  # terminals that know them draw a frame in one go
-# Text of a model or a prompt must not steer the terminal: all control characters but newline and tab.
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-
-
-def safe(text: str) -> str:
-    """`text` with its control characters replaced, fit to be written to a terminal."""
-    return CONTROL.sub("\ufffd", text.replace("\r\n", "\n").replace("\t", "    "))
 
 
 def is_terminal(stream) -> bool:

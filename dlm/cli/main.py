@@ -79,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows ? for what it lacks
     try:
+        if sys.stdout is None:
+            raise ValueError("standard output is closed, so nothing could be shown: redirect it to a file or /dev/null")
         code = run(argv)
         sys.stdout.flush()
         return code

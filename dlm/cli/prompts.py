@@ -20,5 +20,7 @@ def gather_prompts(args, example: str) -> list[str]:
         try:
             prompt.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise ValueError(f"the prompt {prompt[:40]!a} is not UTF-8 text: check the terminal's locale") from error
+            raise ValueError(
+                f"the prompt {prompt[:40]!a} is not UTF-8 text (a lone surrogate): check the locale or the file"
+            ) from error
     return prompts

@@ -13,11 +13,13 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from dlm.cli import live
 from dlm.sampling.config import NEEDS, SAMPLING
+from dlm.utils.jsonio import finite
 from dlm.utils.settings import flag, refuse_idle
 
 if TYPE_CHECKING:
@@ -218,45 +220,58 @@ def text_of(pieces: Sequence[live.Piece]) -> str:
 
 
 def print_text(pieces: Sequence[live.Piece]) -> None:
-    """Print a text: on a terminal wrapped at words and with its styles, elsewhere as it is."""
-    if not live.is_live(sys.stdout):
-        print(text_of(pieces))
+    """Prints a text: on a terminal in its styles, elsewhere as it is. The terminal wraps it, so a copy of it has no
+    line breaks of ours."""
+    stream = sys.stdout
+    if not live.is_live(stream):
+        print(live.printable(text_of(pieces), stream))
         return
-    columns, _ = live.size_of(sys.stdout)
-    clean = [dataclasses.replace(piece, text=live.safe(piece.text)) for piece in pieces]
-    for line in live.wrap(clean, columns)[0]:
-        print(line.text(live.wants_colour(sys.stdout)))
+    colour = live.wants_colour(stream)
+    print("".join(live.paint(live.safe(piece.text), *piece.styles, colour=colour) for piece in pieces))
 
 
 def print_json(record: dict[str, Any]) -> None:
-    """Print one object on one line, at once."""
-    print(json.dumps(record, ensure_ascii=False), flush=True)
+    """Prints one object on one line, at once; what the stream's encoding lacks is escaped, and NaN becomes null."""
+    record = finite(record)
+    text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(record, allow_nan=False)
+    print(text, flush=True)
 
 
 def summary(results: Sequence[Result]) -> None:
-    """One quiet line on standard error, where that is a terminal; an interruption is told in any case."""
+    """Prints one quiet line on standard error where that is a terminal; an interruption is always said."""
     tokens = sum(result.written for result in results)
     passes, seconds = max(result.nfe for result in results), results[0].seconds
-    done = all(result.finished for result in results)
-    if not done:
+    if not all(result.finished for result in results):
         print(f"dlm: interrupted after {passes} passes, {tokens} tokens", file=sys.stderr)
     elif live.is_live(sys.stderr):
+        columns, _ = live.size_of(sys.stderr)
         parts = [
-            f"{tokens} tokens",
-            f"{passes} passes",
-            f"{tokens / max(passes * len(results), 1):.1f} tok/pass",
-            f"{seconds:.1f} s",
-            f"{tokens / max(seconds, 1e-9):.0f} tok/s",
-            f"seed {results[0].job.seed}",
+            (0, f"{tokens} tokens"),
+            (1, f"{passes} passes"),
+            (4, f"{tokens / max(passes * len(results), 1):.1f} tok/pass"),
+            (3, f"{seconds:.1f} s"),
+            (2, f"{tokens / max(seconds, 1e-9):.0f} tok/s"),
+            (5, f"seed {results[0].job.seed}"),
         ]
-        dot = live.Glyphs.of(sys.stderr).dot
-        print(live.paint(f" {dot} ".join(parts), live.QUIET), file=sys.stderr)
+        print(live.paint(live.fit(parts, columns - 1, live.Glyphs.of(sys.stderr).dot), live.QUIET), file=sys.stderr)
 
 
-def batches(jobs: Sequence[Job], size: int) -> Iterator[Sequence[Job]]:
-    """The jobs in groups of `size`."""
-    for at in range(0, len(jobs), size):
-        yield jobs[at : at + size]
+def check_region(opened: Pretrained, length: int, option: str) -> None:
+    """Raises ValueError for more tokens than the model's longest canvas, before memory is taken for them."""
+    limit = opened.max_length
+    if limit is not None and length > limit:
+        raise ValueError(f"{option} is {length}: this model reads {limit} tokens at most, prompt included")
+
+
+def batches(jobs: Iterable[Job], size: int) -> Iterator[list[Job]]:
+    """The jobs in groups of `size`, made as they are needed."""
+    jobs = iter(jobs)
+    while batch := list(islice(jobs, size)):
+        yield batch
 
 
 def announce(args, check: bool = True) -> Pretrained:

@@ -10,7 +10,7 @@ from pathlib import Path
 def read_prompts(path: str) -> list[str]:
     """The prompts in a file (`-`: standard input): one a line, or JSONL with "prompt" in each object.
 
-    Errors: a file that cannot be read, is not UTF-8 or holds no prompt; a line of JSONL without a prompt.
+    Raises ValueError where it is not UTF-8, holds no prompt, or a line of JSONL has none.
     """
     name = "standard input" if path == "-" else path
     raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
@@ -19,23 +19,23 @@ def read_prompts(path: str) -> list[str]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 text (byte {error.start}): convert it to UTF-8") from error
     lines = [line.rstrip("\r") for line in lines]
-    found = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not found:
+    filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not filled:
         raise ValueError(f'{name} holds no prompt: write one a line, or JSON objects with "prompt"')
-    if path.endswith(".jsonl") or json_prompt(found[0][1]) is not None:
-        prompts = [(number, json_prompt(line)) for number, line in found]
+    if path.endswith(".jsonl") or json_prompt(filled[0][1]) is not None:
+        prompts = [(number, json_prompt(line)) for number, line in filled]
         for number, prompt in prompts:
             if prompt is None:
                 raise ValueError(f'{name}, line {number}: not a JSON object with a text "prompt"')
         return [prompt for _, prompt in prompts if prompt is not None]
-    return [line for _, line in found]
+    return [line for _, line in filled]
 
 
 def json_prompt(line: str) -> str | None:
     """The prompt of a line of JSONL, None where it has none."""
     try:
-        found = json.loads(line)
-    except ValueError:
+        fields = json.loads(line)
+    except (ValueError, RecursionError):
         return None
-    prompt = found.get("prompt") if isinstance(found, dict) else None
+    prompt = fields.get("prompt") if isinstance(fields, dict) else None
     return prompt if isinstance(prompt, str) else None

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from dlm.utils.distributed import leave_processes
+from dlm.utils.errors import one_line
 from dlm.utils.peers import first_to_say, is_lost_connection, lost_line, rank_prefix
 from dlm.utils.settings import parse
 
@@ -52,9 +53,9 @@ def main(
 def line_of(error: Exception) -> str | None:
     """What to say of an error in one line; None where it is a fault of the program."""
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"{error}: make room, then go on with --resume"
+        return f"{one_line(error)}: make room, then go on with --resume"
     if isinstance(error, ValueError | OSError):
-        return " ".join(str(error).split())
+        return one_line(error)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate" in str(error):
         return "out of memory: give a smaller batch_size, or more accumulation, or --activation-checkpointing"
     if is_lost_connection(error):

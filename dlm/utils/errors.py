@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dlm.utils.printable import safe
+
 __all__ = ["one_line"]
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error on one line."""
+    """The message of an error on one line, without control characters."""
+    text = str(error)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+        text = f"{error.filename}: {error.strerror}"
+    return safe(" ".join(text.split())) or type(error).__name__

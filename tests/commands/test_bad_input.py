@@ -1,13 +1,18 @@
 """Bad input: one clear line on standard error that names the value, the reason and the fix; exit code 2."""
 
+import io
 import json
+import subprocess
+import sys
+from unittest import mock
 
 import pytest
 import torch
 
 import dlm
+from dlm.cli import chat, live, main, session
 from tests.helpers import commandline
-from tests.helpers.commandline import make_checkpoint
+from tests.helpers.commandline import ENVIRONMENT, make_checkpoint
 
 tokenizer, checkpoint, run = commandline.tokenizer, commandline.checkpoint, commandline.run  # fixtures
 
@@ -36,6 +41,24 @@ tokenizer, checkpoint, run = commandline.tokenizer, commandline.checkpoint, comm
         (["generate", "x", "--attn-implementation", "sdpaa"], ["'sdpaa'", "'sdpa'"]),
         (["generate", "a <|mdm_mask|> b"], ["mask token <|mdm_mask|>"]),
         (["generate", "--prompts", "/nowhere/p.txt"], ["/nowhere/p.txt", "No such file"]),
+        (["generate", "x", "--max-new-tokens", "9"], ["--max-new-tokens", "it is --gen-length here"]),
+        (["generate", "x", "--max-length", "9"], ["it is --gen-length here"]),
+        (["generate", "x", "--temp=0.5"], ["it is --temperature here"]),
+        (["generate", "x", "--num-return-sequences", "2"], ["it is --num-samples here"]),
+        (
+            ["generate", "x", "--threshold", "0.5"],
+            ["--threshold has no effect", "--commit is quota"],
+        ),
+        (["generate", "x", "--top-p", "0.5"], ["--top-p has no effect", "--temperature"]),
+        (["generate", "x", "--gen-length", "1000000000000"], ["--gen-length is 1000000000000", "128 tokens"]),
+        (["generate", "x", "--num-samples", "1000000000000"], ["--num-samples is 1000000000000", "1,000,000"]),
+        (["generate", "x " * 5_000_000], ["10,000,000 characters", "128 tokens"]),
+        (["generate", "\ud800"], ["\\ud800", "not UTF-8"]),
+        (["infill", "a ___{abc}"], ["___{abc}", "___{12}"]),
+        (["infill", "a ___{1000000000}"], ["1000000000", "128 tokens"]),
+        (["infill", "a ___{" + "9" * 5000 + "}"], ["10^12"]),
+        (["infill", "a ___", "--blank-length", "1000000000"], ["--blank-length is 1000000000"]),
+        (["info", "a", "--model", "b"], ["both a and --model b"]),
         (["infill", "nothing"], ["'nothing'", "___"]),
         (["infill", "a ___{0}"], ["___{0}"]),
         (["infill", "a ___", "--blank-length", "0"], ["--blank-length is 0"]),
@@ -121,3 +144,72 @@ def test_logits_that_are_not_numbers_are_a_failure_that_names_the_pass(run, tmp_
     model.save_pretrained(folder)
     code, out, error = run("generate", "x", "--gen-length", 2, model=folder)
     assert code == 2 and out == "" and error.count("\n") == 1 and "pass 1" in error
+
+
+def test_json_keeps_every_character_on_a_pipe_that_lacks_it(run, monkeypatch, checkpoint):
+    """Was: on a cp1252 pipe characters became question marks (case 13)."""
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding="cp1252")
+    monkeypatch.setattr("sys.stdout", stream)
+    prompt = "日本 fox é"
+    assert main.main(["generate", prompt, "--gen-length", "4", "--json", "--model", str(checkpoint)]) == 0
+    stream.flush()
+    text = raw.getvalue().decode("cp1252")
+    assert json.loads(text)["prompt"] == prompt and "?" not in text
+
+
+def test_no_nan_in_json(capsys):
+    session.print_json({"a": float("nan"), "b": [float("inf"), 1.0]})
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"a": None, "b": [None, 1.0]}
+
+
+@pytest.mark.parametrize("term", [None, "dumb", "xterm"])
+def test_text_never_steers_a_terminal(monkeypatch, term):
+    """Was: a terminal without TERM got the text's control characters (case 17)."""
+    monkeypatch.delenv("TERM", raising=False)
+    if term:
+        monkeypatch.setenv("TERM", term)
+
+    class Terminal(io.StringIO):
+        encoding = "utf-8"
+
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr("sys.stdout", Terminal())
+    session.print_text([live.Piece("a\x1b]0;title\x07b\x1b[2J")])
+    assert sys.stdout.getvalue() == "a\ufffd]0;title\ufffdb\ufffd[2J\n"
+
+
+def test_a_long_text_has_no_line_breaks_of_ours(monkeypatch):
+    """Was: lines cut at the terminal's width, which a copy of the text then had."""
+
+    class Terminal(io.StringIO):
+        encoding = "utf-8"
+
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("sys.stdout", Terminal())
+    session.print_text([live.Piece("word " * 100, (live.PROMPT,))])
+    assert sys.stdout.getvalue().count("\n") == 1
+
+
+def test_an_error_cannot_steer_the_terminal(run):
+    code, _, error = run("info", "\x1b[2J/nowhere")
+    assert code == 2 and "\x1b" not in error and error.count("\n") == 1
+
+
+def test_closed_streams_are_one_line(checkpoint):
+    """Was: a traceback, or silence with exit code 0."""
+    command = f"{sys.executable} -m dlm info {checkpoint} >&-"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 2 and "standard output is closed" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("line", [b"caf\xe9\n", b"\xff\n"])
+def test_a_line_of_chat_that_is_not_utf8_is_one_line(line):
+    stdin = io.TextIOWrapper(io.BytesIO(line), encoding="utf-8")
+    with mock.patch("sys.stdin", stdin), pytest.raises(ValueError, match="standard input has a line that is not UTF-8"):
+        chat.read_line(typed=False)

@@ -42,7 +42,7 @@ def test_every_sampling_field_is_an_option_of_its_type():
     fields = {field.name: str(field.type) for field in dataclasses.fields(dlm.SamplingConfig)}
     assert set(SAMPLING) == set(fields)
     for name, (kind, text) in SAMPLING.items():
-        assert kind.__name__ in fields[name] and text
+        assert text and (kind.__name__ in fields[name] or kind not in (int, float, str, bool))  # or reads a file
 
 
 @pytest.mark.parametrize("command", ["generate", "infill", "chat"])

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from dlm.data.sources import identity, read_documents
-from dlm.tokenizer import encode_documents
+from dlm.data.words import Words
 
 CACHE_FORMAT = 3  # part of the cache key: raise it when what is written changes
 
@@ -81,10 +81,10 @@ def cached(
 
 
 def _tokenize(path, tokenizer, column: str, split: str) -> Documents:
-    pieces, size, texts = [], 0, []
+    pieces, size, texts, words = [], 0, [], words_of(tokenizer)
 
     def flush():
-        pieces.extend(encode_texts(tokenizer, texts))
+        pieces.extend(words.encode(texts))
         texts.clear()
 
     for text in read_documents(path, column, split):
@@ -96,12 +96,10 @@ def _tokenize(path, tokenizer, column: str, split: str) -> Documents:
     return join(pieces, None, tokenizer.bos_token_id, size)
 
 
-def encode_texts(tokenizer, texts: list[str]) -> list[np.ndarray]:
-    """[bos] tokens [eos] of each text, of the tokenizer's type."""
+def words_of(tokenizer) -> Words:
+    """What encodes a text as [bos] tokens [eos] of the tokenizer's type."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    before, after = ([] if bos is None else [bos]), ([] if eos is None else [eos])
-    made = encode_documents(tokenizer, texts)
-    return [np.array(before + ids + after, dtype=token_type(tokenizer)) for ids in made]
+    return Words(tokenizer, token_type(tokenizer), [] if bos is None else [bos], [] if eos is None else [eos])
 
 
 def token_type(tokenizer) -> type:

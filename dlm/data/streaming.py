@@ -14,7 +14,7 @@ from itertools import chain, islice
 
 import numpy as np
 
-from dlm.data.documents import encode_texts
+from dlm.data.documents import words_of
 from dlm.data.examples import Example, pack_rows
 from dlm.data.sources import read_documents
 from dlm.utils.random import WINDOW
@@ -42,9 +42,9 @@ def text_source(paths: Sequence[str], tokenizer, column: str, split: str, weight
     def read(skip: int) -> Iterator[Row]:
         texts = chain.from_iterable(read_documents(path, column, split, streaming=True) for path in paths)
         texts = islice(texts, skip, None)
-        number = skip
+        number, words = skip, words_of(tokenizer)
         while chunk := list(islice(texts, CHUNK)):
-            for tokens in encode_texts(tokenizer, chunk):
+            for tokens in words.encode(chunk):
                 yield number, tokens, tokens != tokenizer.bos_token_id
                 number += 1
 

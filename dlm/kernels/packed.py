@@ -366,6 +366,8 @@ class Packed:
         return q, *(x.transpose(1, 2) for x in stored)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        if self.kernels is not None and x.stride(-1) == 1:
+            return self.kernels.normed(x, weight, self.eps)
         return F.rms_norm(x, weight.shape, weight, self.eps)
 
     def _head_norm(self, x: Tensor, weight: Tensor) -> Tensor:

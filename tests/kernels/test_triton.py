@@ -322,6 +322,9 @@ for given in (True, False):
     triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1})
 gated = {"x": "*bf16", "row_stride": "i32", "y": "*bf16", "size": "i32", "WIDTH": "constexpr"}
 triton.compile(ASTSource(kernels._gated, gated, {"WIDTH": kernels.GATED}), target=GPUTarget("cuda", 90, 32))
+normed = {"x": "*bf16", "row_stride": "i32", "weight": "*bf16", "y": "*bf16", "size": "i32", "eps": "fp32",
+          "WIDTH": "constexpr"}
+triton.compile(ASTSource(kernels._normed, normed, {"WIDTH": 4096}), target=GPUTarget("cuda", 90, 32))
 print("compiled")
 """
 
@@ -333,6 +336,17 @@ def test_it_compiles_for_a_gpu(tmp_path):
     root = Path(dlm.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", COMPILE], cwd=root, env=environment, capture_output=True, text=True)
     assert done.stdout == "compiled\n", done.stderr
+
+
+class Proposing:
+    """A predictor whose logits are read by these kernels, whatever its own passes use."""
+
+    def __init__(self, predictor, kernels):
+        self.predictor, self.kernels = predictor, kernels
+        self.config, self.device = predictor.config, predictor.device
+
+    def __call__(self, *args, **options):
+        return self.predictor(*args, **options)
 
 
 @pytest.mark.parametrize(
@@ -349,14 +363,14 @@ def test_it_compiles_for_a_gpu(tmp_path):
     ],
 )
 def test_which_proposals_are_fused(options, expected):
-    seen, predictor = [], packed(tiny_model(0, dtype=torch.float32).to(DEVICE))
+    seen, plain = [], packed(tiny_model(0, dtype=torch.float32).to(DEVICE))
 
     def summarise(logits, forbidden, suppressed):
         seen.append(suppressed)
         largest, token = logits.max(dim=-1)
         return types.SimpleNamespace(token=token.clamp_max(30), largest=largest, confidence=lambda name: largest)
 
-    predictor.kernels = types.SimpleNamespace(summarise=summarise)
+    predictor = Proposing(plain, types.SimpleNamespace(summarise=summarise))
     dlm.generate(predictor, [[1, 2, 3]], SamplingConfig(gen_length=4, steps=2, suppress_eos=True, **options))
     assert bool(seen) == expected
     assert all(suppressed == (38,) for suppressed in seen)
@@ -434,24 +448,25 @@ def test_forbidden_ids_outlive_inference_mode():
 def test_generations_are_the_same(monkeypatch, options):
     model = tiny_model(3, dtype=torch.float32, embedding_size=64).to(DEVICE)
     config = SamplingConfig(gen_length=8, steps=4, block_length=4, **options)
+    predictor = packed(model)
     results, calls, summarise = [], [], triton.summarise
     monkeypatch.setattr(triton, "summarise", lambda *inputs: calls.append(1) or summarise(*inputs))
     for use in (False, True):
-        monkeypatch.setattr(step, "fused", lambda logits, use=use: triton if use else None)
-        results.append(dlm.generate(model, [[1, 2, 3], [4, 5]], config))
+        results.append(dlm.generate(Proposing(predictor, triton if use else None), [[1, 2, 3], [4, 5]], config))
         assert bool(calls) == use
     assert torch.equal(results[0].sequences, results[1].sequences)
     assert torch.equal(results[0].nfe, results[1].nfe)
 
 
 @needs_triton
-def test_damage_is_refused_in_the_same_words(monkeypatch):
+@pytest.mark.skipif(DEVICE == "cuda", reason="the predictor stands on a CPU")
+def test_damage_is_refused_in_the_same_words():
     said = []
     for use in (False, True):
-        monkeypatch.setattr(step, "fused", lambda logits, use=use: triton if use else None)
+        predictor = BreaksAt(40, 2)
+        predictor.kernels = triton if use else None
         with pytest.raises(FloatingPointError) as error:
-            canvas = Canvas.from_prompts([[1, 2]], 4, MASK)
-            list(dlm.denoise(BreaksAt(40, 2), canvas, SamplingConfig(gen_length=4)))
+            list(dlm.denoise(predictor, Canvas.from_prompts([[1, 2]], 4, MASK), SamplingConfig(gen_length=4)))
         said.append(str(error.value))
     assert said[0] == said[1] and "nan at slot" in said[0]
 
@@ -498,6 +513,18 @@ def test_queries_turn_and_keys_and_values_go_where_they_are_kept(dtype, size):
     torch.testing.assert_close(
         triton.place(q, turns, None, heads, None), turned(q, turns, every).to(dtype), **tolerance
     )
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_normed(dtype):
+    x = torch.randn(2, 3, 40, generator=torch.Generator().manual_seed(8)).to(DEVICE, dtype)
+    weight = torch.randn(33, generator=torch.Generator().manual_seed(9)).to(DEVICE, dtype)
+    x[0, 0], x[0, 1] = 0, 1e4 * x[0, 1]
+    tolerance = {"rtol": 2e-6, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 1e-30}
+    for part in (x[..., :33], x[:, 1, 3:36].contiguous()):  # rows of a wider table, too
+        wanted = torch.nn.functional.rms_norm(part.double(), (33,), weight.double(), 1e-5).to(dtype)
+        torch.testing.assert_close(triton.normed(part, weight, 1e-5), wanted, **tolerance)
 
 
 @needs_triton

@@ -168,13 +168,27 @@ def cell(
     )  # fmt: skip
 
 
-def timed(bench: Bench, work: Callable[[], object], repeats: int = 20) -> float:
-    """Microseconds of one call, the median, by events around each."""
+def timed(bench: Bench, work: Callable[[], object], calls: int = 20) -> float:
+    """Microseconds of one call: the median over replays of a recording of `calls`, which no launch holds up."""
+
+    def several() -> None:
+        for _ in range(calls):
+            work()
+
+    work()
+    if bench.cuda:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            work()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            several()
+        several = graph.replay
     ticks = Ticks(bench.cuda)
-    for _ in range(3):
-        work()
-    for _ in range(repeats):
+    for _ in range(8):
         ticks.tick()
-        work()
+        several()
     ticks.tick()
-    return round(1e3 * statistics.median(ticks.milliseconds()), 2)
+    return round(1e3 * statistics.median(ticks.milliseconds()) / calls, 2)

@@ -35,7 +35,9 @@ def profile(bench: Bench) -> None:
     for name, predictor in predictors.items():
         bench.write(name=name, waits=waits(bench, predictor, config))
     for name, predictor in predictors.items():
-        bench.write(name=name, **profiled(bench, predictor, config))
+        bench.write(name=name, method="dual", **profiled(bench, predictor, config))
+    config = SamplingConfig(gen_length=length, block_length=min(32, length), steps=length, method="none")
+    bench.write(name="graphs", method="none", **profiled(bench, bench.replayed, config))
 
 
 def waits(bench: Bench, predictor, config: SamplingConfig) -> dict:

@@ -119,12 +119,11 @@ def grid(bench: Bench) -> None:
     kinds, total, floor, cells = {}, 0.0, 0.0, 0
     for method in ("none", "dual", "c2f"):
         for block in reversed(powers if method != "none" else [length]):
-            config = SamplingConfig(gen_length=length, block_length=block, method=method)
-            run(
-                bench, bench.replayed, 1, config, min(length, block + 2)
-            )  # both kinds are recorded by their second time
-            run(bench, bench.replayed, 1, config, 1)
-            kinds[method, block] = run(bench, bench.replayed, 1, config, min(length, block + 4))["ms_mean"]
+            passes = min(length, max(2 * length // block, 2))  # two a block: both kinds come again and again
+            config = SamplingConfig(gen_length=length, block_length=block, steps=passes, method=method)
+            for _ in range(2):  # what comes a second time is recorded
+                run(bench, bench.replayed, 1, config, min(passes, 4))
+            kinds[method, block] = run(bench, bench.replayed, 1, config, min(passes, 8))["ms_mean"]
     for method in ("none", "dual", "c2f"):
         for block in powers:
             for steps in powers:

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from dlm.utils.files import read_object
 
+_FAST = ("TokenizersBackend", "PreTrainedTokenizerFast")  # names of the class that AutoTokenizer would choose
 # ___, ___{12} for twelve tokens, ___{12:/[0-9]+/} for what they must match, ___{/[0-9]+/} for both left open
 BLANK = re.compile(r"_{3,}(?:\{(?:(\d+)|(?:(\d+):)?/((?:[^/\\]|\\.)*)/)\})?")
 
@@ -132,10 +133,13 @@ def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast | None:
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         return None
     settings = folder / "tokenizer_config.json"
-    own_code = settings.is_file() and read_object(settings).get("auto_map") is not None
+    fields = read_object(settings) if settings.is_file() else {}
+    own_code = fields.get("auto_map") is not None  # its Python would read tokenizer.json too
     try:
-        if own_code and (folder / "tokenizer.json").is_file():  # what the class's Python would read too
+        if (own_code or fields.get("tokenizer_class") in _FAST) and (folder / "tokenizer.json").is_file():
             return PreTrainedTokenizerFast.from_pretrained(str(folder))
+        from transformers import AutoTokenizer  # whose import takes long
+
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # each library has its own: `tokenizers` raises a bare Exception, others KeyError ...
         if own_code:

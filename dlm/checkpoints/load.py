@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import PreTrainedConfig
 from transformers.utils import logging as hf_logging
 
 from dlm.checkpoints.folder import Tensors
@@ -27,7 +26,6 @@ from dlm.kernels.linear import QUANTIZED, quantize_
 from dlm.kernels.tensor_parallel import shared_out
 from dlm.models.choices import ATTENTION, DTYPES, FLOATS, float_name
 from dlm.models.configuration import LLaDAConfig
-from dlm.models.families import FamilyConfig, family_of, recognise
 from dlm.utils.files import read_object
 from dlm.utils.names import check_name
 
@@ -77,7 +75,7 @@ class Placing:
 
 def is_own(config: PreTrainedConfig) -> bool:
     """Whether dlm's own transformer reads this configuration (transformers reads the others)."""
-    return isinstance(config, LLaDAConfig | FamilyConfig)
+    return type(config).__module__.startswith("dlm.")
 
 
 def read_config(folder: Path, *, causal: bool = False) -> PreTrainedConfig:
@@ -93,8 +91,12 @@ def read_config(folder: Path, *, causal: bool = False) -> PreTrainedConfig:
     try:
         return _own_config(found, folder)
     except ValueError:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
         if not causal or str(found.get("model_type")) not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             raise
+    from transformers import AutoConfig
+
     try:
         return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # whatever transformers raises for a field
@@ -102,7 +104,7 @@ def read_config(folder: Path, *, causal: bool = False) -> PreTrainedConfig:
 
 
 def _own_config(found: dict[str, Any], folder: Path) -> PreTrainedConfig:
-    file, kind = folder / "config.json", recognise(found, str(folder)).config
+    file, kind = folder / "config.json", _kind(found, folder)
     check_types(found, kind, file)
     try:
         config = kind.from_dict(found)
@@ -110,6 +112,16 @@ def _own_config(found: dict[str, Any], folder: Path) -> PreTrainedConfig:
         raise ValueError(f"{file} cannot be read ({' '.join(str(error).split())}): copy the file again") from error
     _check_ids(config, file)
     return config
+
+
+def _kind(found: dict[str, Any], folder: Path) -> type[PreTrainedConfig]:
+    """The class of the configuration; LLaDA's without the table of all families, whose import takes seconds."""
+    parts = [name for name in found if name.endswith(("_config", "_tower", "_decoder", "projector_type"))]
+    if found.get("model_type") == LLaDAConfig.model_type and found.get("num_experts") is None and not parts:
+        return LLaDAConfig
+    from dlm.models.families import recognise
+
+    return recognise(found, str(folder)).config
 
 
 def check_types(found: Mapping[str, Any], kind: type, file: Path) -> None:
@@ -186,7 +198,12 @@ def open_model(
         options["attn_implementation"] = placing.attn_implementation
     if variant is not None:
         options["variant"] = variant
-    kind = family_of(config).model if is_own(config) else AutoModelForCausalLM
+    if is_own(config):
+        from dlm.models.families import family_of
+
+        kind = family_of(config).model
+    else:
+        from transformers import AutoModelForCausalLM as kind
     try:
         with quiet():
             model = kind.from_pretrained(str(folder), **options, **_place(config, placing)).eval()

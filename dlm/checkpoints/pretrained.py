@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from dlm.checkpoints.files import SHIPPED, own_defaults
 from dlm.checkpoints.folder import Tensors, check_sizes, fetch, read_tensors, weight_files
 from dlm.checkpoints.load import Placing, is_own, open_model, read_config
+from dlm.checkpoints.quick import packed_from
 from dlm.kernels.linear import QUANTIZED
 from dlm.kernels.packed import packed
 from dlm.sampling.config import as_ids
@@ -162,9 +163,21 @@ class Pretrained:
         Raises ValueError for an autoregressive model.
         """
         self.check_diffusion()
+        if (quick := self._quick) is not None:
+            return quick
         if sum(weight.nbytes for weight in self.model.parameters()) > SLOW:
             self.progress("packing weights")
         return packed(self.model)
+
+    @cached_property
+    def _quick(self) -> Any:
+        """The packed copy from the files themselves, where nobody asked for the model yet and there can be one."""
+        return None if "model" in vars(self) else packed_from(self.folder, self.config, self.tensors, self.placing)
+
+    @property
+    def number_type(self) -> str:
+        """The type of the layers, as --dtype names it."""
+        return "float32" if vars(self).get("_quick") is not None else number_type(self.model)
 
     def ready(self) -> None:
         """Makes all parts that denoising texts needs, now. Raises as each of them."""
@@ -179,11 +192,6 @@ class Pretrained:
                 f"{self.name} predicts the next token, and cannot fill in masks: give a diffusion model "
                 "(`dlm eval generative` writes text with either)"
             )
-
-    @property
-    def number_type(self) -> str:
-        """The type of the model's layers, as --dtype names it."""
-        return number_type(self.model)
 
 
 # ---------------------------------------------------------------- opening one

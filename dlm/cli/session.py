@@ -140,9 +140,9 @@ def denoise(opened: Pretrained, jobs: Sequence[Job], config, args, show_given: b
     from dlm.sampling.constraints import constraints_of_blanks
     from dlm.sampling.generate import prepare
 
-    canvas = dlm.Canvas.from_templates([job.ids for job in jobs], opened.mask_id, device=opened.model.device)
+    canvas = dlm.Canvas.from_templates([job.ids for job in jobs], opened.mask_id, device=opened.predictor.device)
     config = dataclasses.replace(config, seed=tuple(job.seed for job in jobs))
-    _, known = prepare(opened.model, canvas, config, opened.tokenizer)
+    _, known = prepare(opened.predictor, canvas, config, opened.tokenizer)
     if any(pattern for job in jobs for *_, pattern in job.blanks):
         if known["constraints"] is not None:
             raise ValueError("a blank has a pattern of its own: leave --regex, --json-schema and --choices out")
@@ -182,16 +182,14 @@ def expected(opened: Pretrained, canvas, config) -> tuple[int | None, int]:
     from dlm.sampling.schedule import lay_out
 
     places = int(canvas.masked.sum(1).max())
-    _, sizes = lay_out(canvas, *visibility(opened.model, config.method, config.block_length))
+    _, sizes = lay_out(canvas, *visibility(opened.predictor, config.method, config.block_length))
     blocks = max(map(len, sizes))
     return ((config.steps or places) if config.commit == "quota" else None), blocks
 
 
 def row_text(opened: Pretrained, config, show_given: bool = True) -> live.RowText:
     """How the rows of a canvas are shown on standard output."""
-    from dlm.sampling.config import as_ids
-
-    ends = {opened.tokenizer.eos_token_id, *config.eos_ids, *as_ids(opened.model.config.eos_token_id)}
+    ends = {opened.tokenizer.eos_token_id, *config.eos_ids, *opened.end_ids}
     return live.RowText(
         opened.text,
         frozenset(ends - {None}),

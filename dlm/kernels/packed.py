@@ -11,7 +11,9 @@ another. The checkpoint's weights are not touched: these are copies, and `packed
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
@@ -27,7 +29,9 @@ from dlm.models.head import Head
 from dlm.models.kv_cache import KVCache
 from dlm.models.moe import MoE, SwiGLU
 from dlm.models.rotary import rotary_angles
-from dlm.models.transformer import LLaDABlock, LLaDAModelLM, RMSNorm
+
+if TYPE_CHECKING:  # generation from a file does without it, and its import takes seconds
+    from dlm.models.transformer import LLaDABlock, LLaDAModelLM
 
 __all__ = ["Direct", "Packed", "packed"]
 
@@ -61,6 +65,10 @@ def packed(model):
     (`Graphs`). The predictor is kept with the model and made again when the model has changed (`_Seen`). Anything else
     than a `LLaDAModelLM` is a predictor already, and comes back.
     """
+    if "dlm.models.transformer" not in sys.modules:  # nobody can have made a model
+        return model
+    from dlm.models.transformer import LLaDAModelLM
+
     if not isinstance(model, LLaDAModelLM) or type(model).forward is not LLaDAModelLM.forward:
         return model
     kept = _COPIES.get(model)
@@ -125,6 +133,8 @@ class _Seen:
 
 
 def _can_pack(model: LLaDAModelLM) -> bool:
+    from dlm.models.transformer import LLaDABlock, RMSNorm
+
     if model.training or model.config._attn_implementation in (None, "eager"):
         return False
     if model.config.rotary.scaling == "dynamic":  # its angles depend on the row's length, and the table here does not

@@ -134,7 +134,7 @@ def test_a_fine_tune_on_streamed_conversations_reports_what_it_read(tmp_path, to
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     mixture = f"{tmp_path / 'a.jsonl'}:0.75,{tmp_path / 'b.jsonl'}:0.25"
     argv = ["--model", tmp_path / "base", "--data", mixture, "--streaming", "--shuffle-window", "8",
-        "--format", "plain", "--max-steps", "3", "--batch-size", "4", "--precision", "no", "--valid-every", "0",
+        "--format", "plain", "--max-steps", "3", "--batch-size", "4", "--precision", "no",
         "--output", tmp_path / "run"]  # fmt: skip
     assert sft.main([str(word) for word in argv]) == 0
     told = capsys.readouterr().out

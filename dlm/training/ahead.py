@@ -23,6 +23,16 @@ def usual_workers(device: torch.device, data) -> int:
     return max(0, min(3, (os.cpu_count() or 1) // max(1, torch.cuda.device_count()) - 1))
 
 
+def _die_with_parent() -> None:
+    """On Linux: have the kernel end this process when its parent is gone, also where it waits for a pipe."""
+    try:
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    except (OSError, AttributeError):
+        return
+
+
 class Ahead:
     """next() -> the steps of `batches` from number `step` on, in order.
 
@@ -63,6 +73,7 @@ class Ahead:
 
     def _work(self, pipe, number: int) -> None:
         """A worker: every `workers`-th step, from the number-th on. It waits where nobody reads what it made."""
+        _die_with_parent()
         signal.set_wakeup_fd(-1)  # the parent's
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -180,7 +180,8 @@ class Run:
                 self.waiting.append(self.train_step(ahead.next()))
                 self.step += 1
                 due = self._due()
-                if not any(due.values()) and self.step % every:
+                asked = stop.requested and self.accelerator.num_processes == 1  # several must agree: with `read`
+                if not any(due.values()) and self.step % every and not asked:
                     continue
                 records, stopped, took = self.read(stop.requested)
                 ended = due["end"] or self.time_share >= 1

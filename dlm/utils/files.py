@@ -61,7 +61,18 @@ def _sync_folder(folder: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------------------ locks
 
-_HELD: dict[Path, int] = {}  # how often this process holds a lock file
+_HELD: dict[Path, list] = {}  # the lock files that this process holds: [file, how often]
+
+
+def _leave_locks() -> None:
+    """A forked child holds nothing: the lock must go with the parent."""
+    for file, _ in _HELD.values():
+        file.close()
+    _HELD.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_locks)
 
 
 @contextmanager
@@ -71,12 +82,12 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
     The lock goes with the process, however it ends. Errors: another process holds it; it cannot be written.
     """
     path = Path(folder).resolve() / LOCK
-    if _HELD.get(path):
-        _HELD[path] += 1
+    if path in _HELD:
+        _HELD[path][1] += 1
         try:
             yield
         finally:
-            _HELD[path] -= 1
+            _HELD[path][1] -= 1
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8") as file:
@@ -87,11 +98,11 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}\n")
         file.flush()
-        _HELD[path] = 1
+        _HELD[path] = [file, 1]
         try:
             yield
         finally:
-            del _HELD[path]
+            _HELD.pop(path, None)
 
 
 def try_lock(file) -> bool:

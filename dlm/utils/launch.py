@@ -32,7 +32,7 @@ def _head(words: Sequence[str], tail: list[str]) -> list[str]:
     head = list(words[: len(words) - len(tail)])
     if Path(head[0]).name.startswith("python") and len(head) > 1:
         script = Path(head[1])
-        if script.parent == Path(head[0]).parent or (shutil.which(script.name) or "") == str(script):
+        if script.is_absolute() and (script.parent == Path(head[0]).parent or shutil.which(script.name) == str(script)):
             head = head[1:]  # a console script: `dlm`, `accelerate`
     first = Path(head[0])
     if first.is_absolute() and shutil.which(first.name) == str(first):

@@ -1,7 +1,10 @@
 """Files: a folder is replaced only where dlm wrote all of it; a lock goes with the process that holds it."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -80,3 +83,26 @@ def test_a_folder_is_held_by_one_process_until_it_ends(tmp_path):
         assert (tmp_path / LOCK).is_file()
     with locked(tmp_path):
         pass
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_does_not_keep_the_lock(tmp_path):
+    """Fault: a process that makes batches outlived a killed run, and its output could not be resumed."""
+    read, write = os.pipe()
+    parent = os.fork()
+    if parent == 0:
+        with locked(tmp_path):
+            child = os.fork()
+            if child == 0:
+                os.write(write, b"%d\n" % os.getpid())
+                time.sleep(60)
+            time.sleep(60)
+        os._exit(0)
+    child = int(os.read(read, 20))
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    try:
+        with locked(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)

@@ -16,12 +16,14 @@ __all__ = ["COMMITS", "Step", "coarse_block"]
 
 @dataclass(frozen=True)
 class Step:
-    """What a commit rule may know of the pass: the rows' quotas (B,) and the rule's own parameter."""
+    """What a commit rule may know of the pass: the rows' quotas (B,), the rule's own parameter, and drawn (B, M): the
+    places that an ancestral step draws."""
 
     quota: Tensor
     threshold: float = 0.9
     factor: float = 1.0
     entropy_bound: float = 0.1
+    drawn: Tensor | None = None
 
 
 def _sorted(confidence: Tensor, eligible: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,11 +78,17 @@ def by_entropy_bound(confidence: Tensor, eligible: Tensor, step: Step) -> Tensor
     return _first((holds & torch.isfinite(ranked)).cumprod(dim=-1).sum(dim=-1), order, eligible)
 
 
+def by_chance(confidence: Tensor, eligible: Tensor, step: Step) -> Tensor:
+    """The places that a step of the reverse process draws, in random order (MDLM, arXiv:2406.07524; `remask`)."""
+    return eligible & step.drawn
+
+
 COMMITS: dict[str, Callable[[Tensor, Tensor, Step], Tensor]] = {
     "quota": by_quota,
     "threshold": by_threshold,
     "factor": by_factor,
     "entropy_bound": by_entropy_bound,
+    "ancestral": by_chance,
 }
 
 

@@ -13,6 +13,8 @@ __all__ = [
     "CONFIDENCE_NAMES",
     "METHOD_NAMES",
     "NEEDS",
+    "NOISE_NAMES",
+    "REMASK_NAMES",
     "REVISION_NAMES",
     "SAMPLING",
     "SEARCH_NAMES",
@@ -23,9 +25,11 @@ __all__ = [
 
 # Names of the choices. The functions are in tables that need torch; a test holds the names to their keys.
 METHOD_NAMES = ("none", "prefix", "dual", "vicinity", "c2f", "block_causal")  # methods.METHODS
-COMMIT_NAMES = ("quota", "threshold", "factor", "entropy_bound")  # commit.COMMITS
+COMMIT_NAMES = ("quota", "threshold", "factor", "entropy_bound", "ancestral")  # commit.COMMITS
+REMASK_NAMES = ("cap", "rescale", "confidence", "loop")  # remask.REMASKS
+NOISE_NAMES = ("linear", "cosine", "polynomial", "geometric")  # objectives.noise.NOISE_SCHEDULES
 CONFIDENCE_NAMES = ("probability", "margin", "entropy", "random")  # propose.CONFIDENCES
-REVISION_NAMES = ("none", "edit")  # revise.REVISIONS
+REVISION_NAMES = ("none", "edit", "remask", "verify")  # revise.REVISIONS
 SEARCH_NAMES = ("greedy", "viterbi")
 SPLIT_NAMES = ("remainder_first", "rounded")  # schedule.SPLITS
 
@@ -46,13 +50,17 @@ SAMPLING: dict[str, tuple[Callable, str]] = {
     "steps": (int, "forward passes in all; not given: one a token"),
     "block_length": (int, "tokens in a block; blocks are written left to right"),
     "method": (str, "none, prefix, dual, vicinity, c2f or block_causal: order and cache"),
-    "commit": (str, "quota, threshold, factor or entropy_bound: how many tokens a pass"),
+    "commit": (str, "quota, threshold, factor, entropy_bound or ancestral: how many tokens a pass"),
     "threshold": (float, "for --commit threshold: least confidence"),
     "factor": (float, "for --commit factor"),
     "entropy_bound": (float, "for --commit entropy_bound, in nats"),
-    "revise": (str, "none or edit: which tokens a pass changes that were committed before"),
+    "revise": (str, "none, edit, remask or verify: which tokens a pass changes that were committed before"),
     "edit_threshold": (float, "for --revise edit: probability above which another token is written"),
     "max_post_passes": (int, "for --revise edit: most passes over a block that has no mask left"),
+    "remask": (str, "for --revise remask: cap, rescale, confidence or loop"),
+    "remask_eta": (float, "for --revise remask: how often a token is masked again (default: the paper's)"),
+    "verify_threshold": (float, "for --revise verify: probability below which a token is masked again"),
+    "noise_schedule": (str, "for --commit ancestral and --revise remask: linear, cosine, polynomial or geometric"),
     "split": (str, "remainder_first or rounded: how a block's tokens are shared over its passes"),
     "confidence": (str, "probability, margin, entropy or random: which tokens come first"),
     "temperature": (float, "above 0: draws from the sharpened or flattened prediction; 0: the most probable token"),
@@ -75,13 +83,16 @@ SAMPLING: dict[str, tuple[Callable, str]] = {
 
 # Field: (other field, its values with which this one has an effect (None: any but 0 and nothing), advice).
 NEEDS: dict[str, tuple[str, tuple | None, str]] = {
-    "steps": ("commit", ("quota",), "add --commit quota"),
+    "steps": ("commit", ("quota", "ancestral"), "add --commit quota"),
     "split": ("commit", ("quota",), "add --commit quota"),
     "threshold": ("commit", ("threshold",), "add --commit threshold"),
     "factor": ("commit", ("factor",), "add --commit factor"),
     "entropy_bound": ("commit", ("entropy_bound",), "add --commit entropy_bound"),
     "edit_threshold": ("revise", ("edit",), "add --revise edit"),
     "max_post_passes": ("revise", ("edit",), "add --revise edit"),
+    "remask": ("revise", ("remask",), "add --revise remask"),
+    "remask_eta": ("revise", ("remask",), "add --revise remask"),
+    "verify_threshold": ("revise", ("verify",), "add --revise verify"),
     "window": ("method", ("vicinity",), "add --method vicinity"),
     "top_k": ("temperature", None, "give a --temperature above 0"),
     "top_p": ("temperature", None, "give a --temperature above 0"),
@@ -100,7 +111,8 @@ class SamplingConfig:
         gen_length: the last block is shorter.
     method: the order and what is recomputed at each pass, a row of `methods.METHODS`. window: vicinity's reach.
     commit: which places are committed at a pass (`commit.COMMITS`), with threshold, factor or entropy_bound.
-    revise: what is changed after the commit (`revise.REVISIONS`), with edit_threshold and max_post_passes for `edit`.
+    revise: what is changed after the commit (`revise.REVISIONS`), with edit_threshold and max_post_passes for `edit`;
+        remask (`remask.REMASKS`), remask_eta and noise_schedule for `remask`; verify_threshold for `verify`.
     split: how a block's tokens are shared over its passes (`schedule.SPLITS`).
     confidence: what orders them (`propose.CONFIDENCES`); None is `entropy` for commit `entropy_bound`, else
         `probability`. tempered_confidence: of the distribution sampled from (Dream), not the model's own (LLaDA).
@@ -125,6 +137,10 @@ class SamplingConfig:
     revise: str = "none"
     edit_threshold: float = 0.9
     max_post_passes: int = 16
+    remask: str = "cap"
+    remask_eta: float | None = None
+    verify_threshold: float = 0.5
+    noise_schedule: str = "linear"
     split: str = "remainder_first"
     confidence: str | None = None
     tempered_confidence: bool = False
@@ -146,6 +162,8 @@ class SamplingConfig:
     def __post_init__(self):
         check_name("method", self.method, METHOD_NAMES)
         check_name("commit", self.commit, COMMIT_NAMES)
+        check_name("remask", self.remask, REMASK_NAMES)
+        check_name("noise_schedule", self.noise_schedule, NOISE_NAMES)
         check_name("split", self.split, SPLIT_NAMES)
         check_name("revise", self.revise, REVISION_NAMES)
         check_name("constraint_search", self.constraint_search, SEARCH_NAMES)
@@ -181,6 +199,8 @@ class SamplingConfig:
             "threshold": (lambda x: -1e9 < x <= 1, "a confidence, at most 1"),
             "factor": (lambda x: x > 0, "above 0"),
             "entropy_bound": (lambda x: x >= 0, "nats, 0 or more"),
+            "verify_threshold": (lambda x: 0 <= x <= 1, "a probability, from 0 to 1"),
+            "remask_eta": (lambda x: 0 <= x <= 1, "a probability, from 0 to 1"),
             "edit_threshold": (lambda x: 0 <= x <= 1, "a probability, from 0 to 1"),
             "temperature": (lambda x: 0 <= x < float("inf"), "0 or more"),
             "cfg_scale": (lambda x: 0 <= x < float("inf"), "0 or more"),
@@ -188,11 +208,21 @@ class SamplingConfig:
         }
         for name, (holds, wanted) in ranges.items():
             value = getattr(self, name)
-            optional = value is None and name == "top_p"
+            optional = value is None and name in ("top_p", "remask_eta")
             if not optional and (not isinstance(value, Real) or isinstance(value, bool) or not holds(value)):
                 raise ValueError(f"{name} is {value!r}: it must be {wanted}")
 
     def _check_commit(self) -> None:
+        if self.revise == "remask" and self.remask == "confidence" and self.ordering != "probability":
+            raise ValueError(
+                f"remask 'confidence' reads confidence as a probability, but confidence is {self.ordering!r}: use "
+                "probability, or another remask"
+            )
+        if self.revise == "verify" and (self.method != "none" or self.cfg_scale):
+            what = f"method {self.method!r}" if self.method != "none" else f"cfg_scale {self.cfg_scale}"
+            raise ValueError(
+                f"revise 'verify' computes the whole canvas, without guidance, and {what} does not: drop it"
+            )
         if self.commit == "entropy_bound" and self.confidence not in (None, "entropy"):
             raise ValueError(
                 f"commit entropy_bound adds up entropies, but confidence is {self.confidence!r}: "

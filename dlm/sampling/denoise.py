@@ -19,9 +19,10 @@ from dlm.sampling.commit import COMMITS, Step, coarse_block
 from dlm.sampling.config import SamplingConfig
 from dlm.sampling.constraints import Constraint, allowed_tokens, best_words, change_in_order, commit_in_order
 from dlm.sampling.planning import Plan, alike, plan_pass, request_of
+from dlm.sampling.remask import draw_steps
 from dlm.sampling.revise import REVISIONS, Slate
 from dlm.sampling.rows import Batch, Row
-from dlm.sampling.step import Check, Request, compute, decide_all
+from dlm.sampling.step import Check, Request, compute, compute_shadows, decide_all, held_probability
 
 __all__ = ["DenoiseState", "denoise", "turn"]
 
@@ -114,7 +115,11 @@ def run_pass(batch: Batch, rows: list[Row], pages: Pages) -> None:
     canvas = batch.canvas if request.rows is None else batch.canvas.rows(plan.index)
     guided, visible = rows[0].branches == 2, rows[0].visible
     cache = batch.cache if rows[0].method.cached else None
-    logits = compute(batch.predictor, canvas, request, guided=guided, visible=visible, cache=cache)
+    shadow = None
+    if rows[0].revision is not None and rows[0].revision.shadows:
+        logits, shadow = compute_shadows(batch.predictor, canvas, request, visible)
+    else:
+        logits = compute(batch.predictor, canvas, request, guided=guided, visible=visible, cache=cache)
     for row, count in zip(rows, plan.counts, strict=True):
         row.nfe += 1
         row.computed += row.branches * count
@@ -122,17 +127,26 @@ def run_pass(batch: Batch, rows: list[Row], pages: Pages) -> None:
     for place, row in enumerate(rows):
         kinds.setdefault(row.config, []).append(place)
     if len(kinds) == 1:
-        commit(batch, rows, plan, request, eligible, logits, pages)
+        commit(batch, rows, plan, request, eligible, logits, shadow, pages)
         return
     for places in kinds.values():
         few = torch.tensor(places, device=logits.device)
         part = [rows[place] for place in places]
         picked = torch.cat([few + len(rows) * branch for branch in range(part[0].branches)])
-        commit(batch, part, plan.of(few), request.of(few, plan.index), eligible[few], logits[picked], pages)
+        few_shadows = None if shadow is None else shadow[few]
+        asked = request.of(few, plan.index)
+        commit(batch, part, plan.of(few), asked, eligible[few], logits[picked], few_shadows, pages)
 
 
 def commit(
-    batch: Batch, rows: list[Row], plan: Plan, request: Request, eligible: Tensor, logits: Tensor, pages: Pages
+    batch: Batch,
+    rows: list[Row],
+    plan: Plan,
+    request: Request,
+    eligible: Tensor,
+    logits: Tensor,
+    shadow: Tensor | None,
+    pages: Pages,
 ) -> None:
     """Proposes tokens from logits (R, M, V) for rows of the same settings, commits what the rule says, revises."""
     config, where = rows[0].config, (plan.index[:, None], request.slots)
@@ -161,7 +175,14 @@ def commit(
         eligible = coarse_block(certain, eligible, is_any(token, rows[0].eos), size)
         batch.layout[plan.index] = batch.layout[plan.index].scatter_add(1, request.slots, eligible * (plan.block + 1))
     quota = torch.stack([row.share for row in rows])
-    rule = Step(quota, config.threshold, config.factor, config.entropy_bound)
+    held = pages.tokens[where]
+    revisable = request.eligible & (held != batch.canvas.mask_id)
+    drawn = None
+    if config.commit == "ancestral" or config.revise == "remask":
+        drawn = draw_steps(rows, eligible, revisable, batch.certain[where])
+    rule = Step(
+        quota, config.threshold, config.factor, config.entropy_bound, drawn=None if drawn is None else drawn.take
+    )
     chosen = COMMITS[config.commit](certain, eligible, rule)
     if bound:
 
@@ -173,22 +194,25 @@ def commit(
             new, sure, _ = decide_all(few, one, config, generators=[generators[row]], allowed=mask, **options)
             return int(new), float(sure)
 
-        fixed = config.commit == "quota"
+        fixed = config.commit in ("quota", "ancestral")
         token, confidence, chosen = commit_in_order(
             written, request.slots, token, confidence, chosen, again, keep_count=fixed
         )
-    held = pages.tokens[where]
     if (revision := REVISIONS[config.revise]) is not None:
         best = (token, confidence)
-        if not config.is_greedy:
+        if revision.compares and not config.is_greedy:
             best = decide_all(logits, request, config.greedy, generators=generators, **options)[:2]
-        revisable = request.eligible & (held != batch.canvas.mask_id)
-        token, revised = revision.rule(Slate(held, token, chosen, revisable, *best, config, rows))
+        again = None if drawn is None else drawn.again
+        sure = None if shadow is None else held_probability(shadow, held)
+        slate = Slate(held, token, chosen, revisable, *best, again, sure, batch.canvas.mask_id, config, rows)
+        token, revised = revision.rule(slate)
         if bound:
             revised = change_in_order(written, request.slots, token, revised, batch.canvas.mask_id)
         pages.revised[where] = revised
     new = chosen if revision is None else chosen | revised
     pages.tokens[where] = torch.where(new, token, held)
+    if revision is not None:
+        batch.certain[where] = torch.where(chosen, confidence.float(), batch.certain[where])
     pages.committed[where] = chosen
     pages.confidence[where] = confidence.float().masked_fill(~chosen, 0.0)  # torch.where copies its 0.0 to a GPU
 

@@ -27,7 +27,8 @@ __all__ = ["REVISIONS", "Revision", "Slate"]
 class Slate:
     """The places of a pass, (R, M) each. held: the token before the pass; token: the one proposed; chosen: which are
     committed; revisable: which held a token that the loop may change; best, certain: the most probable token and its
-    probability. config and rows: whose pass it is."""
+    probability. again: which places a draw masks again; shadow: the probability of what is held, seen from everything
+    but itself; None where the rule reads neither. config and rows: whose pass it is."""
 
     held: Tensor
     token: Tensor
@@ -35,6 +36,9 @@ class Slate:
     revisable: Tensor
     best: Tensor
     certain: Tensor
+    again: Tensor | None
+    shadow: Tensor | None
+    mask_id: int
     config: SamplingConfig
     rows: Sequence[Row]
 
@@ -42,10 +46,13 @@ class Slate:
 @dataclass(frozen=True)
 class Revision:
     """A row of the table: the rule, Slate -> (token, revised) (R, M) each, where token is what is written at the places
-    chosen or revised; and whether a block goes on after its last mask, until a pass changes nothing."""
+    chosen or revised. settles: whether a block goes on after its last mask, until a pass changes nothing. compares:
+    whether it reads best and certain; shadows: whether it reads shadow."""
 
     rule: Callable[[Slate], tuple[Tensor, Tensor]]
     settles: bool = False
+    compares: bool = False
+    shadows: bool = False
 
 
 def edit(slate: Slate) -> tuple[Tensor, Tensor]:
@@ -55,7 +62,24 @@ def edit(slate: Slate) -> tuple[Tensor, Tensor]:
     return torch.where(revised, slate.best, slate.token), revised
 
 
+def remask(slate: Slate) -> tuple[Tensor, Tensor]:
+    """Committed places are masked again by chance (ReMDM, arXiv:2503.00307; `remask`)."""
+    return torch.where(slate.again, slate.mask_id, slate.token), slate.again
+
+
+def verify(slate: Slate) -> tuple[Tensor, Tensor]:
+    """A token that everything else makes less probable than `verify_threshold` is masked again: the least probable
+    first, and always fewer than the pass committed (WINO, arXiv:2507.18578)."""
+    doubted = slate.revisable & (slate.shadow < slate.config.verify_threshold)
+    order = slate.shadow.masked_fill(~doubted, torch.inf).argsort(dim=1, stable=True)
+    rank = torch.zeros_like(order).scatter(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    again = doubted & (rank < slate.chosen.sum(dim=1, keepdim=True) - 1)
+    return torch.where(again, slate.mask_id, slate.token), again
+
+
 REVISIONS: dict[str, Revision | None] = {
     "none": None,
-    "edit": Revision(edit, settles=True),
+    "edit": Revision(edit, settles=True, compares=True),
+    "remask": Revision(remask),
+    "verify": Revision(verify, shadows=True),
 }

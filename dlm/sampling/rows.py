@@ -20,7 +20,7 @@ from dlm.sampling.config import SamplingConfig
 from dlm.sampling.constraints import Constraint, Written
 from dlm.sampling.methods import METHODS, Method, visibility
 from dlm.sampling.revise import REVISIONS, Revision
-from dlm.sampling.schedule import lay_out, schedule
+from dlm.sampling.schedule import apportion, lay_out, schedule
 
 __all__ = ["Batch", "Row"]
 
@@ -82,14 +82,34 @@ class Row:
     @property
     def quota(self) -> int | None:
         """Tokens that the next pass commits; None where the commit rule decides."""
+        if self.config.commit != "quota":
+            return None
         quotas = self.quotas[self.block]
-        return (quotas[self.turn] if self.turn < len(quotas) else 0) if self.config.commit == "quota" else None
+        if self.revision is not None:  # some places may be masked again: what the passes after this one will not take
+            return self.left - sum(quotas[self.turn + 1 :])
+        return quotas[self.turn]
 
     @property
     def share(self) -> Tensor:
         """The next pass's quota () on the device; 0 where the commit rule decides."""
-        inside = self.quota is not None and self.turn < len(self.quotas[self.block])
-        return self.shares[self.starts[self.block] + self.turn if inside else -1]
+        if self.revision is not None and self.config.commit == "quota":
+            return torch.tensor(self.quota, device=self.shares.device)
+        return self.shares[self.starts[self.block] + self.turn if self.config.commit == "quota" else -1]
+
+    @property
+    def passes(self) -> int:
+        """Steps of the block's time, from 1 to 0."""
+        return len(self.quotas[self.block]) or self.sizes[self.block]
+
+    @property
+    def times(self) -> tuple[float, float]:
+        """The time before and after the next pass."""
+        turn = min(self.turn, self.passes - 1)
+        return 1 - turn / self.passes, 1 - (turn + 1) / self.passes
+
+    @property
+    def last_step(self) -> bool:
+        return self.turn >= self.passes - 1
 
     @property
     def asked(self) -> int:
@@ -117,6 +137,8 @@ class Row:
 
     def _unsettled(self, revised: int) -> bool:
         """Whether a block without masks goes on, for what a pass may still revise."""
+        if self.config.commit == "ancestral":
+            return self.config.revise == "remask" and self.turn < self.passes
         most = self.config.max_post_passes
         return self.revision.settles and self.post < most and (self.post == 0 or revised > 0)
 
@@ -138,6 +160,7 @@ class Batch:
         self.fixed_shapes = getattr(predictor, "fixed_shapes", False)
         self.canvas: Canvas | None = None
         self.layout: Tensor | None = None
+        self.certain: Tensor | None = None  # (B, T): how sure each place was when it was committed
         self.rows: list[Row | None] = []
         self.cache: KVCache | None = None
         self.branches = 1  # of the cache: guidance needs two for each row
@@ -198,8 +221,12 @@ class Batch:
             if revised:
                 masked = torch.bincount(layout[i][canvas.masked[i]], minlength=len(sizes[i])).tolist()
             quotas = [[] for _ in sizes[i]]
-            if config.commit == "quota" and sum(masked):
-                filled = iter(schedule(config.steps, [size for size in masked if size], config.split))
+            if config.commit in ("quota", "ancestral") and sum(masked):
+                places = [size for size in masked if size]
+                if config.commit == "quota":
+                    filled = iter(schedule(config.steps, places, config.split))
+                else:
+                    filled = iter([1] * passes for passes in apportion(config.steps or sum(places), places))
                 quotas = [next(filled) if size else [] for size in masked]
             flat = [quota for block in quotas for quota in block]
             row = Row(
@@ -249,12 +276,15 @@ class Batch:
         the cache."""
         if self.canvas is None:
             self.canvas, self.layout = canvas, layout
+            self.certain = torch.ones(layout.shape, device=layout.device)
         else:
             rows = max(len(self.rows), max((row.index for row in joined), default=-1) + 1)
             slots = max(self.canvas.tokens.shape[1], canvas.tokens.shape[1])
             grown = {
                 name: _grown(getattr(self.canvas, name), rows, slots, 0) for name in ("tokens", "editable", "valid")
             }
+            self.certain = _grown(self.certain, rows, slots, 1)
+            self.certain[[row.index for row in joined]] = 1.0
             self.layout, width = _grown(self.layout, rows, slots, -1), canvas.tokens.shape[1]
             for i, row in enumerate(joined):
                 self.layout[row.index, :width], self.layout[row.index, width:] = layout[i], -1

@@ -16,7 +16,7 @@ from dlm.sampling.canvas import Canvas
 from dlm.sampling.config import SamplingConfig
 from dlm.sampling.propose import propose
 
-__all__ = ["Check", "Request", "branches", "compute", "decide_all", "guided"]
+__all__ = ["Check", "Request", "branches", "compute", "compute_shadows", "decide_all", "guided", "held_probability"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,35 @@ def compute(
     cache = None if cache is None else cache.at(rows)
     predict = getattr(predictor, "predict", predictor)
     return predict(tokens, positions, visible=visible, cache=cache, valid=valid, logits_to_keep=kept)
+
+
+def compute_shadows(predictor, canvas: Canvas, request: Request, visible: Visible) -> tuple[Tensor, Tensor]:
+    """Logits (R, M, V) of a pass without a cache, and those of shadows: a mask beside every slot asked about, at the
+    same position, which sees all the canvas but that slot's token, and which the canvas does not see."""
+    tokens, slots = canvas.tokens, request.slots
+    rows, length = tokens.shape
+    count = slots.shape[1]
+    every = torch.arange(length, device=tokens.device).expand(rows, -1)
+    places = torch.cat([every, slots], dim=1)  # (R, T + M) the slot of every query and key
+
+    def seen(b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        here = visible(b, places[b, q], places[b, k])
+        return torch.where(k < length, here & ((q < length) | (places[b, q] != k)), q == k)
+
+    valid = None
+    if request.valid is not None:
+        valid = torch.cat([request.valid, torch.ones_like(slots, dtype=torch.bool)], dim=1)
+    kept = torch.cat([slots, length + torch.arange(count, device=tokens.device).expand(rows, -1)], dim=1)
+    masks = torch.full_like(slots, canvas.mask_id)
+    predict = getattr(predictor, "predict", predictor)
+    logits = predict(torch.cat([tokens, masks], dim=1), places, visible=seen, valid=valid, logits_to_keep=kept)
+    return logits[:, :count], logits[:, count:]
+
+
+def held_probability(logits: Tensor, held: Tensor) -> Tensor:
+    """(R, M) the probability of the tokens held under logits (R, M, V)."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return wide.log_softmax(dim=-1).gather(-1, held[..., None])[..., 0].exp()
 
 
 def decide_all(

@@ -21,6 +21,7 @@ def test_names_without_torch_are_the_tables_keys():
     from dlm.sampling.commit import COMMITS
     from dlm.sampling.methods import METHODS
     from dlm.sampling.propose import CONFIDENCES
+    from dlm.sampling.remask import REMASKS
     from dlm.sampling.revise import REVISIONS
     from dlm.sampling.schedule import SPLITS
     from dlm.training.optim import SCHEDULES
@@ -28,6 +29,8 @@ def test_names_without_torch_are_the_tables_keys():
     assert tuple(METHODS) == sampling.METHOD_NAMES
     assert tuple(COMMITS) == sampling.COMMIT_NAMES
     assert tuple(CONFIDENCES) == sampling.CONFIDENCE_NAMES
+    assert tuple(REMASKS) == sampling.REMASK_NAMES
+    assert tuple(NOISE_SCHEDULES) == sampling.NOISE_NAMES
     assert tuple(REVISIONS) == sampling.REVISION_NAMES
     assert tuple(SPLITS) == sampling.SPLIT_NAMES
     assert tuple(OBJECTIVES) == objectives.OBJECTIVE_NAMES

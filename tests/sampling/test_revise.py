@@ -1,0 +1,249 @@
+"""Remasking and verifying: chances as in the paper's code, exact marginals on an enumerated toy, and hand cases."""
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+
+from dlm import Canvas, SamplingConfig, denoise
+from dlm.sampling.remask import chances
+from tests.helpers.toys import MASK, Predictor, Table, tiny_model
+
+# (remask, eta, t, dt, chance of masking again, chance of staying masked): ReMDM's own update function, from t and
+# s = t - dt with alpha = 1 - t.
+RECORDED = [
+    ("cap", 0.008, 1.0, 0.062499375, 0.008, 0.9375006),
+    ("rescale", 0.1, 0.9, 0.007812421875, 0.1, 0.9802084),
+]
+
+
+@pytest.mark.parametrize(("kind", "eta", "t", "dt", "again", "stay"), RECORDED)
+def test_chances_are_those_of_the_papers_code(kind, eta, t, dt, again, stay):
+    config = SamplingConfig(commit="ancestral", revise="remask", remask=kind, remask_eta=eta)
+    chance = chances(config, t, t - dt)
+    assert chance.again == pytest.approx(again, abs=1e-5)
+    assert 1 - chance.take == pytest.approx(stay, abs=1e-5)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "polynomial", "geometric"])
+def test_chances_of_the_ancestral_sampler_make_the_schedule(schedule):
+    """The share still masked after all steps but the last is the schedule's."""
+    config, share = SamplingConfig(commit="ancestral", noise_schedule=schedule), 1.0
+    for i in range(15):
+        share *= 1 - chances(config, 1 - i / 16, 1 - (i + 1) / 16).take
+    t = 1 / 16
+    want = {
+        "linear": t,
+        "cosine": math.cos(math.pi / 2 * (1 - t)),
+        "polynomial": t**2,
+        "geometric": 1 - math.exp(-(1e-5 ** (1 - t)) * 20**t),
+    }
+    start = {"geometric": 1 - math.exp(-20)}.get(schedule, 1.0)
+    assert share == pytest.approx(want[schedule] / start, rel=1e-6)
+
+
+# --- the law of what comes out -------------------------------------------------------------------------------------
+
+WORDS = {(0, 0, 0): 0.4, (1, 1, 0): 0.3, (1, 0, 1): 0.2, (0, 1, 1): 0.1}
+HIDDEN = 2  # the mask of the toy
+
+
+def guess(canvas):
+    """p(x_i = v | what is not masked), for every place: the perfect predictor of WORDS."""
+    fits = {w: p for w, p in WORDS.items() if all(c in (HIDDEN, v) for c, v in zip(canvas, w, strict=True))}
+    total = sum(fits.values()) or 1.0
+    return [[sum(p for w, p in fits.items() if w[i] == v) / total if fits else 0.5 for v in (0, 1)] for i in range(3)]
+
+
+class Perfect(Predictor):
+    table = {c: guess(c) for c in itertools.product((0, 1, HIDDEN), repeat=3)}
+
+    def logits(self, tokens, slots):
+        p = torch.tensor([self.table[tuple(row)] for row in tokens.tolist()], dtype=torch.float64)
+        return torch.nn.functional.pad(p.log().clamp_min(-60), (0, 1), value=-60.0)
+
+
+def exact(config, steps):
+    """The law of the canvas after all steps, by multiplying out every transition of every canvas."""
+    law = {(HIDDEN,) * 3: 1.0}
+    for i in range(steps):
+        chance, after = chances(config, 1 - i / steps, 1 - (i + 1) / steps), {}
+        last = i == steps - 1
+        for canvas, weight in law.items():
+            p, options = guess(canvas), []
+            for place, token in enumerate(canvas):
+                if token == HIDDEN:
+                    take = 1.0 if last else chance.take
+                    options.append([(HIDDEN, 1 - take), (0, take * p[place][0]), (1, take * p[place][1])])
+                else:
+                    again = 0.0 if last else chance.again
+                    options.append([(HIDDEN, again), (token, 1 - again)])
+            for found in itertools.product(*options):
+                share = weight * math.prod(part for _, part in found)
+                name = tuple(token for token, _ in found)
+                after[name] = after.get(name, 0.0) + share
+        law = after
+    return law
+
+
+def sampled(config, rows):
+    canvas = Canvas.from_prompts([[]] * rows, 3, HIDDEN)
+    *_, last = denoise(Perfect(), canvas, config)
+    assert not last.canvas.masked.any()
+    found = last.canvas.tokens.tolist()
+    return {word: found.count(list(word)) / rows for word in map(tuple, found)}, last
+
+
+def distance(a, b):
+    return sum(abs(a.get(word, 0.0) - b.get(word, 0.0)) for word in set(a) | set(b)) / 2
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({}, 4),
+        ({"noise_schedule": "cosine"}, 4),
+        ({"revise": "remask", "remask": "cap", "remask_eta": 0.3}, 6),
+        ({"revise": "remask", "remask": "rescale", "remask_eta": 0.5}, 6),
+        ({"revise": "remask", "remask": "loop", "remask_eta": 0.05}, 20),
+    ],
+)
+def test_the_law_is_the_exact_one(options, steps):
+    rows = 1200
+    config = SamplingConfig(gen_length=3, block_length=3, steps=steps, commit="ancestral", temperature=1.0, **options)
+    found, _ = sampled(config, rows)
+    want = exact(config, steps)
+    # The distance of an empirical law of n draws from the true one: its mean is below half the sum of the deviations.
+    noise = sum(math.sqrt(p * (1 - p) / rows) for p in want.values() if p > 0) / 2
+    assert distance(found, want) < 2.5 * noise, (found, want)
+
+
+def test_many_small_steps_with_cap_give_the_data():
+    config = SamplingConfig(
+        gen_length=3, block_length=3, steps=64, commit="ancestral", temperature=1.0, revise="remask", remask_eta=0.02
+    )
+    assert distance(exact(config, 64), WORDS) < 0.03
+    found, last = sampled(config, 600)
+    assert distance(found, WORDS) < 0.08
+    assert int(last.nfe.max()) < 64  # steps that change nothing cost no pass
+
+
+# --- in the loop ---------------------------------------------------------------------------------------------------
+
+
+def test_random_settings_with_revision_end_and_hold_what_is_given():
+    rng, models = random.Random(3), [tiny_model(5, sharp=3.0), tiny_model(6, sharp=1.0)]
+    kinds, done = set(), 0
+    while done < 150:
+        try:
+            config = SamplingConfig(
+                block_length=rng.randint(1, 5),
+                steps=rng.choice([None, 12]),
+                method=rng.choice(["none", "none", "prefix", "dual", "vicinity", "c2f"]),
+                commit=rng.choice(["quota", "threshold", "factor", "entropy_bound", "ancestral"]),
+                threshold=0.2,
+                factor=30.0,
+                revise=rng.choice(["edit", "remask", "verify"]),
+                edit_threshold=rng.choice([0.0, 0.3]),
+                max_post_passes=rng.choice([0, 1, 4]),
+                remask=rng.choice(["cap", "rescale", "confidence", "loop"]),
+                remask_eta=rng.choice([None, 0.5, 1.0]),
+                verify_threshold=rng.choice([0.3, 1.0]),
+                noise_schedule=rng.choice(["linear", "cosine", "geometric"]),
+                temperature=rng.choice([0.0, 1.0]),
+                cfg_scale=rng.choice([0.0, 0.0, 0.5]),
+                seed=rng.randrange(100),
+            )
+        except ValueError as error:
+            assert "verify" in str(error) or "remask" in str(error)
+            continue
+        # At least one given token: masks alone predict the same at every place, and rounding would choose among them.
+        rows = [[rng.randrange(MASK) for _ in range(rng.randint(1, 4))] + [MASK] * 6 for _ in range(2)]
+        canvas = Canvas.from_templates(rows, MASK)
+        model = rng.choice(models)
+        states = []
+        for state in denoise(model, canvas, config):
+            assert state.step < 200, config
+            assert (state.canvas.tokens == canvas.tokens)[~canvas.editable].all()
+            assert not (state.revised & ~canvas.editable).any()
+            states.append(state)
+        assert not states[-1].canvas.masked.any()
+        alone = Canvas.from_templates([rows[1]], MASK)
+        seeded = SamplingConfig(**{**vars_of(config), "seed": config.seed + 1})
+        *_, other = denoise(model, alone, seeded)
+        size = len(rows[1])
+        assert torch.equal(other.canvas.tokens[0], states[-1].canvas.tokens[1, :size]), config
+        kinds.add((config.revise, config.commit))
+        done += 1
+    assert len(kinds) == 15
+
+
+def vars_of(config):
+    return {name: getattr(config, name) for name in config.__dataclass_fields__}
+
+
+class Shadowed(Table):
+    """Predicts 1 everywhere; where a slot's own token is hidden it says what SHOULD stand there."""
+
+    def __init__(self):
+        super().__init__(torch.zeros(1, 5))
+
+    def logits(self, tokens, slots):
+        best = torch.ones_like(tokens)
+        length = int(slots[0].argmax()) + 1
+        best[:, length:] = torch.where(slots[:, length:] == 0, 1, 3)  # a shadow doubts all but slot 0
+        return 6.0 * torch.nn.functional.one_hot(best, 5).float() - torch.arange(tokens.shape[1])[:, None] * 1e-3
+
+
+def test_verify_masks_again_what_everything_else_contradicts_and_always_fewer_than_were_written():
+    config = SamplingConfig(gen_length=6, block_length=6, steps=3, revise="verify", verify_threshold=0.5)
+    states = list(denoise(Shadowed(), Canvas.from_prompts([[]], 6, 4), config))
+    assert states[0].revised.sum() == 0  # nothing was committed before the first pass
+    for state in states[1:]:
+        assert state.revised.sum() < max(1, state.committed.sum())
+        assert not state.revised[0, 0]
+    assert states[1].revised.sum() == 1  # two were written, one is doubted
+    assert not states[-1].canvas.masked.any()
+
+
+def test_a_shadow_sees_all_but_its_own_slot():
+    """Its prediction is that of a canvas where this slot alone is masked, if the model does not look at shadows."""
+    from dlm.models.attention import full
+    from dlm.sampling.step import Request, compute_shadows
+
+    model = tiny_model(2)
+    tokens = torch.tensor([[1, 2, 3, 4, 5, 6]])
+    canvas = Canvas(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.ones_like(tokens, dtype=torch.bool), MASK)
+    slots = torch.tensor([[1, 4]])
+    request = Request(None, None, slots, [2], torch.ones_like(slots, dtype=torch.bool), None)
+    with torch.no_grad():
+        logits, shadows = compute_shadows(model, canvas, request, full)
+        plain = (model.predict if hasattr(model, "predict") else model)(tokens)
+        assert torch.allclose(logits[0], plain[0, [1, 4]])
+        # one layer alone would make it the masked canvas exactly; with two, others have seen the slot's token
+        assert not torch.allclose(shadows, logits)
+        other = tokens.clone()
+        other[0, 1] = 9
+        changed = Canvas(other, canvas.editable, canvas.valid, MASK)
+        one = tiny_model(2, n_layers=1)
+        a = compute_shadows(one, canvas, request, full)[1]
+        b = compute_shadows(one, changed, request, full)[1]
+        assert torch.allclose(a[0, 0], b[0, 0])  # its own token is not seen
+        assert not torch.allclose(a[0, 1], b[0, 1])  # the other shadow sees it
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"revise": "verify", "method": "dual"},
+        {"revise": "verify", "cfg_scale": 1.0},
+        {"revise": "remask", "remask": "confidence", "confidence": "entropy"},
+        {"revise": "remask", "remask_eta": 1.5},
+        {"revise": "undo"},
+    ],
+)
+def test_contradictions_are_refused(options):
+    with pytest.raises(ValueError):
+        SamplingConfig(**options)

@@ -199,7 +199,7 @@ def after_tests(bench: Bench, until: float) -> None:
         time.sleep(0.2)
 
 
-def main(argv=None) -> int:
+def perform(argv=None) -> int:
     parser = argparse.ArgumentParser("benchmarks.gpu_parts")
     add = parser.add_argument
     add("--out", type=Path, required=True)
@@ -260,4 +260,4 @@ def alive(bench: Bench) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(perform())

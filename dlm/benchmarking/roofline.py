@@ -17,10 +17,10 @@ from dlm.kernels.linear import QUANTIZED, kind_for
 from dlm.models.flops import pass_bytes, pass_flops
 from dlm.utils.hardware import commit, hardware, synchronise
 
-__all__ = ["Limits", "Pass", "bandwidth", "limits", "matmul_rate"]
+__all__ = ["Limits", "Pass", "bandwidth", "best", "limits", "matmul_rate"]
 
 
-def _best(work: Callable[[], object], device: torch.device, clock, seconds: float = 0.2) -> float:
+def best(work: Callable[[], object], device: torch.device, clock, seconds: float = 0.2) -> float:
     """The shortest of many runs: what the machine does when nothing is in the way."""
     work()
     synchronise(device)
@@ -51,7 +51,7 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, clock=time.perf_counte
             ways = [partial(torch.nn.functional.linear, x, weight)]
             if kind := kind_for(device, dtype):
                 ways.append(partial(kind.of([weight], [None]), x))
-        rate = max([rate, *(2 * m * k * n / _best(way, device, clock) for way in ways)])
+        rate = max([rate, *(2 * m * k * n / best(way, device, clock) for way in ways)])
     return rate
 
 
@@ -59,7 +59,7 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, clock=time.perf_counte
 def bandwidth(device: torch.device, clock=time.perf_counter) -> float:
     """Bytes a second read from memory by a sum over 256 MiB (1 GiB on a GPU), more than a cache holds."""
     numbers = torch.ones((2**27 if device.type == "cuda" else 2**25), dtype=torch.int64, device=device)
-    return numbers.nbytes / _best(numbers.sum, device, clock)
+    return numbers.nbytes / best(numbers.sum, device, clock)
 
 
 @dataclass(frozen=True)

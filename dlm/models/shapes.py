@@ -11,7 +11,7 @@ from dlm.utils.names import check_name
 if TYPE_CHECKING:
     from dlm.models.transformer import LLaDAModelLM
 
-__all__ = ["SHAPES", "random_model"]
+__all__ = ["SHAPES", "random_model", "shape_config"]
 
 # name: (d_model, n_heads, n_kv_heads, n_layers, mlp_hidden_size, vocabulary)
 SHAPES = {
@@ -24,22 +24,14 @@ SHAPES = {
 }
 
 
-def random_model(
-    name: str, *, dtype=None, device="cpu", seed: int = 0, length: int = 16_384, layers: int | None = None
-) -> LLaDAModelLM:
-    """A model of that shape with weights N(0, 1 / fan-in), in evaluation mode, for canvases of up to `length` slots;
-    dtype: float32 where it is None; layers: how many it has in place of the shape's.
-
-    The last id is the mask token and the one before it end-of-text. Raises ValueError for an unknown name.
-    """
-    import torch
-
+def shape_config(name: str, length: int = 16_384, layers: int | None = None):
+    """The configuration of a named shape, for canvases of up to `length` slots; layers: how many it has in place of the
+    shape's. The last id is the mask token and the one before it end-of-text. Raises ValueError for an unknown name."""
     from dlm.models.configuration import LLaDAConfig
-    from dlm.models.transformer import LLaDAModelLM
 
     check_name("config", name, SHAPES)
     width, heads, kv_heads, depth, hidden, vocabulary = SHAPES[name]
-    config = LLaDAConfig(
+    return LLaDAConfig(
         d_model=width,
         n_heads=heads,
         n_kv_heads=kv_heads,
@@ -52,6 +44,20 @@ def random_model(
         pad_token_id=vocabulary - 2,
         max_sequence_length=length,
     )
+
+
+def random_model(
+    name: str, *, dtype=None, device="cpu", seed: int = 0, length: int = 16_384, layers: int | None = None
+) -> LLaDAModelLM:
+    """A model of `shape_config` with weights N(0, 1 / fan-in), in evaluation mode; dtype: float32 where it is None.
+
+    Raises ValueError for an unknown name.
+    """
+    import torch
+
+    from dlm.models.transformer import LLaDAModelLM
+
+    config = shape_config(name, length, layers)
     config._attn_implementation = "sdpa"
     device = torch.device(device)
     with torch.device("meta"):

@@ -14,7 +14,7 @@ def rehearse(folder, *parts):
     folder.joinpath(".tests_done").touch()
     options = ["--out", str(folder), "--device", "cpu", "--config", "small", "--dtype", "float32", "--gen-length", "16"]
     options += ["--train-config", "small", "--until", str(time.time() + 60), "--parts", *parts]
-    assert gpu_parts.main(options) == 0
+    assert gpu_parts.perform(options) == 0
     return [json.loads(line) for line in folder.joinpath("results.jsonl").read_text().splitlines()]
 
 

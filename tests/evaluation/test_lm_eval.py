@@ -186,7 +186,7 @@ def asked(context, **settings):
 
 
 def test_a_continuation_that_merges_into_the_context_is_scored(shipped):
-    """"He said a" + "nswer" is one token less than its parts: nothing was scored, so that this option always won."""
+    """ "He said a" + "nswer" is one token less than its parts: nothing was scored, so that this option always won."""
     options = ("nswer", "zebra", "zzzzqqqq")
     requests = [SimpleNamespace(args=("He said a", option)) for option in options]
     scores = [score for score, _ in shipped.loglikelihood(requests, disable_tqdm=True)]

@@ -1,0 +1,176 @@
+"""What a generation would take on a machine: latency, tokens a second and memory, from the floors of its operations.
+
+    dlm bench estimate --config llada-8b --machine h100 h200 b200 --cells none:32:512 dual:32:512 --batch 1 8 32
+    dlm bench estimate --config 25m --machine this --threads 2 --dtype float32 --gen-length 256 --cells dual:8:256
+    dlm bench estimate --check benchmarks/results/llada_8b_h100.jsonl
+
+`this` is the machine at hand, measured in some seconds: a matrix product, a product that waits for its weights, an
+operation on nothing, and one pass, to which the constant is fitted. --check compares the model with the passes in a
+file of `benchmarks.gpu`, after one constant for all of them. No weight of the model is made, but for `this`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from dlm.benchmarking.cost import (
+    ITEMSIZE,
+    MACHINES,
+    OPERATIONS,
+    Machine,
+    Shape,
+    fitted,
+    generation,
+    memory,
+    pass_seconds,
+)
+from dlm.benchmarking.roofline import best, matmul_rate
+from dlm.cli.parser import Parser, check_least
+from dlm.cli.scripts import guarded
+from dlm.cli.workload import clock_of, parse_cell
+from dlm.kernels.linear import kind_for
+from dlm.kernels.packed import packed
+from dlm.models.flops import parameters
+from dlm.models.kv_cache import KVCache
+from dlm.models.shapes import SHAPES, random_model, shape_config
+from dlm.utils.files import write_json
+from dlm.utils.hardware import hardware
+from dlm.utils.names import check_name
+
+PROMPT = 32  # tokens, of the runs of `benchmarks.gpu`
+
+
+def options() -> Parser:
+    """The command line."""
+    parser = Parser("bench estimate", "[options]", __doc__)
+    add = parser.add_argument
+    add("--config", default="llada-8b", metavar="NAME", help=f"{', '.join(SHAPES)} (default: llada-8b)")
+    add("--machine", nargs="+", default=["h100"], metavar="NAME", help=f"{', '.join(MACHINES)}, this (default: h100)")
+    add("--dtype", default="bfloat16", metavar="NAME", help=f"{', '.join(ITEMSIZE)} (default: bfloat16)")
+    add("--cells", nargs="+", default=["none:32:512", "dual:32:512"], metavar="METHOD:BLOCK:STEPS")
+    add("--prompt-length", type=int, default=PROMPT, metavar="N", help="tokens of the prompt (default: 32)")
+    add("--gen-length", type=int, default=512, metavar="N", help="tokens to generate (default: 512)")
+    add("--batch", type=int, nargs="+", default=[1], metavar="N", help="prompts at a time (default: 1)")
+    add("--threads", type=int, metavar="N", help="of torch, for `this`")
+    add("--clock", default="wall", choices=("wall", "cpu"), help="of `this`: cpu for a machine in use, with one thread")
+    add("--check", metavar="FILE", help="compare with the passes that benchmarks.gpu measured, results.jsonl")
+    add("--json", metavar="FILE", help="write the rows there")
+    return parser
+
+
+def this(config_name: str, dtype: str, clock) -> Machine:
+    """The machine at hand, by measurements on a processor; the constant is fitted to a pass over 32 slots of 288."""
+    device, kind = torch.device("cpu"), getattr(torch, dtype)
+    x, size = torch.randn(8, 2048, dtype=kind), 2048
+    weights = [torch.randn(size, size, dtype=kind) for _ in range(12)]  # more than a cache holds
+    made = kind_for(device, kind)
+    ways = [made.of([each], [None]) if made else partial(torch.nn.functional.linear, weight=each) for each in weights]
+
+    def all_of_them() -> None:
+        for way in ways:
+            way(x)
+
+    width = sum(each.nbytes for each in weights) / best(all_of_them, device, clock)
+    tiny = torch.randn(1, 8, dtype=kind)
+    begin = best(lambda: tiny.mul(tiny), device, clock) * 5  # an operation of a layer is a handful of torch's
+    machine = Machine(hardware(), {dtype: matmul_rate(kind, device, clock)}, width, begin, float("inf"))
+    model = random_model(config_name, dtype=kind, length=512)
+    predictor, cache = packed(model), KVCache(1, 288)
+    positions = torch.arange(100, 132)[None]
+    tokens = torch.randint(0, 99, (1, 32))
+    with torch.inference_mode():
+        predictor(torch.randint(0, 99, (1, 288)), torch.arange(288)[None], cache=cache)
+        asked = torch.arange(32)[None]
+        took = best(lambda: predictor(tokens, positions, cache=cache, logits_to_keep=asked), device, clock, seconds=1.0)
+    return replace(machine, factor=took / pass_seconds(model.config, machine, dtype, 1, 32, 288, 32))
+
+
+def check(file: str) -> list[str]:
+    """Lines: every kind of pass in a file of `benchmarks.gpu`, predicted and measured."""
+    config, pairs, names = shape_config("llada-8b"), [], []
+    plain = replace(MACHINES["h100"], factor=1.0)
+    for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            raise ValueError(f"{file}, line {number}: no JSON; give results.jsonl of benchmarks.gpu") from None
+        if row.get("name") != "graphs" or "ms_mean" not in row:
+            continue
+        keys = max(map(int, row["ms_mean"]))
+        for computed, ms in row["ms_mean"].items():
+            pairs.append(
+                (pass_seconds(config, plain, "bfloat16", row["batch"], int(computed), keys, row["block"]), ms / 1e3)
+            )
+            names.append(f"{row['method']} of {row['steps']} steps, {row['batch']} x {computed} slots")
+    if not pairs:
+        raise ValueError(f"{file} holds no replayed passes: give results.jsonl of benchmarks.gpu")
+    constant, left = fitted(pairs)
+    lines = [
+        f"{name:<36} predicted {1e3 * constant * predicted:8.2f} ms  measured {1e3 * measured:8.2f} ms  {rest - 1:+.0%}"
+        for name, (predicted, measured), rest in zip(names, pairs, left, strict=True)
+    ]
+    worst = max(abs(each - 1) for each in left)
+    return [*lines, f"constant {constant:.2f}; at most {worst:.0%} apart"]
+
+
+def estimates(args: Namespace) -> list[dict]:
+    """A row for each machine, cell and batch."""
+    config, rows = shape_config(args.config), []
+    count = parameters(config)
+    for name in args.machine:
+        machine = this(args.config, args.dtype, clock_of(args)) if name == "this" else MACHINES[name]
+        if args.dtype not in machine.rate:
+            raise ValueError(f"--dtype {args.dtype} has no rate on {name}: use {', '.join(machine.rate)}")
+        for cell in args.cells:
+            method, block, steps = parse_cell(cell)
+            for batch in args.batch:
+                shape = Shape(batch, args.prompt_length, args.gen_length, min(block, args.gen_length), steps, method)
+                seconds = generation(config, machine, args.dtype, shape)
+                needed = memory(config, args.dtype, shape, count)
+                rows.append({
+                    "machine": machine.name, "source": machine.source, "cell": cell, "batch": batch,
+                    "seconds": seconds, "tokens_per_second": batch * args.gen_length / seconds,
+                    "memory": needed, "fits": needed <= machine.memory,
+                })  # fmt: skip
+    return rows
+
+
+def run(argv: Sequence[str]) -> int:
+    """Print a line for each estimate, or for each pass that is checked."""
+    args = options().parse(argv)
+    check_least(args, 1, "prompt_length", "gen_length", "threads")
+    if args.check:
+        print("\n".join(check(args.check)))
+        return 0
+    for name in args.machine:
+        check_name("machine", name, (*MACHINES, "this"))
+    check_name("dtype", args.dtype, ITEMSIZE)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    rows = estimates(args)
+    for row in rows:
+        room = "" if row["fits"] else "  does not fit"
+        print(
+            f"{row['machine']:<16} {row['cell']:<16} batch {row['batch']:<4} {row['seconds']:9.3f} s "
+            f"{row['tokens_per_second']:9.0f} tokens/s {row['memory'] / 1e9:8.1f} GB{room}   ({row['source']})"
+        )
+    if args.json:
+        write_json(Path(args.json), {"operations_a_layer": OPERATIONS, "rows": rows}, indent=1)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Estimate; a user's mistake is one line and exit code 2."""
+    return guarded("dlm bench estimate", run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -34,7 +34,7 @@ def taken(monkeypatch):
 def test_training_command(tmp_path, capsys, monkeypatch, taken):
     monkeypatch.setattr(bench, "matmul_rate", lambda *_: 1e12)
     compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append(self))
     where = tmp_path / "rows.json"
     words = [*SMALL, "--steps", "3", "--compile", "both", "--loss-chunk", "auto", "5", "--json", str(where)]
     assert bench.main(words) == 0

@@ -1,14 +1,9 @@
 """Several processes (gloo, on a CPU) and processes that are killed: the run is the same."""
 
 import json
-import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,12 +13,10 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from tqdm import tqdm
 
 import dlm
 from dlm.cli import main
 from dlm.models.transformer import LLaDAModelLM
-from dlm.tokenizer import train_tokenizer
 from dlm.training.sharding import check_sharding, keep_sums_exact
 from dlm.training.state import checkpoints, read_state
 from tests.helpers.ranks import ROOT, two
@@ -53,7 +46,7 @@ def test_fsdp2_trains_resumes_and_exports_the_same_model(tmp_path, measured, tie
 LEAVING = """
 import os, time, torch
 from accelerate import PartialState
-from dlm.processes import leave_processes
+from dlm.utils.distributed import leave_processes
 PartialState(cpu=True)
 time.sleep(float(os.environ["RANK"]))
 torch.distributed.all_reduce(torch.ones(3), async_op=True)  # in the first process it ends a second later
@@ -138,9 +131,6 @@ def test_two_processes_fine_tune_as_one(tmp_path, measured):
     assert_same_run(tmp_path / "one", tmp_path / "two", measured, "1 process and 2, fine-tuned")
 
 
-KILLS = int(os.environ.get("DLM_KILLS", "6"))
-
-
 def test_a_conversion_to_block_diffusion_goes_on_with_two_processes(tmp_path, measured):
     """A full-attention checkpoint trained block by block under clipped rates; the second half on two processes."""
     assert pretrain.main(options(tmp_path, "full")) == 0
@@ -159,36 +149,3 @@ def test_a_conversion_to_block_diffusion_goes_on_with_two_processes(tmp_path, me
     assert_same_run(tmp_path / "one", tmp_path / "two", measured, "block diffusion, from step 3 on 2 processes")
     for name in ("one", "two"):
         assert dlm.load(tmp_path / name / "model", device="cpu")[0].config.block_length == 4
-
-
-@pytest.mark.parametrize("streaming", [False, True], ids=["on disk", "streamed"])
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="a child is forked, so that imports are paid once")
-def test_a_run_killed_at_random_moments_ends_with_the_same_bits(tmp_path, streaming):
-    """SIGKILL, also during the writing of a checkpoint; the last start is left to finish. DLM_KILLS=20 for more."""
-    tqdm.set_lock(threading.RLock())  # its own is shared with forked children, and a killed one would never release it
-    changes = {"max_steps": 40, "valid_every": 0, "checkpoint_every": 1, "optimizer": "muon", "estimator": "stratified"}
-    if streaming:
-        tokenizer = train_tokenizer(STORIES, 270)
-        tokenizer.save_pretrained(tmp_path / "tokenizer")
-        changes |= {"streaming": True, "shuffle_window": 7, "tokenizer": tmp_path / "tokenizer"}
-    began = time.perf_counter()
-    assert pretrain.main(options(tmp_path, "whole", **changes)) == 0
-    took = time.perf_counter() - began
-    command, moments, reached = options(tmp_path, "parts", **changes, resume=True), random.Random(0), []
-    for _ in range(KILLS):
-        child = os.fork()
-        if child == 0:
-            AcceleratorState._reset_state(reset_partial_state=True)
-            with open(os.devnull, "w") as sys.stdout:
-                os._exit(pretrain.main(command))
-        time.sleep(moments.uniform(0.05, 3 * took / KILLS))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        reached.append(max([step for step, _ in checkpoints(tmp_path / "parts")], default=0))
-    assert reached == sorted(reached)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    assert pretrain.main(command) == 0
-    assert torch.equal(weights(tmp_path / "whole" / "model"), weights(tmp_path / "parts" / "model"))
-    losses = [[(r["step"], r["loss"]) for r in records(tmp_path / name)] for name in ("whole", "parts")]
-    assert losses[0] == losses[1]
-    print(f"killed {KILLS} times; checkpoints reached: {reached}")

@@ -34,10 +34,11 @@ def denoise(
     vocab_size: int | None = None,
     eos_token_ids: Sequence[int] = (),
     constraints: Sequence[Sequence[Constraint]] | None = None,
+    likely: int = 0,
 ) -> Iterator[DenoiseState]:
     """Fills the masked places of a canvas with a model or any mask predictor, and yields a state after every turn.
 
     Arguments and errors are those of `sampling.denoise.denoise`.
     """
-    known = {"vocab_size": vocab_size, "eos_token_ids": eos_token_ids, "constraints": constraints}
+    known = {"vocab_size": vocab_size, "eos_token_ids": eos_token_ids, "constraints": constraints, "likely": likely}
     return loop.denoise(packed(model), canvas, config, **known)

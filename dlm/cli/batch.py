@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from dlm.cli.parser import Parser, check_least, shown_defaults
-from dlm.cli.session import Job, Result, batches, denoise, summary
+from dlm.cli.session import Job, Result, batches, denoise, ends_of, summary
 
 if TYPE_CHECKING:
     from dlm.checkpoints.pretrained import Pretrained
@@ -24,7 +25,7 @@ def add_common(parser: Parser, argv: Sequence[str], leave_out: Sequence[str] = (
         "--tensor-parallel", action="store_true", help="share layers out over torchrun's processes, a GPU each"
     )
     parser.add_sampling(shown_defaults(argv), leave_out)
-    parser.add_output()
+    parser.add_output().add_argument("--record", metavar="FILE", help="write every pass there, for dlm replay")
 
 
 def check_counts(args) -> None:
@@ -57,8 +58,18 @@ def check_texts(opened: Pretrained, texts: Sequence[str]) -> None:
 
 def run_jobs(opened: Pretrained, jobs: Iterable[Job], config, args, show: Callable[[Result], None]) -> int:
     """Denoise all jobs, batch by batch; `show` prints one result. Returns the exit code."""
+    with contextlib.ExitStack() as stack:
+        recorder = None
+        if args.record:
+            from dlm.sampling.trajectory import Recorder
+
+            recorder = stack.enter_context(Recorder(args.record, opened.tokenizer, ends_of(opened, config)))
+        return _run(opened, jobs, config, args, show, recorder)
+
+
+def _run(opened, jobs, config, args, show, recorder) -> int:
     for number, batch in enumerate(batches(jobs, args.batch_size)):
-        results = denoise(opened, batch, config, args)
+        results = denoise(opened, batch, config, args, recorder=recorder)
         for index, result in enumerate(results):
             if not args.json and (number or index):
                 print()

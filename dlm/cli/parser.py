@@ -51,8 +51,8 @@ class Parser(OptionParser):
             )
             group.add_argument(flag(field), default=None, help=text, **more).shown = bool(value)
 
-    def add_output(self) -> None:
-        """Options that choose what is printed."""
+    def add_output(self):
+        """Options that choose what is printed; returns their group."""
         group = self.add_argument_group("output")
         group.add_argument("--json", action="store_true", help="one JSON object a line for each text")
         group.add_argument("--no-live", action="store_true", help="do not show the text while it denoises")
@@ -63,6 +63,7 @@ class Parser(OptionParser):
             metavar="SECONDS",
             help="wait after each pass of the live view",
         )
+        return group
 
 
 def check_least(args: argparse.Namespace, least: int, *fields: str) -> None:

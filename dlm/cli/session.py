@@ -131,7 +131,12 @@ def as_options(message: str) -> str:
 # ---------------------------------------------------------------- denoising and printing
 
 
-def denoise(opened: Pretrained, jobs: Sequence[Job], config, args, show_given: bool = True) -> list[Result]:
+RECORDED = 5  # how many of the most probable tokens a recording names at each place
+
+
+def denoise(
+    opened: Pretrained, jobs: Sequence[Job], config, args, show_given: bool = True, recorder=None
+) -> list[Result]:
     """Denoise the jobs as one batch; where the output is a terminal it shows them meanwhile.
 
     Ctrl-C ends it early: the results are then not finished.
@@ -157,7 +162,10 @@ def denoise(opened: Pretrained, jobs: Sequence[Job], config, args, show_given: b
     state, written, start = None, [0] * len(jobs), time.perf_counter()
     with view:
         try:
-            for state in dlm.denoise(opened.predictor, canvas, config, **known):
+            states = dlm.denoise(opened.predictor, canvas, config, **known, likely=RECORDED if recorder else 0)
+            if recorder is not None:
+                states = recorder.follow(states, canvas, recorded_settings(opened, config))
+            for state in states:
                 written = [a + b for a, b in zip(written, state.committed.sum(1).tolist(), strict=True)]
                 if shown:
                     view.show(state)
@@ -187,12 +195,24 @@ def expected(opened: Pretrained, canvas, config) -> tuple[int | None, int]:
     return ((config.steps or places) if config.commit == "quota" else None), blocks
 
 
+def ends_of(opened: Pretrained, config) -> frozenset[int]:
+    """The ids that end a text."""
+    ends = {opened.tokenizer.eos_token_id, *config.eos_ids, *opened.end_ids}
+    return frozenset(ends - {None})
+
+
+def recorded_settings(opened: Pretrained, config) -> dict[str, Any]:
+    """What a recording says of its run: the checkpoint's name and the settings that are not the defaults."""
+    own = type(config)()
+    changed = {field: getattr(config, field) for field in SAMPLING if getattr(config, field) != getattr(own, field)}
+    return {"model": opened.name, "confidence": config.ordering} | changed
+
+
 def row_text(opened: Pretrained, config, show_given: bool = True) -> live.RowText:
     """How the rows of a canvas are shown on standard output."""
-    ends = {opened.tokenizer.eos_token_id, *config.eos_ids, *opened.end_ids}
     return live.RowText(
         opened.text,
-        frozenset(ends - {None}),
+        ends_of(opened, config),
         glyphs=live.Glyphs.of(sys.stdout),
         kind=config.ordering,
         show_given=show_given,

@@ -22,7 +22,7 @@ from dlm.sampling.planning import Plan, alike, plan_pass, request_of
 from dlm.sampling.remask import draw_steps
 from dlm.sampling.revise import REVISIONS, Slate
 from dlm.sampling.rows import Batch, Row
-from dlm.sampling.step import Check, Request, compute, compute_shadows, decide_all, held_probability
+from dlm.sampling.step import Check, Request, branches, compute, compute_shadows, decide_all, guided, held_probability
 
 __all__ = ["DenoiseState", "denoise", "turn"]
 
@@ -33,7 +33,8 @@ class DenoiseState:
 
     committed (B, T) bool: written at this turn; confidence (B, T): theirs, 0 elsewhere. revised (B, T) bool: places
     that held a token and were changed, or masked again. block, nfe and positions_computed (B,) int64: each row's block,
-    its forward passes so far, and the slots they computed. step: turns so far, from 1.
+    its forward passes so far, and the slots they computed. step: turns so far, from 1. likely: where it was asked for,
+    the most probable tokens and their probabilities at each (row, slot) that a pass proposed for.
     """
 
     canvas: Canvas
@@ -44,6 +45,7 @@ class DenoiseState:
     step: int
     nfe: Tensor
     positions_computed: Tensor
+    likely: dict[tuple[int, int], list[tuple[int, float]]] | None = None
 
 
 def denoise(
@@ -54,16 +56,19 @@ def denoise(
     vocab_size: int | None = None,
     eos_token_ids: Sequence[int] = (),
     constraints: Sequence[Sequence[Constraint]] | None = None,
+    likely: int = 0,
 ) -> Iterator[DenoiseState]:
     """Fills the masked places of `canvas` and yields a state after every turn.
 
     `predictor` is any callable with the signature of `Packed.__call__`; a model is called as it is (`dlm.denoise` packs
     it first). vocab_size: ids from there on are never proposed (embeddings beyond the tokenizer). eos_token_ids: what
-    ends a text, unless the config says. constraints: each row's. Raises ValueError for settings that do not fit the
-    model or the canvas, FloatingPointError for NaN logits.
+    ends a text, unless the config says. constraints: each row's. likely: how many of the most probable tokens each
+    state names. Raises ValueError for settings that do not fit the model or the canvas, FloatingPointError for NaN
+    logits.
     """
     batch = Batch(predictor, vocab_size=vocab_size, eos_token_ids=eos_token_ids)
     batch.join(canvas, config or SamplingConfig(), constraints)
+    batch.likely = likely
     try:
         while batch.active:
             yield turn(batch)
@@ -83,6 +88,7 @@ def turn(batch: Batch) -> DenoiseState:
         torch.zeros_like(before.valid),
         torch.zeros(before.tokens.shape, device=before.tokens.device),
         torch.zeros_like(before.valid),
+        {},
     )
     for rows in alike(active):
         run_pass(batch, rows, pages)
@@ -93,19 +99,22 @@ def turn(batch: Batch) -> DenoiseState:
     nfe, computed = (
         torch.tensor([0 if row is None else getattr(row, name) for row in batch.rows]) for name in ("nfe", "computed")
     )
+    likely = pages.likely if batch.likely else None
     return DenoiseState(
-        batch.canvas, pages.committed, pages.confidence, pages.revised, blocks, batch.turns, nfe, computed
+        batch.canvas, pages.committed, pages.confidence, pages.revised, blocks, batch.turns, nfe, computed, likely
     )
 
 
 @dataclass(frozen=True)
 class Pages:
-    """What a turn writes, (B, T) each: the tokens, which were committed, how sure, and which were revised."""
+    """What a turn writes, (B, T) each: the tokens, which were committed, how sure, and which were revised; likely is as
+    in a state."""
 
     tokens: Tensor
     committed: Tensor
     confidence: Tensor
     revised: Tensor
+    likely: dict[tuple[int, int], list[tuple[int, float]]]
 
 
 def run_pass(batch: Batch, rows: list[Row], pages: Pages) -> None:
@@ -167,6 +176,8 @@ def commit(
     if bound and config.constraint_search == "viterbi":
         token, confidence = best_words(written, request, eligible, logits, token, confidence, config)
     batch.unchecked.append((batch.turns, Check(largest, request)))
+    if batch.likely:
+        note_likely(batch, rows, request, logits, pages)
     certain = confidence
     if config.delay_eos:
         certain = confidence.masked_fill(is_any(token, rows[0].eos), -torch.inf)
@@ -215,6 +226,17 @@ def commit(
         batch.certain[where] = torch.where(chosen, confidence.float(), batch.certain[where])
     pages.committed[where] = chosen
     pages.confidence[where] = confidence.float().masked_fill(~chosen, 0.0)  # torch.where copies its 0.0 to a GPU
+
+
+def note_likely(batch: Batch, rows: list[Row], request: Request, logits: Tensor, pages: Pages) -> None:
+    """Writes the most probable tokens at the places asked about into `pages`."""
+    log_p = guided(*branches(logits, rows[0].config), rows[0].config).log_softmax(dim=-1)
+    most = log_p.topk(min(batch.likely, log_p.shape[-1]), dim=-1)
+    probabilities, ids = most.values.exp().tolist(), most.indices.tolist()
+    for i, (row, slots) in enumerate(zip(rows, request.slots.tolist(), strict=True)):
+        for j, slot in enumerate(slots[: request.counts[i]]):
+            found = zip(ids[i][j], probabilities[i][j], strict=True)
+            pages.likely[row.index, slot] = [(token, round(p, 5)) for token, p in found]
 
 
 # ---------------------------------------------------------------- after a pass

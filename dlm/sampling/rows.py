@@ -165,6 +165,7 @@ class Batch:
         self.cache: KVCache | None = None
         self.branches = 1  # of the cache: guidance needs two for each row
         self.turns = self._serial = 0
+        self.likely = 0  # how many of the most probable tokens a state names
         self.plans: dict = {}
         self.unchecked: deque = deque()
         self.lag = 0

@@ -1,0 +1,131 @@
+"""`dlm replay`: a recorded run in the terminal again, pass by pass, or as a page for a browser."""
+
+from __future__ import annotations
+
+import base64
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from typing import TYPE_CHECKING
+
+from dlm.cli.parser import Parser
+
+if TYPE_CHECKING:
+    from dlm.sampling.trajectory import Recording
+
+
+def replay(argv: Sequence[str]) -> int:
+    """`dlm replay`: show a recording."""
+    parser = Parser("replay", "FILE [options]", "Show a run that --record wrote, pass by pass.")
+    parser.add_argument("file", metavar="FILE", help="what dlm generate --record FILE wrote")
+    parser.add_argument("--speed", type=float, default=10.0, metavar="X", help="passes a second (default: 10)")
+    parser.add_argument("--step", action="store_true", help="wait for Enter before each pass")
+    parser.add_argument("--html", metavar="OUT", help="write a page in place of showing it")
+    args = parser.parse(argv)
+    if not args.speed > 0:
+        raise ValueError(f"--speed is {args.speed}: give passes a second, above 0")
+    from dlm.sampling.trajectory import read_recordings
+
+    recordings = read_recordings(args.file)
+    if args.html:
+        with open(args.html, "w", encoding="utf-8") as file:
+            file.write(page(recordings))
+        print(f"wrote {args.html}", file=sys.stderr)
+        return 0
+    for recording in recordings:
+        show(recording, args.speed, args.step)
+    return 0
+
+
+def show(recording: Recording, speed: float, step: bool) -> None:
+    """Plays a recording in the terminal and leaves its last state; elsewhere prints that alone."""
+    from dlm.cli import live
+
+    rows = live.RowText(
+        recording.text,
+        recording.ends,
+        glyphs=live.Glyphs.of(sys.stdout),
+        kind=recording.settings.get("confidence", "probability"),
+    )
+    state = None
+    if live.is_live(sys.stdout):
+        with live.LiveView(sys.stdout, rows, passes=len(recording.passes)) as view:
+            for state in states(recording):
+                view.last_frame = float("-inf")  # every pass is shown
+                view.show(state)
+                if step:
+                    input()
+                else:
+                    time.sleep(1 / speed)
+    else:
+        *_, state = [None, *states(recording)]
+    mask = live.Glyphs.of(sys.stdout).mask
+    for row, ids in enumerate(recording.ids):
+        last = ids if state is None else state.canvas.tokens[row, : len(ids)].tolist()
+        written = (i for i, token in enumerate(last) if token in recording.ends and not recording.given[row][i])
+        parts, at = [], 0
+        last = last[: next(written, None)]
+        while at < len(last):  # runs of tokens and of masks
+            stop = at + 1
+            while stop < len(last) and (last[stop] == recording.mask_id) == (last[at] == recording.mask_id):
+                stop += 1
+            masked = last[at] == recording.mask_id
+            parts.append(mask * (stop - at) if masked else recording.text(last[at:stop]))
+            at = stop
+        print(live.safe("".join(parts)))
+
+
+def states(recording: Recording) -> Iterator:
+    """The recording as the states that denoising gave."""
+    import torch
+
+    from dlm.sampling.canvas import Canvas
+    from dlm.sampling.denoise import DenoiseState
+
+    count, width = len(recording.ids), max(map(len, recording.ids))
+    tokens, editable = torch.zeros(count, width, dtype=torch.int64), torch.zeros(count, width, dtype=torch.bool)
+    valid, nfe, block = editable.clone(), torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.int64)
+    for row, (ids, given) in enumerate(zip(recording.ids, recording.given, strict=True)):
+        tokens[row, : len(ids)], valid[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64), True
+        editable[row, : len(ids)] = ~torch.tensor(given)
+    for turn in recording.passes:
+        tokens, nfe, block = tokens.clone(), nfe.clone(), block.clone()
+        committed, sure = torch.zeros_like(valid), torch.zeros(count, width)
+        for row, (at, spent, changes) in turn.rows.items():
+            nfe[row], block[row] = spent, at
+            for change in changes:
+                tokens[row, change.slot] = change.token
+                if change.token != recording.mask_id:
+                    committed[row, change.slot], sure[row, change.slot] = True, change.confidence
+        canvas = Canvas(tokens, editable, valid, recording.mask_id)
+        yield DenoiseState(canvas, committed, sure, torch.zeros_like(valid), block, turn.number, nfe, nfe)
+
+
+def page(recordings: Sequence[Recording]) -> str:
+    """One self-contained page with every pass of the recordings."""
+    data = []
+    for recording in recordings:
+        passes = [
+            [
+                [row, [[c.slot, c.token, c.confidence, c.likely] for c in changes]]
+                for row, (_, _, changes) in turn.rows.items()
+            ]
+            for turn in recording.passes
+        ]
+        data.append(
+            {
+                "mask": recording.mask_id,
+                "ends": sorted(recording.ends),
+                "settings": recording.settings,
+                "rows": [
+                    {"ids": ids, "given": [int(g) for g in given]}
+                    for ids, given in zip(recording.ids, recording.given, strict=True)
+                ],
+                "passes": passes,
+            }
+        )
+    pieces = {str(i): base64.b64encode(piece).decode() for i, piece in recordings[-1].pieces.items()}
+    text = json.dumps({"recordings": data, "pieces": pieces}).replace("<", "\\u003c")
+    return files("dlm.cli").joinpath("replay.html").read_text(encoding="utf-8").replace("/*DATA*/null", text)

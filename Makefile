@@ -1,30 +1,49 @@
-# make demo: set up, then generate text with the model that ships. make test: set up, then the tests.
+# make demo: set up, then generate text with the model that ships. make test: set up, then linters and all tests.
+# make test-fast: without the tests that are marked slow.
 
 PYTHON ?= python3
 VENV   ?= .venv
 RUN    := $(VENV)/bin/python
 PIP    := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
-          $(RUN) -m pip install -qq
+          $(RUN) -m pip install --progress-bar off
+# What pip does, on one line that moves in a terminal, every tenth package elsewhere; pip's errors come through whole.
+SHOW   := awk -v live="$$(test -t 1 && echo 1)" '/^ *(Collecting|Downloading|Installing|Building)/ { n += /Collecting/; \
+          text = sprintf("  %d packages: %.60s", n, $$1 " " $$2); \
+          if (live) printf "\r\033[K%s", text; else if (n % 10 == 1 && n != last) print text; last = n; fflush() } \
+          END { if (live) printf "\r\033[K" }'
 
-.PHONY: demo test clean
+.PHONY: demo test test-fast lint clean
 
 demo: $(VENV)/.ready
 	@$(RUN) -m dlm generate "Once upon a time" --delay 0.03
+	@printf '\nNext:\n%s\n%s\n%s\n%s\n' '  $(VENV)/bin/dlm generate "The old house" --seed 3' \
+	  '  $(VENV)/bin/dlm infill "The cat ___ on the mat, and then ___{12}."' '  $(VENV)/bin/dlm info' \
+	  '  $(VENV)/bin/dlm --help        (source $(VENV)/bin/activate makes it: dlm)'
 
-test: $(VENV)/.ready-dev
-	@$(RUN) -m ruff check .
+test: lint
 	@$(RUN) -m pytest
+
+test-fast: lint
+	@$(RUN) -m pytest -m "not slow"
+
+lint: $(VENV)/.ready-dev
+	@$(RUN) -m ruff check .
+	@$(VENV)/bin/lint-imports
 
 # Stamps: set-up is done again only when what it depends on has changed.
 $(VENV)/.ready: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing dlm into $(VENV) (a few minutes the first time) ..."
-	@$(PIP) -e .
+	@$(call install,-e .)
 	@touch $@
 
 $(VENV)/.ready-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing dlm and its test tools into $(VENV) (a few minutes the first time) ..."
-	@$(PIP) -e ".[dev]"
+	@$(call install,-e ".[dev]")
 	@touch $@ $(VENV)/.ready
+
+# The shell of make has no pipefail: a file says that pip failed.
+install = rm -f $(VENV)/.failed; { $(PIP) $(1) || touch $(VENV)/.failed; } | $(SHOW); \
+          if [ -e $(VENV)/.failed ]; then rm -f $(VENV)/.failed; exit 1; fi
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "dlm needs Python 3.11 \
@@ -34,4 +53,4 @@ $(VENV)/bin/python:
 	its venv module (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
 
 clean:
-	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache

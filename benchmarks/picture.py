@@ -82,7 +82,7 @@ def svg(frames: Sequence[Sequence[str]], seconds: float, columns: int, title: st
             if line not in known:
                 known[line] = len(known)
                 lines.append(f'<g id="l{known[line]}">{draw_line(line)}</g>')
-            reel.append(f'<use href="#l{known[line]}" y="{(number * rows + row + 1) * LINE}"/>')
+            reel.append(f'<use href="#l{known[line]}" y="{(number * rows + row + 1) * LINE - 5}"/>')
     total, distance = seconds * len(film) / len(frames), len(film) * rows * LINE
     final = (len(film) - 1) * rows * LINE
     lights = "".join(
@@ -103,7 +103,7 @@ text {{ font: 14px ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans M
 </defs>
 <rect width="100%" height="100%" rx="9" fill="{PAPER}"/>{lights}
 <text x="{width / 2:.0f}" y="21" text-anchor="middle" fill="{QUIET}">{escape(title)}</text>
-<svg x="{MARGIN}" y="{BAR}" width="{columns * CELL:.1f}" height="{rows * LINE + 5}"><g class="film">
+<svg x="{MARGIN}" y="{BAR}" width="{columns * CELL:.1f}" height="{rows * LINE}"><g class="film">
 {"".join(reel)}
 </g></svg>
 </svg>
@@ -122,18 +122,18 @@ def record(args, columns: int) -> tuple[list[list[str]], float]:
 
     opened = session.open_checkpoint(args)
     config = session.settings(args, opened.defaults)
-    ids = encode_prompt(opened.tokenizer, args.prompt, opened.mask) + [opened.mask] * config.gen_length
-    canvas = dlm.Canvas.from_templates([ids], opened.mask, device=opened.model.device)
+    ids = encode_prompt(opened.tokenizer, args.prompt, opened.mask_id) + [opened.mask_id] * config.gen_length
+    canvas = dlm.Canvas.from_templates([ids], opened.mask_id, device=opened.model.device)
     config = replace(config, seed=(config.seed,))
     passes, blocks = session.expected(opened, canvas, config)
-    _, known = prepare(opened.model, canvas, config.gen_length, opened.tokenizer)
+    _, known = prepare(opened.model, canvas, config, opened.tokenizer)
     rows, frames, spent = session.row_text(opened, config), [], 0.0
     screen, live.size_of = Screen(), lambda stream: (columns, 40)
     view = live.LiveView(screen, rows, passes=passes, blocks=blocks, colour=True, clock=lambda: spent)
     view._draw = frames.append
     view.started, view.last_frame = 0.0, -1.0
     began = time.perf_counter()
-    for state in dlm.denoise(opened.model, canvas, config, **known):
+    for state in dlm.denoise(opened.predictor, canvas, config, **known):
         spent += time.perf_counter() - began
         view.last_frame = -1.0  # every pass is a frame
         view.show(state)

@@ -23,7 +23,7 @@ needs_model = pytest.mark.skipif(not SHIPPED.is_dir(), reason="there is no shipp
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_runs(command, capsys):
     program, *arguments = shlex.split(command, comments=True)
-    assert program == "dlm"
+    assert program in ("dlm", ".venv/bin/dlm")
     assert main.main(arguments) == 0
     out, error = capsys.readouterr()
     assert out.strip() and not error
@@ -56,7 +56,9 @@ def options_of(command, capsys):
 
 LM_EVAL = {"--tasks", "--model_args"}  # options of lm_eval itself, which is an extra
 TORCHRUN = {"--nproc-per-node"}
-SHOWN = sorted({line.split("#")[0].strip() for _, kind, text in BLOCKS if kind == "sh" for line in text.splitlines()})
+PAGES = README + (ROOT / "docs" / "usage.md").read_text(encoding="utf-8")
+SHELL = re.findall(r"```sh\n(.*?)```", PAGES, re.DOTALL)
+SHOWN = sorted({line.split("#")[0].strip() for text in SHELL for line in text.splitlines()})
 SHOWN = [line for line in SHOWN if re.match(r"dlm \w+ .*--\w", line)]
 
 
@@ -71,9 +73,22 @@ def test_options_exist(capsys):
     commands = [[command, name] for command in scripts.FOLDERS for name in scripts.scripts(command)]
     commands += [[word] for word in ("generate", "infill", "chat", "info")] + [["train", "--estimate"]]
     known = set().union(*(options_of(command, capsys) for command in commands)) | {"--estimate"} | TORCHRUN
-    assert set(re.findall(r"--[a-z][a-z_-]+", README)) <= known
+    assert set(re.findall(r"--[a-z][a-z_-]+", PAGES)) <= known
 
 
 def test_files_exist():
-    named = re.findall(r"`((?:dlm|train|tests|eval|benchmarks)/[\w/.]*)`", README)
-    assert named and all((ROOT / name).exists() for name in named)
+    pages = [README, *(page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md")))]
+    for page in pages:
+        named = re.findall(r"`((?:dlm|train|tests|eval|benchmarks|docs)/[\w/.-]*)`", page)
+        named += re.findall(r"\]\(((?!http)[\w/.-]+)\)", page)
+        assert not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_the_table_of_speed_stands_in_the_results():
+    results = (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ((?:none|dual) \d+ x \d+ \|[^\n]*) \|$", README, re.MULTILINE)
+    assert len(rows) == 3 and all(f"| {row} |" in results for row in rows)
+
+
+def test_it_is_short():
+    assert README.count("\n") < 150

@@ -89,10 +89,10 @@ def configure(args, opened: Pretrained, sampling: SamplingConfig, places: int) -
     from dlm.benchmarking.grid import GridConfig, powers_of_two
     from dlm.sampling.methods import methods_for
 
-    powers, trained = powers_of_two(places), opened.model.config.block_length
+    powers, trained = powers_of_two(places), opened.block_length
     try:
         return GridConfig(
-            methods=tuple((args.methods or ",".join(methods_for(opened.model.config))).split(",")),
+            methods=tuple((args.methods or ",".join(methods_for(opened.config))).split(",")),
             commits=tuple(args.commits.split(",")),
             block_lengths=numbers(args.block_lengths, "--block-lengths", powers if trained is None else (trained,)),
             steps=numbers(args.passes, "--steps", powers),
@@ -164,7 +164,7 @@ def main(argv: Sequence[str]) -> int:
     questions = questions_of(args)
     sharing = Sharing(cpu=args.device == "cpu")
     args.device = args.device or sharing.device
-    opened = open_checkpoint(args)
+    opened = open_checkpoint(args, model=True)
     model, tokenizer, sampling = opened.model, opened.tokenizer, sampling_of(args, opened)
     canvases = [
         question.canvas(tokenizer, sampling.gen_length, opened.mask_id, chat=args.chat, device=model.device)

@@ -10,7 +10,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from dlm.utils.files import read_object
+from dlm.utils.jsonio import read_object
 
 _FAST = ("TokenizersBackend", "PreTrainedTokenizerFast")  # names of the class that AutoTokenizer would choose
 # ___, ___{12} for twelve tokens, ___{12:/[0-9]+/} for what they must match, ___{/[0-9]+/} for both left open

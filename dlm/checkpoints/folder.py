@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dlm.utils.files import read_object
+from dlm.utils.jsonio import read_object
 
 __all__ = ["Tensors", "check_sizes", "fetch", "hub_errors", "read_tensors", "weight_files"]
 
@@ -79,9 +79,11 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
                 f"convert it to {WEIGHTS}"
             )
         raise ValueError(f"{folder} has a config.json but no weights ({single.name}): copy them there")
-    places = read_object(index).get("weight_map")
-    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
-        raise ValueError(f'{index}: "weight_map" must say for every tensor in which file it is: copy the file again')
+    content = read_object(index)
+    places = content.get("weight_map")
+    whole = isinstance(content.get("metadata"), dict) and isinstance(places, dict) and bool(places)
+    if not whole or not all(isinstance(name, str) for name in places.values()):
+        raise ValueError(f'{index} must hold "metadata" and "weight_map", the file of every tensor: copy it again')
     names = sorted(set(places.values()))
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):

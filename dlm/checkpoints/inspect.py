@@ -11,7 +11,7 @@ def describe(path: str | None = None, revision: str | None = None) -> dict[str, 
     Sizes are None where the weights of a hub id are not on this machine.
     Raises as `load_pretrained`, but for what only loading shows.
     """
-    from dlm.checkpoints.files import SHIPPED, own_defaults
+    from dlm.checkpoints.files import SHIPPED, read_defaults
     from dlm.checkpoints.folder import DTYPES, Tensors, fetch, read_tensors, weight_files
     from dlm.checkpoints.load import read_config
     from dlm.sampling.methods import methods_for
@@ -43,5 +43,5 @@ def describe(path: str | None = None, revision: str | None = None) -> dict[str, 
         "block_length": config.block_length,
         "chat_template": bool(getattr(tokenizer, "chat_template", None)),
         "methods": [] if config.objective == "autoregressive" else methods_for(config),
-        "defaults": own_defaults(str(folder)),
+        "defaults": read_defaults(folder / "generation_config.json"),
     }

@@ -26,7 +26,7 @@ from dlm.kernels.linear import QUANTIZED, quantize_
 from dlm.kernels.tensor_parallel import shared_out
 from dlm.models.choices import ATTENTION, DTYPES, FLOATS, float_name
 from dlm.models.configuration import LLaDAConfig
-from dlm.utils.files import read_object
+from dlm.utils.jsonio import read_object
 from dlm.utils.names import check_name
 
 __all__ = ["Placing", "is_own", "open_model", "quiet", "read_config"]
@@ -104,7 +104,10 @@ def read_config(folder: Path, *, causal: bool = False) -> PreTrainedConfig:
 
 
 def _own_config(found: dict[str, Any], folder: Path) -> PreTrainedConfig:
-    file, kind = folder / "config.json", _kind(found, folder)
+    file = folder / "config.json"
+    if not isinstance(found.get("model_type"), str):
+        raise ValueError(f"{file}: model_type is {found.get('model_type')!r}, and must be the name of a family")
+    kind = _kind(found, folder)
     check_types(found, kind, file)
     try:
         config = kind.from_dict(found)

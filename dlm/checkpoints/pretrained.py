@@ -18,12 +18,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from dlm.checkpoints.files import SHIPPED, own_defaults
+from dlm.checkpoints.files import SHIPPED, read_defaults
 from dlm.checkpoints.folder import Tensors, check_sizes, fetch, read_tensors, weight_files
 from dlm.checkpoints.load import Placing, is_own, open_model, read_config
 from dlm.checkpoints.quick import packed_from
 from dlm.kernels.linear import QUANTIZED
-from dlm.kernels.packed import packed
+from dlm.kernels.packed import packed, packed_alone
 from dlm.sampling.config import as_ids
 from dlm.tokenizer import load_tokenizer, mask_id
 
@@ -96,7 +96,7 @@ class Pretrained:
     @cached_property
     def defaults(self) -> dict[str, Any]:
         """The sampling options that its generation_config.json asks for, perhaps "chat": False."""
-        return own_defaults(str(self.folder))
+        return read_defaults(self.folder / "generation_config.json")
 
     @cached_property
     def digest(self) -> str:
@@ -158,32 +158,40 @@ class Pretrained:
 
     @property
     def predictor(self) -> Any:
-        """The mask predictor for `denoise` and `generate`: the model, packed for the processor at the first use.
+        """The mask predictor for `denoise` and `generate`: the weights, packed for the processor at the first use.
 
+        Where `model` was asked for before, the packed copy lies beside it; else the weights lie in memory once.
         Raises ValueError for an autoregressive model.
         """
         self.check_diffusion()
-        if (quick := self._quick) is not None:
-            return quick
-        if sum(weight.nbytes for weight in self.model.parameters()) > SLOW:
-            self.progress("packing weights")
-        return packed(self.model)
+        if "model" in vars(self):
+            return packed(self.model)
+        return self._alone
 
     @cached_property
-    def _quick(self) -> Any:
-        """The packed copy from the files themselves, where nobody asked for the model yet and there can be one."""
-        return None if "model" in vars(self) else packed_from(self.folder, self.config, self.tensors, self.placing)
+    def _alone(self) -> Any:
+        if (quick := packed_from(self.folder, self.config, self.tensors, self.placing)) is not None:
+            return quick
+        model = open_model(self.folder, self.config, self.tensors, self.placing, self.variant)
+        if sum(weight.nbytes for weight in model.parameters()) > SLOW:
+            self.progress("packing the weights")
+        return packed_alone(model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie; they are read if they were not."""
+        return self.model.device if "model" in vars(self) or self.autoregressive else self.predictor.device
+
+    def ready(self, model: bool = False) -> None:
+        """Makes all parts that denoising texts needs, now; model: the model too. Raises as each of them."""
+        self.check_diffusion()
+        self.check_tokenizer()
+        _ = self.mask_id, self.model if model else self.predictor  # a part is made when it is asked for
 
     @property
     def number_type(self) -> str:
-        """The type of the layers, as --dtype names it."""
-        return "float32" if vars(self).get("_quick") is not None else number_type(self.model)
-
-    def ready(self) -> None:
-        """Makes all parts that denoising texts needs, now. Raises as each of them."""
-        self.check_diffusion()
-        self.check_tokenizer()
-        _ = self.mask_id, self.predictor  # a part is made when it is asked for
+        """The type of the model's layers, as --dtype names it."""
+        return number_type(self.model)
 
     def check_diffusion(self) -> None:
         """Raises ValueError for a model that cannot fill in masks."""

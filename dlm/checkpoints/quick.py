@@ -52,7 +52,9 @@ def packed_from(folder: Path, config: Any, tensors: Tensors, placing: Placing) -
     if not bool(torch.stack([weight.sum() for weight in weights.values()]).isfinite().all()):
         return None
     config._attn_implementation = "sdpa"
-    return Packed(_skeleton(config, weights, cpu))
+    skeleton = _skeleton(config, weights, cpu)
+    weights.clear()  # the skeleton alone holds them, and lets them go one by one
+    return Packed(skeleton, release=True)
 
 
 def expected(config: LLaDAConfig) -> dict[str, tuple[int, ...]]:
@@ -79,11 +81,11 @@ def expected(config: LLaDAConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Weights:
     """A module's weights, under the names that the module has."""
 
-    weight: Tensor
+    weight: Tensor | None
     bias: Tensor | None = None
 
 

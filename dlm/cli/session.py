@@ -74,10 +74,11 @@ class Result:
 # ---------------------------------------------------------------- opening a checkpoint
 
 
-def open_checkpoint(args, check: bool = True) -> Pretrained:
+def open_checkpoint(args, check: bool = True, model: bool = False) -> Pretrained:
     """Load the checkpoint that the options name, onto the device that they name.
 
-    check: whether to make the settings first, so that a wrong option does not wait for the weights.
+    check: whether to make the settings first, so that a wrong option does not wait for the weights. model: whether
+    more than the predictor is wanted.
     Errors: as `dlm.load`; a device that cannot be used; a checkpoint without a tokenizer.
     """
     gc.disable()  # the imports make a million objects and no garbage: a quarter less time
@@ -92,7 +93,7 @@ def open_checkpoint(args, check: bool = True) -> Pretrained:
         opened = load_pretrained(args.model, revision=args.revision, progress=_say, **options)
         if check:
             settings(args, opened.defaults)
-        opened.ready()
+        opened.ready(model)
         return opened
     finally:
         gc.enable()
@@ -145,7 +146,7 @@ def denoise(
     from dlm.sampling.constraints import constraints_of_blanks
     from dlm.sampling.generate import prepare
 
-    canvas = dlm.Canvas.from_templates([job.ids for job in jobs], opened.mask_id, device=opened.predictor.device)
+    canvas = dlm.Canvas.from_templates([job.ids for job in jobs], opened.mask_id, device=opened.device)
     config = dataclasses.replace(config, seed=tuple(job.seed for job in jobs))
     _, known = prepare(opened.predictor, canvas, config, opened.tokenizer)
     if any(pattern for job in jobs for *_, pattern in job.blanks):

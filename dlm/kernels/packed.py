@@ -12,6 +12,7 @@ another. The checkpoint's weights are not touched: these are copies, and `packed
 from __future__ import annotations
 
 import sys
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -33,9 +34,10 @@ from dlm.models.rotary import rotary_angles
 if TYPE_CHECKING:  # generation from a file does without it, and its import takes seconds
     from dlm.models.transformer import LLaDABlock, LLaDAModelLM
 
-__all__ = ["Direct", "Packed", "packed"]
+__all__ = ["Direct", "Packed", "packed", "packed_alone"]
 
 LARGEST = 4e9  # bytes of weights on a CPU; a copy of a larger model may not fit beside it
+TOLD = 1e9  # bytes of weights on a CPU from which a second copy of them is worth a word
 SPARE = 0.8  # of a GPU's free memory, which the copies may take
 SAMPLED = 8  # numbers of a weight that are compared before every use
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -77,10 +79,28 @@ def packed(model):
     _COPIES.pop(model, None)  # the old copy goes first
     if not _can_pack(model):
         return Direct(model)
-    copy = Packed(model)
-    predictor = Graphs(copy) if model.cuda_graphs and model.device.type == "cuda" else copy
+    size = sum(weight.nbytes for weight in model.parameters())
+    if model.device.type == "cpu" and size > TOLD:
+        warnings.warn(
+            f"packing takes {size / 1e9:.1f} GB beside the {size / 1e9:.1f} GB of the model; "
+            "dlm.load_pretrained(...).predictor keeps the packed weights alone",
+            stacklevel=3,
+        )
+    predictor = _with_graphs(Packed(model), model)
     _COPIES[model] = _Seen(model), predictor
     return predictor
+
+
+def packed_alone(model: LLaDAModelLM):
+    """The mask predictor for a model that nobody else uses: it takes the model's weights over, so that they lie in
+    memory once."""
+    if not _can_pack(model, alone=True):
+        return Direct(model)
+    return _with_graphs(Packed(model, release=True), model)
+
+
+def _with_graphs(copy: Packed, model: LLaDAModelLM) -> Packed | Graphs:
+    return Graphs(copy) if model.cuda_graphs and model.device.type == "cuda" else copy
 
 
 class _Seen:
@@ -132,7 +152,7 @@ class _Seen:
         return now == self.numbers if self.memory else all(map(torch.equal, now, self.numbers))
 
 
-def _can_pack(model: LLaDAModelLM) -> bool:
+def _can_pack(model: LLaDAModelLM, alone: bool = False) -> bool:
     from dlm.models.transformer import LLaDABlock, RMSNorm
 
     if model.training or model.config._attn_implementation in (None, "eager"):
@@ -144,7 +164,7 @@ def _can_pack(model: LLaDAModelLM) -> bool:
     weights = list(model.parameters())
     dtype, device = weights[0].dtype, weights[0].device
     plain = all(type(w) is nn.Parameter and w.device == device and w.dtype == dtype for w in weights)
-    if not plain or kind_for(device, dtype) is None or not _room(model, device):
+    if not plain or kind_for(device, dtype) is None or not _room(model, device, alone):
         return False
     if dtype != torch.float32 and not model.config.rope_full_precision:
         return False
@@ -156,16 +176,16 @@ def _can_pack(model: LLaDAModelLM) -> bool:
     )
 
 
-def _room(model, device: torch.device) -> bool:
-    """Whether the copies fit beside the model; on a GPU those are the joined weights alone."""
+def _room(model, device: torch.device, alone: bool) -> bool:
+    """Whether the copies fit beside the model, or beside one layer of it; on a GPU those are the joined weights."""
     if device.type == "cpu":
-        return sum(w.nbytes for w in model.parameters()) <= LARGEST
+        return alone or sum(w.nbytes for w in model.parameters()) <= LARGEST
     if model.config._attn_implementation != "sdpa":
         return False
     blocks = model.model.transformer.blocks
     names = ("q_proj", "k_proj", "v_proj", "ff_proj", "up_proj")  # a mixture of experts is not copied
     joined = sum(getattr(block, name).weight.nbytes for block in blocks for name in names if hasattr(block, name))
-    return joined <= SPARE * torch.cuda.mem_get_info(device)[0]
+    return joined / (len(blocks) if alone else 1) <= SPARE * torch.cuda.mem_get_info(device)[0]
 
 
 # ---------------------------------------------------------------- the copy
@@ -233,6 +253,20 @@ def _pack_layer(block: LLaDABlock, last: bool) -> _Layer:
     )
 
 
+def _release(block: LLaDABlock) -> None:
+    """Lets the weights of the block's linear layers go; a mixture of experts is used as it is, and stays."""
+    for name in ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out"):
+        if (linear := getattr(block, name, None)) is not None:
+            _let_go(linear)
+
+
+def _let_go(linear) -> None:
+    if isinstance(linear, nn.Module):
+        linear.to("meta")
+    else:  # weights that a file gave
+        linear.weight = linear.bias = None
+
+
 @dataclass(frozen=True)
 class _Where:
     """slots (B, Q) of what is computed, None for 0..Q-1, and their rotary turns (B or 1, Q, 1, D / 2)."""
@@ -253,10 +287,11 @@ class Packed:
     """A mask predictor with the signature of `LLaDAModelLM.forward`, without gradients.
 
     A `KVCache` that it fills holds keys in its own order of head dimensions: do not share one with the model.
+    release: layer by layer the model's own weights are let go once they are copied, and it can no longer be called.
     """
 
     @torch.no_grad()
-    def __init__(self, model: LLaDAModelLM):
+    def __init__(self, model: LLaDAModelLM, release: bool = False):
         self.config = config = model.config
         self.device, self.kernels = model.device, triton_kernels(model.device)
         # Attributes of a transformers configuration take microseconds each to read: what a layer needs is kept here.
@@ -268,12 +303,18 @@ class Packed:
         transformer = model.model.transformer
         blocks = transformer.blocks
         self.embedding = transformer.wte.weight.detach()
-        self.layers = [_pack_layer(block, block is blocks[-1]) for block in blocks]
+        self.layers = []
+        for block in blocks:
+            self.layers.append(_pack_layer(block, block is blocks[-1]))
+            if release:
+                _release(block)
         self.last_norm = transformer.ln_f.weight.detach()
         tied = config.weight_tying
         self.head = kind_for(self.embedding.device, self.embedding.dtype).of(
             [transformer.wte.weight if tied else transformer.ff_out.weight], [None if tied else transformer.ff_out.bias]
         )
+        if release and not tied:
+            _let_go(transformer.ff_out)
         device = self.embedding.device
         # exp(i angle), (T', D / 2), of all slots from the start: a recorded pass (`Graphs`) reads this memory
         cos, sin = rotary_angles(torch.arange(config.max_sequence_length, device=device), config.rotary, torch.float32)

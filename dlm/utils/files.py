@@ -33,23 +33,6 @@ def write_json(path: Path, content: Any, indent: int | None = None) -> None:
     _sync_folder(path.parent)
 
 
-def read_object(file: Path) -> dict[str, Any]:
-    """The object {...} in a JSON file; a byte order mark at its beginning is skipped.
-
-    Raises ValueError, naming the file, for anything else; OSError where it cannot be read.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
-    except RecursionError:
-        raise ValueError(f"{file} is nested too deeply: copy the file again") from None
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({_first(error)}): copy the file again") from None
-    if not isinstance(content, dict):
-        kind = "null" if content is None else type(content).__name__
-        raise ValueError(f"{file} must hold an object {{...}}, and holds {kind}: copy the file again")
-    return content
-
-
 def _sync_folder(folder: Path) -> None:
     with contextlib.suppress(OSError):  # not every system can
         handle = os.open(folder, os.O_RDONLY)

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-__all__ = ["finite", "parse_json", "read_json"]
+__all__ = ["finite", "parse_json", "read_json", "read_object"]
 
 
 def parse_json(text: str, where: str) -> Any:
@@ -38,6 +38,15 @@ def read_json(path: str | os.PathLike) -> Any:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text (byte {error.start}); write it anew as UTF-8") from None
     return parse_json(text, str(path))
+
+
+def read_object(path: str | os.PathLike) -> dict[str, Any]:
+    """The object {...} in a JSON file. Raises as `read_json`, and ValueError for any other value."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        kind = "null" if value is None else type(value).__name__
+        raise ValueError(f"{path} must hold an object {{...}}, and holds {kind}: copy the file again")
+    return value
 
 
 def finite(value: Any) -> Any:

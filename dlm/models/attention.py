@@ -8,7 +8,7 @@ a GPU and a dense mask for SDPA on a CPU.
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ __all__ = [
     "Visible",
     "attention_mask",
     "block_causal",
+    "block_causal_from",
     "block_diffusion",
     "both",
     "causal",
@@ -47,6 +48,17 @@ def block_causal(block_length: int) -> Visible:
 
     def rule(b: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return k // block_length <= q // block_length
+
+    return rule
+
+
+@lru_cache(maxsize=64)
+def block_causal_from(block_length: int, offsets: tuple[int, ...]) -> Visible:
+    """`block_causal` in which the blocks of row b begin `offsets[b]` slots before slot 0: the first may be short."""
+
+    def rule(b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        ahead = torch.tensor(offsets, device=q.device)[b]
+        return (k + ahead) // block_length <= (q + ahead) // block_length
 
     return rule
 

@@ -80,6 +80,27 @@ class Canvas:
             editable = valid & (slots >= torch.tensor(prompt_lengths)[:, None])
         return cls(tokens, editable, valid, mask_id).to(device)
 
+    def filled_up(self, block_length: int, offsets: Sequence[int], limit: int | None) -> tuple["Canvas", Tensor]:
+        """The canvas with masks to the end of each row's last block, where the region reaches the row's end, and which
+        slots (B, T') those are. Blocks begin `offsets[i]` slots before slot 0; limit: slots that a row may have."""
+        lengths, most = self.valid.sum(dim=1).tolist(), limit or 2**62
+        ends = [
+            min(-(-(length + ahead) // block_length) * block_length - ahead, max(most, length))
+            for length, ahead in zip(lengths, offsets, strict=True)
+        ]
+        masked = self.masked
+        ends = [
+            end if length and bool(masked[i, length - 1]) else length
+            for i, (end, length) in enumerate(zip(ends, lengths, strict=True))
+        ]
+        width, (rows, slots) = max(self.tokens.shape[1], *ends), self.tokens.shape
+        bound = torch.tensor(ends, device=self.tokens.device)[:, None]
+        wide = torch.arange(width, device=self.tokens.device)[None]
+        valid, tokens, editable = (x.new_zeros(rows, width) for x in (self.valid, self.tokens, self.editable))
+        valid[:, :slots], tokens[:, :slots], editable[:, :slots] = self.valid, self.tokens, self.editable
+        extra = (wide < bound) & ~valid
+        return Canvas(tokens.masked_fill(extra, self.mask_id), editable | extra, valid | extra, self.mask_id), extra
+
     @property
     def masked(self) -> Tensor:
         """(B, T) bool: the places still to fill."""

@@ -83,12 +83,41 @@ def by_chance(confidence: Tensor, eligible: Tensor, step: Step) -> Tensor:
     return eligible & step.drawn
 
 
+def by_order(confidence: Tensor, eligible: Tensor, step: Step) -> Tensor:
+    """The first `quota` places, from left to right (SDAR's sequential, arXiv:2510.06303)."""
+    return eligible & (eligible.cumsum(dim=-1) <= step.quota.clamp_min(1)[:, None])
+
+
+def by_dynamic(confidence: Tensor, eligible: Tensor, step: Step) -> Tensor:
+    """Every place with confidence > tau where those are at least `quota`, else the `quota` best (LLaDA2,
+    arXiv:2512.15745; SDAR, arXiv:2510.06303; with a quota of 1 Fast-dLLM v2, arXiv:2509.26328)."""
+    ranked, order = _sorted(confidence, eligible)
+    return _first(torch.maximum((ranked > step.threshold).sum(dim=-1), step.quota), order, eligible)
+
+
+def by_cap(confidence: Tensor, eligible: Tensor, step: Step) -> Tensor:
+    """Of the `quota` best places those with confidence >= tau, and always the best (Fast-dLLM for Dream without a
+    cache); the quota holds what earlier passes left of theirs."""
+    ranked, order = _sorted(confidence, eligible)
+    return _first(torch.minimum((ranked >= step.threshold).sum(dim=-1), step.quota), order, eligible)
+
+
+def by_uniform(confidence: Tensor, eligible: Tensor, step: Step) -> Tensor:
+    """Each place with probability `quota`, whatever its score; `confidence` is uniform in [0, 1). A pass may commit
+    nothing (Dream's origin, arXiv:2508.15487; D3PM, arXiv:2107.03006)."""
+    return eligible & (confidence < step.quota[:, None])
+
+
 COMMITS: dict[str, Callable[[Tensor, Tensor, Step], Tensor]] = {
     "quota": by_quota,
     "threshold": by_threshold,
     "factor": by_factor,
     "entropy_bound": by_entropy_bound,
     "ancestral": by_chance,
+    "sequential": by_order,
+    "dynamic": by_dynamic,
+    "capped": by_cap,
+    "origin": by_uniform,
 }
 
 

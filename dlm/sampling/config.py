@@ -25,13 +25,18 @@ __all__ = [
 
 # Names of the choices. The functions are in tables that need torch; a test holds the names to their keys.
 METHOD_NAMES = ("none", "prefix", "dual", "vicinity", "c2f", "block_causal")  # methods.METHODS
-COMMIT_NAMES = ("quota", "threshold", "factor", "entropy_bound", "ancestral")  # commit.COMMITS
+# commit.COMMITS
+COMMIT_NAMES = (
+    "quota", "threshold", "factor", "entropy_bound", "ancestral", "sequential", "dynamic", "capped", "origin",
+)  # fmt: skip
 REMASK_NAMES = ("cap", "rescale", "confidence", "loop")  # remask.REMASKS
 NOISE_NAMES = ("linear", "cosine", "polynomial", "geometric")  # objectives.noise.NOISE_SCHEDULES
 CONFIDENCE_NAMES = ("probability", "margin", "entropy", "random")  # propose.CONFIDENCES
 REVISION_NAMES = ("none", "edit", "remask", "verify")  # revise.REVISIONS
 SEARCH_NAMES = ("greedy", "viterbi")
-SPLIT_NAMES = ("remainder_first", "rounded")  # schedule.SPLITS
+SPLIT_NAMES = ("remainder_first", "rounded", "time")  # schedule.SPLITS
+ALIGNMENTS = ("start", "prompt")
+SCHEDULED = ("quota", "sequential", "dynamic", "capped", "origin")  # commit rules that read a quota
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -48,9 +53,15 @@ def schema_file(path: str) -> str:
 SAMPLING: dict[str, tuple[Callable, str]] = {
     "gen_length": (int, "tokens to generate"),
     "steps": (int, "forward passes in all; not given: one a token"),
+    "steps_per_block": (int, "forward passes for a whole block, in place of steps"),
     "block_length": (int, "tokens in a block; blocks are written left to right"),
+    "sub_block_length": (int, "tokens of a block that are written before its next ones"),
+    "sub_block_cache": (bool, "compute a sub-block alone while its first place is written"),
+    "whole_blocks": (bool, "fill the last block up with masks, and cut the text"),
+    "align": (str, "start or prompt: where the blocks of a block-causal model count from"),
+    "commit_first": (bool, "the first pass of a block commits its first place alone (Fast-dLLM, shifted logits)"),
     "method": (str, "none, prefix, dual, vicinity, c2f or block_causal: order and cache"),
-    "commit": (str, "quota, threshold, factor, entropy_bound or ancestral: how many tokens a pass"),
+    "commit": (str, f"{', '.join(COMMIT_NAMES[:-1])} or {COMMIT_NAMES[-1]}: how many tokens a pass"),
     "threshold": (float, "for --commit threshold: least confidence"),
     "factor": (float, "for --commit factor"),
     "entropy_bound": (float, "for --commit entropy_bound, in nats"),
@@ -61,9 +72,11 @@ SAMPLING: dict[str, tuple[Callable, str]] = {
     "remask_eta": (float, "for --revise remask: how often a token is masked again (default: the paper's)"),
     "verify_threshold": (float, "for --revise verify: probability below which a token is masked again"),
     "noise_schedule": (str, "for --commit ancestral and --revise remask: linear, cosine, polynomial or geometric"),
-    "split": (str, "remainder_first or rounded: how a block's tokens are shared over its passes"),
+    "split": (str, "remainder_first, rounded or time: how a block's tokens are shared over its passes"),
+    "time_eps": (float, "for --split time and --commit origin: where time ends"),
     "confidence": (str, "probability, margin, entropy or random: which tokens come first"),
     "temperature": (float, "above 0: draws from the sharpened or flattened prediction; 0: the most probable token"),
+    "order_temperature": (float, "above 0: places are drawn by softmax(confidence / T) in place of the best (Dream)"),
     "tempered_confidence": (bool, "confidence from the tempered probabilities, as Dream does"),
     "top_k": (int, "only the K most probable tokens"),
     "top_p": (float, "only the most probable tokens that make up P"),
@@ -106,16 +119,23 @@ class SamplingConfig:
 
     gen_length: tokens to generate after each prompt (ignored where the canvas is given).
     steps: forward passes for the whole region under commit `quota`; None is one token a pass. Other commit rules
-        decide themselves when a block is done, and do not read it.
+        decide themselves when a block is done, and do not read it. steps_per_block: passes for a block of
+        block_length, in place of steps; the quotas are those of a whole block where a part of it is given.
     block_length: tokens in a block; None is the model's own where it is block-causal, else 32. It need not divide
         gen_length: the last block is shorter.
+    sub_block_length: a block is written sub-block by sub-block, while passes compute all of it; sub_block_cache: or a
+        sub-block alone once its first place is written (Fast-dLLM v2). whole_blocks: where the region ends inside of a
+        block, masks fill it up, and what stands there is cut. align: blocks of a block-causal model count from slot 0,
+        `start`, or from the end of each row's prompt, `prompt` (dllm). commit_first: a block's first pass commits its
+        first place alone, whose guess comes from the block before (Fast-dLLM, models with shifted logits).
     method: the order and what is recomputed at each pass, a row of `methods.METHODS`. window: vicinity's reach.
     commit: which places are committed at a pass (`commit.COMMITS`), with threshold, factor or entropy_bound.
     revise: what is changed after the commit (`revise.REVISIONS`), with edit_threshold and max_post_passes for `edit`;
         remask (`remask.REMASKS`), remask_eta and noise_schedule for `remask`; verify_threshold for `verify`.
-    split: how a block's tokens are shared over its passes (`schedule.SPLITS`).
+    split: how a block's tokens are shared over its passes (`schedule.SPLITS`); time_eps: where Dream's time ends.
     confidence: what orders them (`propose.CONFIDENCES`); None is `entropy` for commit `entropy_bound`, else
         `probability`. tempered_confidence: of the distribution sampled from (Dream), not the model's own (LLaDA).
+    order_temperature: above 0 places are drawn without replacement by softmax(confidence / T) (Dream's alg_temp).
     temperature: 0 takes the most probable token, above 0 samples. top_k, top_p: which tokens may be sampled.
     cfg_scale: w of classifier-free guidance, l = u + (w + 1)(c - u); 0 is none, and costs nothing.
     regex, json_schema (its text), choices: what the whole region must match, one of the three; end-of-text fills what
@@ -128,7 +148,13 @@ class SamplingConfig:
 
     gen_length: int = 128
     steps: int | None = None
+    steps_per_block: int | None = None
     block_length: int | None = None
+    sub_block_length: int | None = None
+    sub_block_cache: bool = False
+    whole_blocks: bool = False
+    align: str = "start"
+    commit_first: bool = False
     method: str = "none"
     commit: str = "quota"
     threshold: float = 0.9
@@ -142,7 +168,9 @@ class SamplingConfig:
     verify_threshold: float = 0.5
     noise_schedule: str = "linear"
     split: str = "remainder_first"
+    time_eps: float = 1e-3
     confidence: str | None = None
+    order_temperature: float = 0.0
     tempered_confidence: bool = False
     temperature: float = 0.0
     top_k: int | None = None
@@ -165,11 +193,12 @@ class SamplingConfig:
         check_name("remask", self.remask, REMASK_NAMES)
         check_name("noise_schedule", self.noise_schedule, NOISE_NAMES)
         check_name("split", self.split, SPLIT_NAMES)
+        check_name("align", self.align, ALIGNMENTS)
         check_name("revise", self.revise, REVISION_NAMES)
         check_name("constraint_search", self.constraint_search, SEARCH_NAMES)
         if self.confidence is not None:
             check_name("confidence", self.confidence, CONFIDENCE_NAMES)
-        for name in ("gen_length", "steps", "block_length", "top_k"):
+        for name in ("gen_length", "steps", "steps_per_block", "block_length", "sub_block_length", "top_k"):
             value = getattr(self, name)
             optional = value is None and name != "gen_length"
             if not optional and (not _whole(value) or value < 1):
@@ -178,7 +207,8 @@ class SamplingConfig:
             value = getattr(self, name)
             if not _whole(value) or value < 0:
                 raise ValueError(f"{name} is {value!r}: it counts {what}; give a whole number, 0 or more")
-        for name in ("tempered_confidence", "stop_at_eos", "suppress_eos", "delay_eos"):
+        switches = ("tempered_confidence", "stop_at_eos", "suppress_eos", "delay_eos")
+        for name in (*switches, "sub_block_cache", "whole_blocks", "commit_first"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: it is a switch; give True or False")
         self._check_numbers()
@@ -203,6 +233,8 @@ class SamplingConfig:
             "remask_eta": (lambda x: 0 <= x <= 1, "a probability, from 0 to 1"),
             "edit_threshold": (lambda x: 0 <= x <= 1, "a probability, from 0 to 1"),
             "temperature": (lambda x: 0 <= x < float("inf"), "0 or more"),
+            "order_temperature": (lambda x: 0 <= x < float("inf"), "0 or more"),
+            "time_eps": (lambda x: 0 < x < 1, "above 0 and below 1"),
             "cfg_scale": (lambda x: 0 <= x < float("inf"), "0 or more"),
             "top_p": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
         }
@@ -222,6 +254,17 @@ class SamplingConfig:
             what = f"method {self.method!r}" if self.method != "none" else f"cfg_scale {self.cfg_scale}"
             raise ValueError(
                 f"revise 'verify' computes the whole canvas, without guidance, and {what} does not: drop it"
+            )
+        if self.steps is not None and self.steps_per_block is not None:
+            raise ValueError(f"steps is {self.steps} and steps_per_block {self.steps_per_block}: give one of them")
+        if self.sub_block_cache and self.sub_block_length is None:
+            raise ValueError("sub_block_cache is for sub-blocks, and none were asked for: give sub_block_length")
+        if self.sub_block_length is not None and self.revise != "none":
+            raise ValueError("sub_block_length splits a block that revise goes over as a whole: leave one of them out")
+        if self.commit == "origin" and self.confidence not in (None, "random"):
+            raise ValueError(
+                f"commit origin draws places whatever their confidence, but confidence is {self.confidence!r}: "
+                "leave confidence out, or take another commit rule"
             )
         if self.commit == "entropy_bound" and self.confidence not in (None, "entropy"):
             raise ValueError(
@@ -254,7 +297,8 @@ class SamplingConfig:
     @property
     def ordering(self) -> str:
         """The confidence in force, a name in `propose.CONFIDENCES`."""
-        return self.confidence or ("entropy" if self.commit == "entropy_bound" else "probability")
+        natural = {"entropy_bound": "entropy", "origin": "random"}
+        return self.confidence or natural.get(self.commit, "probability")
 
     @cached_property
     def greedy(self) -> "SamplingConfig":

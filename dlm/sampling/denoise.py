@@ -14,11 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dlm.models.attention import Visible, block_causal_from
 from dlm.sampling.canvas import Canvas
 from dlm.sampling.commit import COMMITS, Step, coarse_block
 from dlm.sampling.config import SamplingConfig
 from dlm.sampling.constraints import Constraint, allowed_tokens, best_words, change_in_order, commit_in_order
-from dlm.sampling.planning import Plan, alike, plan_pass, request_of
+from dlm.sampling.planning import Plan, alike, plan_pass, request_of, shifted
+from dlm.sampling.propose import drawn_order
 from dlm.sampling.remask import draw_steps
 from dlm.sampling.revise import REVISIONS, Slate
 from dlm.sampling.rows import Batch, Row
@@ -100,9 +102,11 @@ def turn(batch: Batch) -> DenoiseState:
         torch.tensor([0 if row is None else getattr(row, name) for row in batch.rows]) for name in ("nfe", "computed")
     )
     likely = pages.likely if batch.likely else None
-    return DenoiseState(
-        batch.canvas, pages.committed, pages.confidence, pages.revised, blocks, batch.turns, nfe, computed, likely
-    )
+    written = pages.committed, pages.confidence, pages.revised
+    if batch.extra is not None:
+        written = [x.masked_fill(batch.extra, 0)[:, : batch.width] for x in written]
+        likely = likely and {at: found for at, found in likely.items() if at[1] < batch.width and not batch.extra[at]}
+    return DenoiseState(batch.shown, *written, blocks, batch.turns, nfe, computed, likely)
 
 
 @dataclass(frozen=True)
@@ -122,13 +126,13 @@ def run_pass(batch: Batch, rows: list[Row], pages: Pages) -> None:
     plan = plan_pass(batch, rows)
     request, eligible = request_of(batch, rows, plan)
     canvas = batch.canvas if request.rows is None else batch.canvas.rows(plan.index)
-    guided, visible = rows[0].branches == 2, rows[0].visible
     cache = batch.cache if rows[0].method.cached else None
-    shadow = None
+    shadow, visible = None, visible_to(rows)
     if rows[0].revision is not None and rows[0].revision.shadows:
         logits, shadow = compute_shadows(batch.predictor, canvas, request, visible)
     else:
-        logits = compute(batch.predictor, canvas, request, guided=guided, visible=visible, cache=cache)
+        guided, shift = rows[0].branches == 2, shifted(batch)
+        logits = compute(batch.predictor, canvas, request, guided=guided, visible=visible, cache=cache, shifted=shift)
     for row, count in zip(rows, plan.counts, strict=True):
         row.nfe += 1
         row.computed += row.branches * count
@@ -145,6 +149,13 @@ def run_pass(batch: Batch, rows: list[Row], pages: Pages) -> None:
         few_shadows = None if shadow is None else shadow[few]
         asked = request.of(few, plan.index)
         commit(batch, part, plan.of(few), asked, eligible[few], logits[picked], few_shadows, pages)
+
+
+def visible_to(rows: list[Row]) -> Visible:
+    """The rule of a pass of these rows, whose blocks may begin before slot 0."""
+    if not any(row.offset for row in rows):
+        return rows[0].visible
+    return block_causal_from(rows[0].block_length, tuple(row.offset for row in rows) * rows[0].branches)
 
 
 def commit(
@@ -185,6 +196,8 @@ def commit(
         size = torch.tensor([row.left for row in rows], device=token.device)
         eligible = coarse_block(certain, eligible, is_any(token, rows[0].eos), size)
         batch.layout[plan.index] = batch.layout[plan.index].scatter_add(1, request.slots, eligible * (plan.block + 1))
+    if config.order_temperature > 0:
+        certain = drawn_order(certain, config.order_temperature, request.counts, options["generators"])
     quota = torch.stack([row.share for row in rows])
     held = pages.tokens[where]
     revisable = request.eligible & (held != batch.canvas.mask_id)

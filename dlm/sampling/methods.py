@@ -95,7 +95,8 @@ def methods_for(settings) -> list[str]:
     """The methods that suit a checkpoint, by its configuration (None for a bare callable: all of them)."""
     if settings is None:
         return list(METHODS)
-    if getattr(settings, "full_attention", False):
+    free = getattr(settings, "block_length", None) is None and getattr(settings, "block_lengths", "own") == "any"
+    if getattr(settings, "full_attention", False) or free:
         return list(METHODS)
     if getattr(settings, "block_length", None) is None:
         return [name for name, method in METHODS.items() if not method.block_causal]
@@ -122,10 +123,12 @@ def visibility(model, name: str, block_length: int | None) -> tuple[int, Visible
             f"{f' (block_length {trained})' if trained else ''}: use {', '.join(methods_for(settings))}"
         )
     if trained is not None and (METHODS[name].block_causal or not getattr(settings, "full_attention", False)):
-        if block_length not in (None, trained):
+        length, kind = block_length or trained, getattr(settings, "block_lengths", "own")
+        if length != trained and (kind == "own" or (kind == "divisors" and trained % length)):
+            divisors = " or give a number that divides it" if kind == "divisors" else ""
             raise ValueError(
-                f"block_length is {block_length}, but this model was trained with blocks of {trained}: leave it out"
+                f"block_length is {length}, but this model was trained with blocks of {trained}: leave it out{divisors}"
             )
-        return trained, block_causal(trained)
+        return length, block_causal(length)
     length = block_length or DEFAULT_BLOCK_LENGTH
     return length, block_causal(length) if METHODS[name].block_causal else full

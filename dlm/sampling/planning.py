@@ -47,7 +47,8 @@ def alike(rows: Sequence[Row]) -> list[list[Row]]:
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         settings = row.config
-        key = (planner_of(row), settings.method, settings.window, row.branches, row.visible, settings.revise)
+        parts = settings.sub_block_length, settings.sub_block_cache
+        key = (planner_of(row), settings.method, settings.window, row.branches, row.visible, settings.revise, parts)
         groups.setdefault(key, []).append(row)
     return list(groups.values())
 
@@ -57,7 +58,8 @@ def plan_pass(batch: Batch, rows: Sequence[Row]) -> Plan:
     planner = planner_of(rows[0])
     kind, key = (planner, rows[0].config), tuple((row.serial, row.block) for row in rows)
     kept = batch.plans.get(kind)
-    if kept is not None and kept[0] == key and kept[1].span.shape[1] == batch.layout.shape[1]:
+    alone = rows[0].config.sub_block_cache and rows[0].turn > 0
+    if not alone and kept is not None and kept[0] == key and kept[1].span.shape[1] == batch.layout.shape[1]:
         return kept[1]
     device = batch.layout.device
     index = torch.tensor([row.index for row in rows], device=device)
@@ -68,6 +70,13 @@ def plan_pass(batch: Batch, rows: Sequence[Row]) -> Plan:
     if computed is None:
         positions, counts = None, [row.length for row in rows]
     else:
+        masked = batch.canvas.masked[index] & span
+        if alone:
+            computed = narrowed(computed, masked, span, rows)
+            masked = masked & sub_block(masked, span, rows[0].config.sub_block_length)
+        if shifted(batch):  # a guess is the output one slot before
+            asked = span & batch.canvas.editable[index] if rows[0].revision is not None else masked
+            computed = computed | torch.nn.functional.pad(asked[:, 1:], (0, 1))
         computed = computed & batch.canvas.valid[index]
         size = computed.sum(dim=1)
         counts = size.tolist()
@@ -79,11 +88,38 @@ def plan_pass(batch: Batch, rows: Sequence[Row]) -> Plan:
     return plan
 
 
+def shifted(batch: Batch) -> bool:
+    """Whether the checkpoint's guess for slot i is its output at slot i - 1."""
+    return bool(getattr(getattr(batch.predictor, "config", None), "shift_logits", None))
+
+
+def sub_block(masked: Tensor, span: Tensor, length: int) -> Tensor:
+    """(R, T) bool: the slots of the sub-block of `length` slots that holds a row's first masked place, counted from
+    the start of its block; masked, span (R, T)."""
+    slots = torch.arange(span.shape[1], device=span.device)
+    start, first = (torch.where(here, slots, span.shape[1]).amin(dim=1, keepdim=True) for here in (span, masked))
+    begin = start + (first - start) // length * length
+    return span & (slots >= begin) & (slots < begin + length)
+
+
+def narrowed(computed: Tensor, masked: Tensor, span: Tensor, rows: Sequence[Row]) -> Tensor:
+    """What a pass computes with `sub_block_cache`: the sub-block alone where its first place is written and a pass has
+    computed the whole block since its first place was; else all of it (Fast-dLLM v2, arXiv:2509.26328)."""
+    part = sub_block(masked, span, rows[0].config.sub_block_length)
+    slots = torch.arange(span.shape[1], device=span.device)
+    first = slots == torch.where(part, slots, span.shape[1]).amin(dim=1, keepdim=True)
+    ready = torch.tensor([row.turn > row.leads[row.block] for row in rows], device=span.device)
+    alone = ready & ~(first & masked).any(dim=1)
+    return torch.where(alone[:, None], part, computed)
+
+
 def request_of(batch: Batch, rows: Sequence[Row], plan: Plan) -> tuple[Request, Tensor]:
     """What the pass is asked, and (R, M) which of its places are masked and may be committed."""
     whole = len(rows) == len(batch.rows)
     canvas = batch.canvas if whole else batch.canvas.rows(plan.index)
     masked = canvas.masked if rows[0].choosing else canvas.masked & plan.span
+    if rows[0].config.sub_block_length is not None and not rows[0].choosing:
+        masked = masked & sub_block(masked, plan.span, rows[0].config.sub_block_length)
     asked, counts = masked, [row.asked for row in rows]
     if rows[0].revision is not None and not rows[0].choosing:
         asked, counts = plan.span & canvas.editable & canvas.valid, [row.sizes[row.block] for row in rows]
@@ -91,7 +127,11 @@ def request_of(batch: Batch, rows: Sequence[Row], plan: Plan) -> tuple[Request, 
     eligible = asked.gather(1, slots)
     valid = canvas.valid if any(row.length < canvas.tokens.shape[1] for row in rows) else None
     request = Request(None if whole else plan.index, plan.positions, slots, counts, eligible, valid)
-    return request, eligible if asked is masked else masked.gather(1, slots)
+    open_places = eligible if asked is masked else masked.gather(1, slots)
+    if any(leads := [row.leading for row in rows]):
+        first = plan.span.to(torch.uint8).argmax(dim=1, keepdim=True)
+        open_places = open_places & (~torch.tensor(leads, device=slots.device)[:, None] | (slots == first))
+    return request, open_places
 
 
 def leading(here: Tensor, count: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["CONFIDENCES", "propose"]
+__all__ = ["CONFIDENCES", "drawn_order", "propose"]
 
 
 # ---------------------------------------------------------------- propose: logits -> token, confidence
@@ -68,6 +68,17 @@ def _uniform(counts: Sequence[int], generators: Sequence[torch.Generator], logit
     for row, count, generator in zip(noise, counts, generators, strict=True):
         row[:count].uniform_(generator=generator)
     return noise
+
+
+def drawn_order(
+    confidence: Tensor, temperature: float, counts: Sequence[int], generators: Sequence[torch.Generator]
+) -> Tensor:
+    """Scores (B, M) whose n largest are a draw of n places without replacement by softmax(confidence / temperature)
+    (Gumbel top-k, arXiv:1903.06059); Dream's alg_temp."""
+    uniform = _uniform(counts, generators, confidence[..., None])
+    tiny = torch.finfo(uniform.dtype).tiny
+    gumbel = -(-uniform.clamp_min(tiny).log()).clamp_min(tiny).log()
+    return (confidence.to(uniform.dtype) / temperature + gumbel).to(confidence.dtype)
 
 
 BLOCK = 64  # how many numbers of a row a search looks at together
@@ -139,9 +150,11 @@ def propose(
     if allowed is not None:
         open_logits = open_logits.masked_fill(~allowed, -torch.inf)
     if tempered or temperature > 0:
-        sampled = filter_logits(open_logits, top_k, top_p)
+        sampled = open_logits if tempered else filter_logits(open_logits, top_k, top_p)
         if temperature > 0:  # the largest is moved to 0, so that no temperature overflows
             sampled = (sampled - sampled.amax(dim=-1, keepdim=True)) / temperature
+        if tempered:  # Dream cuts what was tempered, by mass and then by rank
+            sampled = filter_logits(filter_logits(sampled, None, top_p), top_k, None)
     token = draw(sampled, _uniform(counts, generators, sampled)) if temperature > 0 else largest(open_logits)
     rule = CONFIDENCES[confidence]
     if rule is None:

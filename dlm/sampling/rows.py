@@ -13,14 +13,14 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from dlm.models.attention import Visible
+from dlm.models.attention import Visible, full
 from dlm.models.kv_cache import KVCache
 from dlm.sampling.canvas import Canvas
-from dlm.sampling.config import SamplingConfig
+from dlm.sampling.config import SCHEDULED, SamplingConfig
 from dlm.sampling.constraints import Constraint, Written
 from dlm.sampling.methods import METHODS, Method, visibility
 from dlm.sampling.revise import REVISIONS, Revision
-from dlm.sampling.schedule import apportion, lay_out, schedule
+from dlm.sampling.schedule import lay_out, quotas_of
 
 __all__ = ["Batch", "Row"]
 
@@ -32,9 +32,10 @@ class Row:
     index: where it lies in the batch; serial: which of all rows that ever joined. config: its settings, seed 0.
     length: slots that exist. sizes: places of each block; masked: those without a token when it began. quotas: tokens
     of each pass of each block ([] where the commit rule decides); shares (P + 1,): the same in one tensor, in which
-    those of a block begin at `starts`, and a last 0. block: the block it is at; turn: passes spent on it; left: places
-    still masked in it; post: passes over it that began without one. nfe: forward passes so far; computed: slots that
-    they computed.
+    those of a block begin at `starts`, and a last 0. leads: whether the first pass of a block commits its first place
+    alone. block_length: slots of a block; offset: slots before slot 0 at which its blocks begin. block: the block it is
+    at; turn: passes spent on it; left: places still masked in it; post: passes over it that began without one. nfe:
+    forward passes so far; computed: slots that they computed.
     """
 
     index: int
@@ -49,6 +50,9 @@ class Row:
     starts: list[int]
     shares: Tensor
     generator: torch.Generator
+    leads: list[bool]
+    block_length: int
+    offset: int
     written: Written | None = None
     block: int = 0
     turn: int = 0
@@ -82,19 +86,29 @@ class Row:
     @property
     def quota(self) -> int | None:
         """Tokens that the next pass commits; None where the commit rule decides."""
-        if self.config.commit != "quota":
+        if self.config.commit not in ("quota", "sequential") or self.config.sub_block_length is not None:
             return None
         quotas = self.quotas[self.block]
         if self.revision is not None:  # some places may be masked again: what the passes after this one will not take
-            return self.left - sum(quotas[self.turn + 1 :])
-        return quotas[self.turn]
+            return max(0, self.left - sum(quotas[self.turn + 1 :]))
+        return min(self.left, quotas[self.turn]) if self.turn < len(quotas) else 0
 
     @property
     def share(self) -> Tensor:
-        """The next pass's quota () on the device; 0 where the commit rule decides."""
-        if self.revision is not None and self.config.commit == "quota":
-            return torch.tensor(self.quota, device=self.shares.device)
-        return self.shares[self.starts[self.block] + self.turn if self.config.commit == "quota" else -1]
+        """The next pass's quota () on the device; 0 where the commit rule decides alone."""
+        quotas, commit = self.quotas[self.block], self.config.commit
+        if commit == "capped":  # what earlier passes left of theirs too, and after the last all
+            given = sum(quotas[: self.turn + 1]) - (self.masked[self.block] - self.left)
+            return self.shares.new_tensor(given)
+        if self.revision is not None and self.quota is not None:
+            return self.shares.new_tensor(self.quota)
+        inside = commit in SCHEDULED and self.turn < len(quotas)
+        return self.shares[self.starts[self.block] + self.turn if inside else -1]
+
+    @property
+    def leading(self) -> bool:
+        """Whether the next pass commits the block's first place alone."""
+        return self.turn == 0 and self.leads[self.block]
 
     @property
     def passes(self) -> int:
@@ -116,6 +130,8 @@ class Row:
         """Places that the next pass proposes for."""
         if self.choosing:
             return sum(self.sizes[self.block :])
+        if self.config.sub_block_length is not None:
+            return min(self.left, self.config.sub_block_length)
         return self.left if self.revision is None else self.sizes[self.block]
 
     @property
@@ -127,7 +143,8 @@ class Row:
         """Goes on to the next pass, the next block or the end, after a pass that committed some places and revised
         others, of which `masked` hold the mask again."""
         assert 0 <= committed <= self.left, f"a pass committed {committed} of row {self.index}'s {self.left} places"
-        assert committed or self.revision, f"a pass committed nothing in row {self.index}"
+        free = self.revision or self.config.commit == "origin"
+        assert committed or free, f"a pass committed nothing in row {self.index}"
         self.post += self.left == 0
         self.left += masked - committed
         self.turn += 1
@@ -153,6 +170,7 @@ class Batch:
     predictor: as `denoise` takes it. vocab_size: ids from there on are never proposed. eos_token_ids: what ends a
     text, unless a row's settings say.
     canvas, layout (B, T): the slots of all rows and the block of each (-1: none); a free index has no valid slot.
+    extra (B, T) or None: slots that fill a row's last block up, which nobody asked for. width: slots asked for.
     """
 
     def __init__(self, predictor, *, vocab_size: int | None = None, eos_token_ids: Sequence[int] = ()):
@@ -164,7 +182,8 @@ class Batch:
         self.rows: list[Row | None] = []
         self.cache: KVCache | None = None
         self.branches = 1  # of the cache: guidance needs two for each row
-        self.turns = self._serial = 0
+        self.turns = self._serial = self.width = 0
+        self.extra: Tensor | None = None
         self.likely = 0  # how many of the most probable tokens a state names
         self.plans: dict = {}
         self.unchecked: deque = deque()
@@ -202,15 +221,35 @@ class Batch:
                 f"prompt and region are {slots} tokens together, above the model's max_sequence_length {limit}: "
                 "shorten the prompt or gen_length"
             )
+        if visible is full and (config.align != "start" or config.whole_blocks):
+            raise ValueError(
+                "align and whole_blocks are for block-causal models or method block_causal, and this is neither: "
+                "leave them out"
+            )
+        shifted = getattr(getattr(self.predictor, "config", None), "shift_logits", None)
+        if shifted and REVISIONS[config.revise] is not None and REVISIONS[config.revise].shadows:
+            raise ValueError(
+                f"revise {config.revise!r} hides a token from its own place, and this model's logits are shifted by "
+                "one: take another revision"
+            )
         device = canvas.tokens.device
+        offsets = [0] * count
+        if config.align == "prompt":
+            first = torch.where(canvas.masked, torch.arange(slots, device=device), slots).amin(dim=1)
+            offsets = [-prompt % block_length for prompt in first.tolist()]
+        asked, extra = canvas, None
+        if config.whole_blocks:
+            canvas, extra = canvas.filled_up(block_length, offsets, limit)
+            extra = extra if bool(extra.any()) else None
         revised = REVISIONS[config.revise] is not None and not method.coarse
-        layout, sizes = lay_out(canvas, block_length, visible, revised=revised)
+        layout, sizes = lay_out(canvas, block_length, visible, revised=revised, offsets=offsets)
+        starts_masked = first_masked(layout, canvas.masked)
         lengths, seeds, rules = canvas.valid.sum(dim=1).tolist(), config.row_seeds(count), replace(config, seed=0)
         written: list[Written | None] = [None] * count
         for i, here in enumerate(constraints or ()):
             if here:
                 written[i] = Written(here, canvas.tokens[i].tolist(), canvas.mask_id, config.constraint_search)
-                whole = set(written[i].where) >= set(canvas.masked[i].nonzero()[:, 0].tolist())
+                whole = set(written[i].where) >= set(asked.masked[i].nonzero()[:, 0].tolist())
                 if config.stop_at_eos and not (whole and len(here) == 1):
                     raise ValueError(
                         "stop_at_eos ends a whole text, and here a blank is constrained, which may end before the "
@@ -221,14 +260,9 @@ class Batch:
             masked = sizes[i]
             if revised:
                 masked = torch.bincount(layout[i][canvas.masked[i]], minlength=len(sizes[i])).tolist()
-            quotas = [[] for _ in sizes[i]]
-            if config.commit in ("quota", "ancestral") and sum(masked):
-                places = [size for size in masked if size]
-                if config.commit == "quota":
-                    filled = iter(schedule(config.steps, places, config.split))
-                else:
-                    filled = iter([1] * passes for passes in apportion(config.steps or sum(places), places))
-                quotas = [next(filled) if size else [] for size in masked]
+            leads = [config.commit_first and lead for lead in starts_masked[i]]
+            spans = torch.bincount(layout[i][layout[i] >= 0], minlength=len(sizes[i])).tolist()
+            quotas = quotas_of(config, masked, spans, leads)
             flat = [quota for block in quotas for quota in block]
             row = Row(
                 index,
@@ -241,14 +275,18 @@ class Batch:
                 masked,
                 quotas,
                 [0, *accumulate(len(block) for block in quotas)],
-                torch.tensor([*flat, 0], dtype=torch.int64, device=device),
+                torch.tensor([*flat, 0], dtype=None if config.commit == "origin" else torch.int64, device=device),
                 torch.Generator(device).manual_seed(seeds[i]),
+                leads,
+                block_length,
+                offsets[i],
                 written[i],
                 left=masked[0] if masked else 0,
             )
             joined.append(row)
             self._serial += 1
-        self._place(canvas, torch.full_like(layout, -1) if method.coarse else layout, joined)
+        self.width = max(self.width, slots)
+        self._place(canvas, torch.full_like(layout, -1) if method.coarse else layout, joined, extra)
         self.lag = int(device.type != "cpu")  # a GPU is asked about a turn while it works on the next one
         return joined
 
@@ -272,11 +310,22 @@ class Batch:
         free = [index for index, row in enumerate(self.rows) if row is None]
         return (free + list(range(len(self.rows), len(self.rows) + count)))[:count]
 
-    def _place(self, canvas: Canvas, layout: Tensor, joined: list[Row]) -> None:
+    @property
+    def shown(self) -> Canvas:
+        """The canvas as it was asked for."""
+        if self.extra is None:
+            return self.canvas
+        keep = ~self.extra[:, : self.width]
+        tokens, editable, valid = (
+            x[:, : self.width] for x in (self.canvas.tokens, self.canvas.editable, self.canvas.valid)
+        )
+        return Canvas(tokens, editable & keep, valid & keep, self.canvas.mask_id)
+
+    def _place(self, canvas: Canvas, layout: Tensor, joined: list[Row], extra: Tensor | None) -> None:
         """Writes the rows that join into the canvas and the layout, which grow where they must, and makes room in
         the cache."""
         if self.canvas is None:
-            self.canvas, self.layout = canvas, layout
+            self.canvas, self.layout, self.extra = canvas, layout, extra
             self.certain = torch.ones(layout.shape, device=layout.device)
         else:
             rows = max(len(self.rows), max((row.index for row in joined), default=-1) + 1)
@@ -287,7 +336,14 @@ class Batch:
             self.certain = _grown(self.certain, rows, slots, 1)
             self.certain[[row.index for row in joined]] = 1.0
             self.layout, width = _grown(self.layout, rows, slots, -1), canvas.tokens.shape[1]
+            if extra is not None or self.extra is not None:
+                before = self.extra if self.extra is not None else self.layout.new_zeros(0, 0, dtype=torch.bool)
+                self.extra = _grown(before, rows, slots, False)
             for i, row in enumerate(joined):
+                if self.extra is not None:
+                    self.extra[row.index] = False
+                    if extra is not None:
+                        self.extra[row.index, :width] = extra[i]
                 self.layout[row.index, :width], self.layout[row.index, width:] = layout[i], -1
                 for name, whole in grown.items():
                     whole[row.index, :width], whole[row.index, width:] = getattr(canvas, name)[i], 0
@@ -312,6 +368,19 @@ class Batch:
                 count = before.rows // kept
                 self.cache.copy_rows(before, slice(branch * count, (branch + 1) * count), branch * rows)
             getattr(self.predictor, "give_back", lambda cache: None)(before)
+
+
+def first_masked(layout: Tensor, masked: Tensor) -> list[list[bool]]:
+    """For each row's blocks whether the first slot of the block is masked; layout and masked (R, T)."""
+    found = []
+    for row, here in zip(layout, masked, strict=True):
+        count = int(row.max()) + 1 if len(row) else 0
+        slots = torch.arange(len(row), device=row.device)
+        first = torch.full((count,), len(row), device=row.device)
+        inside = row >= 0
+        first = first.scatter_reduce(0, row[inside], slots[inside], "amin")
+        found.append(here[first].tolist())
+    return found
 
 
 def _grown(x: Tensor, rows: int, slots: int, value: int) -> Tensor:

@@ -45,12 +45,20 @@ class Request:
 
 
 def compute(
-    predictor, canvas: Canvas, request: Request, *, guided: bool, visible: Visible, cache: KVCache | None
+    predictor,
+    canvas: Canvas,
+    request: Request,
+    *,
+    guided: bool,
+    visible: Visible,
+    cache: KVCache | None,
+    shifted: bool = False,
 ) -> Tensor:
     """Logits of one forward pass at the slots asked about: (R, M, V), or (2R, M, V) with guidance, where the second
-    half has what is given masked, and the cache has rows for both. `canvas` holds the request's rows."""
+    half has what is given masked, and the cache has rows for both. `canvas` holds the request's rows. shifted: the
+    guess for slot i is the output at slot i - 1, that for slot 0 its own."""
     tokens, positions, valid, rows = canvas.tokens, request.positions, request.valid, request.rows
-    kept = request.slots
+    kept = (request.slots - 1).clamp_min(0) if shifted else request.slots
     if positions is not None:
         kept = torch.searchsorted(positions, kept.contiguous()).clamp_max(positions.shape[1] - 1)
     elif cache is not None:

@@ -82,6 +82,8 @@ class FamilyConfig(PretrainedConfig):
     out_bias: ClassVar[bool] = False
     mlp_bias: ClassVar[bool] = False
     partial_rotary: ClassVar[float] = 1.0
+    # Which block lengths beside its own suit the family: `own` alone, `divisors` of it, or `any`.
+    block_lengths: ClassVar[str] = "own"
     # What holds where config.json does not say: known of the family, and not written back.
     natural: ClassVar[Mapping[str, Any]] = {}
 
@@ -245,8 +247,7 @@ class Family:
 
     name: as its `model_type`. config: its configuration. model: its class, whose weights are written by the names of
     the authors. sampling: what the authors' script does, as `SamplingConfig` fields. required: fields without which
-    config.json is incomplete. autoregressive: predicts the next token. blocks: which block lengths beside its own suit
-    it: `own`, `divisors` of its own, or `any`.
+    config.json is incomplete. autoregressive: predicts the next token.
     """
 
     name: str
@@ -255,4 +256,3 @@ class Family:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     required: tuple[str, ...] = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     autoregressive: bool = False
-    blocks: str = "own"

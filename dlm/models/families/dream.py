@@ -29,5 +29,12 @@ FAMILY = Family(
     name="Dream",
     config=DreamConfig,
     model=DreamLM,
-    sampling={"split": "time", "confidence": "entropy", "tempered_confidence": True, "whole_region": True},
+    sampling={
+        "block_length": 131_072,
+        "split": "time",
+        "confidence": "entropy",
+        "tempered_confidence": True,
+        "temperature": 0.2,
+        "top_p": 0.95,
+    },
 )

@@ -16,6 +16,7 @@ class FastDLLMConfig(FamilyConfig):
     written_as: ClassVar[str] = "Fast_dLLM_QwenForCausalLM"
     reads_sliding_window: ClassVar[bool] = True
     qkv_bias: ClassVar[bool] = True
+    block_lengths: ClassVar[str] = "divisors"
     natural: ClassVar = {"block_length": 32, "shift_logits": True, "mask_token_id": 151_665, "eos_token_id": 151_645}
     attribute_map = {**FamilyConfig.attribute_map, "block_length": "bd_size"}
 
@@ -42,5 +43,4 @@ FAMILY = Family(
         "whole_blocks": True,
         "stop_at_eos": True,
     },
-    blocks="divisors",
 )

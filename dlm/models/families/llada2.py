@@ -20,6 +20,7 @@ class LLaDA2Config(FamilyConfig):
     model_type = "llada2_moe"
     written_as: ClassVar[str] = "LLaDA2MoeModelLM"
     reads_sliding_window: ClassVar[bool] = True
+    block_lengths: ClassVar[str] = "any"
     only: ClassVar = {
         **FamilyConfig.only,
         "use_rmsnorm": (True, None),
@@ -119,5 +120,4 @@ FAMILY = Family(
         "whole_blocks": True,
         "stop_at_eos": True,
     },
-    blocks="any",
 )

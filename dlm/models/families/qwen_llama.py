@@ -67,6 +67,7 @@ class A2DLlamaConfig(LlamaConfig):
     model_type = "a2d-llama"
     written_as: ClassVar[str] = "A2DLlamaLMHeadModel"
     attention = FamilyConfig.attention
+    block_lengths: ClassVar[str] = "any"
 
 
 class A2DQwen2Config(Qwen2Config):
@@ -75,6 +76,7 @@ class A2DQwen2Config(Qwen2Config):
     model_type = "a2d-qwen2"
     written_as: ClassVar[str] = "A2DQwen2LMHeadModel"
     attention = FamilyConfig.attention
+    block_lengths: ClassVar[str] = "any"
 
 
 class A2DQwen3Config(Qwen3Config):
@@ -83,6 +85,7 @@ class A2DQwen3Config(Qwen3Config):
     model_type = "a2d-qwen3"
     written_as: ClassVar[str] = "A2DQwen3LMHeadModel"
     attention = FamilyConfig.attention
+    block_lengths: ClassVar[str] = "any"
 
 
 class LlamaLM(LLaDAModelLM):
@@ -116,5 +119,5 @@ for model in (*TWINS, *CONVERTED):
 
 FAMILIES = (
     *(Family(m.config_class.model_type, m.config_class, m, autoregressive=True) for m in TWINS),
-    *(Family(m.config_class.model_type, m.config_class, m, {"split": "rounded"}, blocks="any") for m in CONVERTED),
+    *(Family(m.config_class.model_type, m.config_class, m, {"split": "rounded"}) for m in CONVERTED),
 )

@@ -46,6 +46,8 @@ FAMILY = Family(
         "method": "block_causal",
         "commit": "dynamic",
         "threshold": 0.85,
+        "temperature": 1.0,
+        "tempered_confidence": True,
         "whole_blocks": True,
         "stop_at_eos": True,
     },

@@ -6,9 +6,7 @@ from dlm.chat_template import DATE, ChatTemplate, chat_ids
 from dlm.tokenizer import train_tokenizer
 
 HEADER = "<|start_header_id|>assistant<|end_header_id|>"
-BODY = (
-    "{% for m in messages %}<|start_header_id|>{{m['role']}}<|end_header_id|>{{m['content']}}<|eot_id|>{% endfor %}"
-)
+BODY = "{% for m in messages %}<|start_header_id|>{{m['role']}}<|end_header_id|>{{m['content']}}<|eot_id|>{% endfor %}"
 LLADA = (  # LLaDA-8B-Instruct's, as released: it reads no flag, and always ends in the header of an answer
     "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
     "message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"

@@ -306,7 +306,7 @@ def logits_error(model, folder: Path) -> float:
         visible = full if "full" in key or named is None else block_causal(int(named[1]))
         valid = data["padding_mask"].bool() if "padding" in key else None
         with torch.inference_mode():
-            got = model(data["input_ids"], visible=visible, valid=valid)
+            got = getattr(model, "predict", model)(data["input_ids"], visible=visible, valid=valid)
         got = got.logits if hasattr(got, "logits") else got
         error = (got - data[key]).abs()
         errors.append(float((error if valid is None else error[valid]).max()))

@@ -45,7 +45,6 @@ def test_the_authors_logits(models, name, form):
     said = re.search(r"blocks of (\d+)", json.loads((FOLDER / name / "expected.json").read_text())["logits"])
     model = packed(models[name]) if form == "packed" else models[name]
     assert form == "plain" or isinstance(model, Packed)
-    predict = getattr(model, "predict", model)
     for key in (key for key in data if key.startswith("logits")):
         valid = data["padding_mask"].bool() if "padding" in key else None
         visible = full if "full" in key or said is None else block_causal(int(said[1]))

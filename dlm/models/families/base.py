@@ -47,8 +47,8 @@ class FamilyConfig(PretrainedConfig):
     """A decoder in the usual layout of the Hugging Face hub: pre-norm, rotary positions, SwiGLU.
 
     Fields not named here are kept and written back as they came. Ours beside them, written only where they are not
-    what the family says: `block_length` (trained block-causal with blocks of so many slots), `shift_logits` and
-    `objective`.
+    what the family says: `block_length` (trained block-causal with blocks of so many slots),
+    `full_attention` (under full attention too), `shift_logits` and `objective`.
     Raises ValueError, naming the field, for a variant that is not implemented and for sizes that do not fit.
     """
 
@@ -108,6 +108,7 @@ class FamilyConfig(PretrainedConfig):
     pad_token_id: int | None = None
     mask_token_id: int | None = None
     block_length: int | None = None
+    full_attention: bool = False
     shift_logits: bool | None = None
     objective: str | None = None
 
@@ -219,7 +220,7 @@ class FamilyConfig(PretrainedConfig):
     @property
     def attention(self) -> str:
         """What a slot sees: `full`, `block_causal` or `causal`."""
-        return "full" if self.block_length is None else "block_causal"
+        return "full" if self.block_length is None or self.full_attention else "block_causal"
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What config.json holds: the fields that came, by their own names."""
@@ -232,6 +233,8 @@ class FamilyConfig(PretrainedConfig):
         for name in self.own_fields() - getattr(self, "_given", set()):
             if name in fields and fields[name] is None:
                 del fields[name]
+        if not fields.get("full_attention"):
+            fields.pop("full_attention", None)
         if fields.get("dtype") is not None:
             fields["torch_dtype"] = fields.pop("dtype")
         if self._one_rope_field:

@@ -16,6 +16,7 @@ _WHERE = {
     "LLaDAModelLM": "models.transformer",
     "Pretrained": "checkpoints.pretrained",
     "SamplingConfig": "sampling.config",
+    "choose": "checkpoints.generation",
     "denoise": "checkpoints.generation",
     "generate": "checkpoints.generation",
     "likelihood": "objectives.likelihood",

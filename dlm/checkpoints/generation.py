@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from dlm.kernels.packed import packed
+from dlm.sampling import choose as options
 from dlm.sampling import denoise as loop
 from dlm.sampling import generate as whole
 from dlm.sampling.canvas import Canvas
+from dlm.sampling.choose import Chosen
 from dlm.sampling.config import SamplingConfig
 from dlm.sampling.constraints import Constraint
 from dlm.sampling.denoise import DenoiseState
 from dlm.sampling.generate import GenerationOutput
+from dlm.tokenizer import mask_id
 
-__all__ = ["denoise", "generate"]
+__all__ = ["choose", "denoise", "generate"]
 
 
 def generate(model, inputs, config: SamplingConfig | None = None, *, tokenizer=None) -> GenerationOutput:
@@ -24,6 +27,14 @@ def generate(model, inputs, config: SamplingConfig | None = None, *, tokenizer=N
     Raises ValueError for inputs or settings that do not fit the model, FloatingPointError for NaN logits.
     """
     return whole.generate(packed(model), inputs, config, tokenizer=tokenizer)
+
+
+def choose(model, text: str, *, tokenizer, orders: int = 8, seed: int = 0) -> Chosen:
+    """Ranks the options of a text's blanks (`The sky is ___{blue|green}.`), as `sampling.choose.choose`."""
+    predictor = packed(model)
+    return options.choose(
+        predictor, text, tokenizer=tokenizer, mask_id=mask_id(tokenizer, predictor.config), orders=orders, seed=seed
+    )
 
 
 def denoise(

@@ -1,4 +1,4 @@
-"""The command line: `dlm generate | infill | chat | replay | info | train | eval | bench`: parse, call, print.
+"""The command line: `dlm generate | infill | chat | choose | replay | info | train | eval | bench`: parse, call, print.
 
 Nothing heavy is imported before a command needs it: `dlm --help` answers without torch.
 Shapes: B batch, T canvas.
@@ -20,6 +20,7 @@ COMMANDS = {  # name: (where its function is, one line for the help)
     "generate": ("dlm.cli.generate:generate", "continue a text, and watch it denoise"),
     "infill": ("dlm.cli.infill:infill", "fill the blanks ___ of a text"),
     "chat": ("dlm.cli.chat:chat", "talk with an instruct checkpoint"),
+    "choose": ("dlm.cli.choose:choose", "say how probable each option of a blank ___{a|b} is"),
     "replay": ("dlm.cli.replay:replay", "show a recorded run again, or make a page of it"),
     "info": ("dlm.cli.info:info", "say what a checkpoint is, and which methods suit it"),
     "train": ("dlm.cli.scripts:train", "run a training recipe, or estimate what it takes"),

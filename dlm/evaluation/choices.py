@@ -1,0 +1,110 @@
+"""How good a model's choices are: accuracy, calibration error, Brier score, and the temperature that calibrates.
+
+Shapes: N questions, each with the probabilities of its options.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dlm.sampling.choose import read_options
+from dlm.utils.stats import proportion
+
+__all__ = ["Calibration", "Judged", "calibration", "fit_temperature", "read_questions"]
+
+BINS = 10
+
+
+@dataclass(frozen=True)
+class Judged:
+    """logs: log-probabilities of a question's options; right: which one is."""
+
+    logs: tuple[float, ...]
+    right: int
+
+    def probabilities(self, temperature: float = 1.0) -> list[float]:
+        """softmax(logs / T)."""
+        most = max(self.logs)
+        weights = [math.exp((x - most) / temperature) for x in self.logs]
+        return [weight / sum(weights) for weight in weights]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """accuracy and its standard error; ece: mean gap between how sure and how right, over bins of how sure; brier: mean
+    squared distance to the truth; nll: nats; bins: (from, to, questions, mean confidence, share right)."""
+
+    questions: int
+    accuracy: float
+    accuracy_error: float | None
+    ece: float
+    brier: float
+    nll: float
+    bins: tuple[tuple[float, float, int, float, float], ...]
+
+
+def read_questions(path) -> list[tuple[str, tuple[str, ...]]]:
+    """(text with options, the right one for each blank) of a JSONL file with "text" and "answer".
+
+    Raises ValueError with the line for one that is none.
+    """
+    found = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            text, answer = row["text"], row["answer"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            example = '{"text": "The sky is ___{blue|green}.", "answer": "blue"}'
+            raise ValueError(f"{path}:{number}: not a question, such as {example}") from None
+        try:
+            options = read_options(text)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
+        answers = (answer,) if isinstance(answer, str) else tuple(answer)
+        if len(answers) != len(options) or not all(a in o for a, o in zip(answers, options, strict=True)):
+            raise ValueError(f"{path}:{number}: the answer {answer!r} is none of the options")
+        found.append((text, answers))
+    if not found:
+        raise ValueError(f"{path} has no question: give one JSON object a line")
+    return found
+
+
+def calibration(judged: Sequence[Judged], temperature: float = 1.0) -> Calibration:
+    """What N judged questions say, with probabilities at a temperature."""
+    rows = [question.probabilities(temperature) for question in judged]
+    sure = [max(p) for p in rows]
+    right = [p.index(max(p)) == q.right for p, q in zip(rows, judged, strict=True)]
+    bins, gap = [], 0.0
+    for i in range(BINS):
+        low, high = i / BINS, (i + 1) / BINS
+        here = [j for j, c in enumerate(sure) if low < c <= high or (i == 0 and c == 0)]
+        if here:
+            mean, share = sum(sure[j] for j in here) / len(here), sum(right[j] for j in here) / len(here)
+            bins.append((low, high, len(here), mean, share))
+            gap += abs(mean - share) * len(here) / len(judged)
+    brier = sum(sum((x - (k == q.right)) ** 2 for k, x in enumerate(p)) for p, q in zip(rows, judged, strict=True))
+    nll = -sum(math.log(max(p[q.right], 1e-300)) for p, q in zip(rows, judged, strict=True))
+    accuracy, error = proportion(right)
+    return Calibration(len(judged), accuracy, error, gap, brier / len(judged), nll / len(judged), tuple(bins))
+
+
+def fit_temperature(judged: Sequence[Judged]) -> float:
+    """The temperature with the least mean negative log-likelihood (Guo et al., arXiv:1706.04599), by golden section."""
+    low, high, ratio = math.log(0.05), math.log(20.0), (math.sqrt(5) - 1) / 2
+
+    def loss(x: float) -> float:
+        return calibration(judged, math.exp(x)).nll
+
+    for _ in range(40):
+        a, b = high - ratio * (high - low), low + ratio * (high - low)
+        if loss(a) < loss(b):
+            high = b
+        else:
+            low = a
+    return math.exp((low + high) / 2)

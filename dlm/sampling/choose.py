@@ -1,0 +1,154 @@
+"""How probable each option of a text's blanks is: `The capital of France is ___{Paris|Rome}.`
+
+Shapes: N rows, T slots, V vocabulary.
+
+A filling of all blanks has the probability that the chain rule gives its tokens in some order, each predicted with
+those after it masked. A true joint distribution has the same for every order; a model's differs, so several orders are
+averaged and their spread is the standard error. Up to three tokens all orders are taken, and nothing is estimated.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dlm.tokenizer import encode_prompt
+
+__all__ = ["Chosen", "Ranked", "choose", "read_options"]
+
+OPTIONS = re.compile(r"_{3,}\{((?:[^{}|]+)(?:\|[^{}|]+)+)\}")
+MOST = 4096  # fillings of all blanks together
+EXACT = 3  # tokens of a filling of which every order is taken
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """options: one for each blank; probability among all fillings; error: its standard error, 0 where it is exact."""
+
+    options: tuple[str, ...]
+    probability: float
+    error: float
+    log_probability: float
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """ranked: all fillings, the most probable first; passes: rows that the model computed."""
+
+    ranked: tuple[Ranked, ...]
+    passes: int
+
+    @property
+    def best(self) -> tuple[str, ...]:
+        return self.ranked[0].options
+
+    def of_blank(self, blank: int) -> dict[str, float]:
+        """The probability of each option of one blank, whatever stands in the others."""
+        found: dict[str, float] = {}
+        for row in self.ranked:
+            found[row.options[blank]] = found.get(row.options[blank], 0.0) + row.probability
+        return found
+
+
+def read_options(text: str) -> list[tuple[str, ...]]:
+    """The options of each blank. Raises ValueError where there is none, or one has the same option twice."""
+    found = [tuple(match[1].split("|")) for match in OPTIONS.finditer(text)]
+    if not found:
+        raise ValueError(f"no blank with options in {text[:60]!r}: write ___{{Paris|Rome}} where one of them stands")
+    for options in found:
+        for option in options:
+            if options.count(option) > 1:
+                raise ValueError(f"the option {option!r} stands twice in one blank: leave one out")
+    if math.prod(map(len, found)) > MOST:
+        raise ValueError(
+            f"the blanks have {math.prod(map(len, found)):,} fillings together, above {MOST:,}: give fewer options"
+        )
+    return found
+
+
+def _filled(tokenizer, text: str, options: Sequence[str], mask_id: int) -> tuple[list[int], list[int]]:
+    """The ids of a text with one option in each blank, and the slots of the options' tokens."""
+    ids: list[int] = []
+    slots: list[int] = []
+    at = 0
+    for match, option in zip(OPTIONS.finditer(text), options, strict=True):
+        piece = text[at : match.start()]
+        if piece.endswith(" ") and not piece.endswith("  "):  # a word of a byte-level vocabulary begins with its space
+            piece, option = piece[:-1], f" {option}"
+        ids += encode_prompt(tokenizer, piece, mask_id, beginning=not ids)
+        word = encode_prompt(tokenizer, option, mask_id, beginning=False)
+        if not word:
+            raise ValueError(f"the option {option!r} has no token: give a text")
+        slots += range(len(ids), len(ids) + len(word))
+        ids += word
+        at = match.end()
+    return ids + encode_prompt(tokenizer, text[at:], mask_id, beginning=False), slots
+
+
+@torch.inference_mode()
+def choose(predictor, text: str, *, tokenizer, mask_id: int, orders: int = 8, seed: int = 0) -> Chosen:
+    """Ranks all fillings of the blanks of a text by their probability.
+
+    orders: how many orders of the tokens are averaged where a filling has more than three. Raises ValueError for a text
+    without options, and where the same option stands twice.
+    """
+    if orders < 2:
+        raise ValueError(f"orders is {orders}: a standard error needs 2 or more")
+    fillings = list(itertools.product(*read_options(text)))
+    filled = [_filled(tokenizer, text, options, mask_id) for options in fillings]
+    exact = all(len(slots) <= EXACT for _, slots in filled)
+    longest = max(len(slots) for _, slots in filled)
+    count = math.lcm(*(math.factorial(len(slots)) for _, slots in filled)) if exact else orders
+    rng = random.Random(seed)
+    keys = [[rng.random() for _ in range(longest)] for _ in range(count)]
+    rows, wanted = [], []  # (ids with masks, slot, token), and whose filling and order it is
+    for number, (ids, slots) in enumerate(filled):
+        every = list(itertools.permutations(slots)) if exact else []
+        for draw in range(count):
+            if exact:
+                order = every[draw % len(every)]
+            else:
+                order = [slot for _, slot in sorted(zip(keys[draw], slots, strict=False))]
+            for i, slot in enumerate(order):
+                hidden = set(order[i:])
+                masked = tuple(mask_id if place in hidden else token for place, token in enumerate(ids))
+                rows.append((masked, slot, ids[slot]))
+                wanted.append((number, draw))
+    passes = sorted(set(rows), key=lambda row: (len(row[0]), row))
+    log_p = dict(zip(passes, _log_probabilities(predictor, passes, mask_id), strict=True))
+    totals = [[0.0] * count for _ in filled]
+    for row, (number, draw) in zip(rows, wanted, strict=True):
+        totals[number][draw] += log_p[row]
+    shares = torch.tensor(totals, dtype=torch.float64).softmax(dim=0)  # (fillings, orders)
+    mean = shares.mean(dim=1).tolist()
+    error = [0.0] * len(mean) if exact else (shares.std(dim=1) / math.sqrt(count)).tolist()
+    logs = (torch.tensor(totals, dtype=torch.float64).logsumexp(dim=1) - math.log(count)).tolist()
+    ranked = [Ranked(*row) for row in zip(fillings, mean, error, logs, strict=True)]
+    return Chosen(tuple(sorted(ranked, key=lambda row: -row.probability)), len({row[0] for row in passes}))
+
+
+def _log_probabilities(predictor, rows: Sequence[tuple[tuple[int, ...], int, int]], mask_id: int) -> list[float]:
+    """log p of the token at the slot of each (ids, slot, token), the mask token never predicted."""
+    predict = getattr(predictor, "predict", predictor)
+    device = getattr(predictor, "device", None)
+    found: list[float] = []
+    for at in range(0, len(rows), BATCH):
+        part = rows[at : at + BATCH]
+        width = max(len(ids) for ids, _, _ in part)
+        tokens = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids, _, _ in part], device=device)
+        lengths = torch.tensor([len(ids) for ids, _, _ in part], device=device)
+        valid = torch.arange(width, device=device)[None] < lengths[:, None]
+        slots = torch.tensor([[slot] for _, slot, _ in part], device=device)
+        logits = predict(tokens, valid=None if bool(valid.all()) else valid, logits_to_keep=slots)[:, 0]
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = logits.index_fill(-1, torch.tensor([mask_id], device=device), -torch.inf)
+        wanted = torch.tensor([token for _, _, token in part], device=device)
+        found += logits.log_softmax(dim=-1).gather(1, wanted[:, None])[:, 0].tolist()
+    return found

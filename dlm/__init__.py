@@ -1,6 +1,7 @@
 """dlm: train, sample, evaluate and benchmark masked text diffusion language models of the LLaDA kind.
 
-Names are imported when first used, so that `dlm --help` does not wait for torch.
+Names are imported when first used, so that `dlm --help` does not wait for torch. Importing dlm also makes
+transformers' auto classes know its families (`models.auto`), without importing either.
 """
 
 from importlib import import_module
@@ -12,8 +13,8 @@ _WHERE = {
     "DenoiseState": "sampling.denoise",
     "GenerationOutput": "sampling.generate",
     "KVCache": "models.kv_cache",
-    "LLaDAConfig": "models.configuration",
-    "LLaDAModelLM": "models.transformer",
+    "LLaDAConfig": "models.families",
+    "LLaDAModelLM": "models.families",
     "Pretrained": "checkpoints.pretrained",
     "SamplingConfig": "sampling.config",
     "choose": "checkpoints.generation",
@@ -36,3 +37,6 @@ def __getattr__(name: str):
 
 def __dir__():
     return sorted(__all__)
+
+
+import_module(".models.auto", __name__).register_when_used()

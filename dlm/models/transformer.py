@@ -11,7 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -298,8 +298,3 @@ class LLaDAModelLM(LLaDAPreTrainedModel):
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.model.transformer["wte" if self.config.weight_tying else "ff_out"] = value
-
-
-AutoConfig.register("llada", LLaDAConfig, exist_ok=True)
-AutoModel.register(LLaDAConfig, LLaDAModelLM, exist_ok=True)
-AutoModelForMaskedLM.register(LLaDAConfig, LLaDAModelLM, exist_ok=True)

@@ -51,7 +51,8 @@ def test_the_command(tmp_path, capsys):
     file = tmp_path / "grid.json"
     file.write_text(json.dumps(results))
     assert main(["bench", "speed", "--equal-quality", str(file)]) == 0
-    assert capsys.readouterr().out.splitlines()[0].startswith("one token a pass: none, block 4, 16 steps: 8.00 s, 2 tok")
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("one token a pass: none, block 4, 16 steps: 8.00 s, 2 tok")
 
 
 def test_refusals(tmp_path, capsys):

@@ -8,7 +8,6 @@ judgements, in the order in which they happened. What a kill leaves half written
 from __future__ import annotations
 
 import csv
-import json
 import math
 import os
 from collections.abc import Iterable
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dlm.benchmarking.journal import meta_path
+from dlm.utils.jsonio import read_json
 from dlm.utils.stats import geometric_mean
 
 CSV_COLUMNS = ("method", "question", "block_length", "steps", "latency_s", "perplexity")
@@ -117,10 +117,10 @@ def _where(cell: dict) -> str:
 
 def _load(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except ValueError as error:
         raise ValueError(
-            f"{path} is damaged or no JSON ({error}): run dlm bench grid again, which makes it anew from its journal"
+            f"{error}; where it was a grid, run dlm bench grid again, which makes it anew from its journal"
         ) from None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dlm.utils.printable import safe
 
-__all__ = ["one_line"]
+__all__ = ["one_line", "shortened"]
 
 
 def one_line(error: BaseException) -> str:
@@ -13,3 +13,8 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"
     return safe(" ".join(text.split())) or type(error).__name__
+
+
+def shortened(text: str, most: int = 500) -> str:
+    """The text, its middle left out where it is longer than `most` characters."""
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 4 :]}"

@@ -15,6 +15,7 @@ import typing
 from collections.abc import Sequence
 from pathlib import Path
 
+from dlm.utils.errors import shortened
 from dlm.utils.names import nearest
 
 __all__ = ["SYNONYMS", "OptionParser", "flag", "parse", "refuse_idle"]
@@ -78,7 +79,7 @@ class OptionParser(argparse.ArgumentParser):
         super().__init__(prog=prog, usage=usage, description=text, allow_abbrev=False, formatter_class=_Help)
 
     def error(self, message: str):
-        raise ValueError(f"{message} (see {self.prog} --help)")
+        raise ValueError(f"{shortened(message)} (see {self.prog} --help)")
 
     def options(self) -> list[str]:
         """All the options' names."""

@@ -21,13 +21,13 @@ if __package__ in (None, ""):  # `accelerate launch train/sft.py` from a clone: 
 
 from dlm.checkpoints.files import SHIPPED
 from dlm.data.choices import ON_BAD_ROW, OVERLONG
+from dlm.models.choices import float_name
 from dlm.training.config import RecipeConfig
 from dlm.training.lora import TARGETS, add_lora, merge_lora
 from dlm.utils import settings
 from dlm.utils.names import check_name
 
 if TYPE_CHECKING:
-    from dlm.data.conversations import ChatFormat
     from dlm.training.recipe import Prepared
 
 
@@ -67,7 +67,8 @@ class Recipe(RecipeConfig):
         check_name("format", self.format, CHOICES["format"])
         check_name("overlong", self.overlong, OVERLONG)
         check_name("on_bad_row", self.on_bad_row, ON_BAD_ROW)
-        check_name("base_dtype", self.base_dtype, ("float32", "bfloat16", "float16"))
+        object.__setattr__(self, "base_dtype", float_name(self.base_dtype))
+        check_name("base_dtype", self.base_dtype, CHOICES["base_dtype"])
         if self.lora < 0:
             raise ValueError(f"lora is {self.lora}: it is a rank, 0 or more")
         if self.base_dtype != "float32" and not self.lora:
@@ -82,7 +83,7 @@ def prepare(settings: Recipe, accelerator) -> Prepared:
 
     from dlm.checkpoints.pretrained import check_fit, open_tokenizer
     from dlm.data.conversations import chat_source, load_chats
-    from dlm.training.recipe import Prepared, load_examples, open_model, stream_examples
+    from dlm.training.recipe import Prepared, chat_format, load_examples, open_model, stream_examples
 
     model = open_model(settings, getattr(torch, settings.base_dtype))
     tokenizer = open_tokenizer(settings.tokenizer or settings.model)
@@ -107,27 +108,6 @@ def prepare(settings: Recipe, accelerator) -> Prepared:
         return merge_lora(trained, weights), None
 
     return Prepared(adapted, tokenizer, train, valid, finish)
-
-
-def chat_format(settings: Recipe, tokenizer, longest: int) -> ChatFormat:
-    """How rows become tokens. Errors: the chat format without a template, a length beyond the model's."""
-    from dlm.data.conversations import ChatFormat
-
-    if settings.format == "chat" and not tokenizer.chat_template:
-        raise ValueError("format is chat, but the tokenizer has no chat template: use --format plain")
-    length = settings.sequence_length or longest
-    if length > longest:
-        raise ValueError(f"sequence_length is {length}, but the model was made for at most {longest} tokens")
-    return ChatFormat(
-        chat=settings.format == "chat" or (settings.format == "auto" and bool(tokenizer.chat_template)),
-        length=length,
-        messages=settings.messages_column,
-        prompt=settings.prompt_column,
-        response=settings.response_column,
-        separator=settings.separator,
-        overlong=settings.overlong,
-        on_bad_row=settings.on_bad_row,
-    )
 
 
 def parse(argv: list[str]) -> Recipe:

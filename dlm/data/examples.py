@@ -144,6 +144,10 @@ class Examples:
     def describe(self) -> str:
         return f"{self.tokens:,} tokens in {len(self):,} examples"
 
+    def rows_in_epoch(self, seed: int, packing: bool = True) -> int:
+        """Rows of the first pass over the data."""
+        return len(epoch_rows(self, seed, 0, packing))
+
     def stream(self, seed: int, packing: bool = True, position: tuple[int, int] | None = None) -> Stream:
         return Stream(self, seed, position or (0, 0), packing)
 

@@ -10,7 +10,7 @@ chunk: places whose logits are held at a time; None: all of them, until the back
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class Loss:
     total: () fp32, differentiable. count: number of target tokens of the batch (the share of the normaliser).
     examples (E,): each example's part of `total`, detached; lengths (E,): each example's target tokens.
     ce (N,), rate (N,): cross entropy of each predicted token and the mask rate of its draw, detached.
+    notes: sums over what `count` counts, for the log, by name.
     """
 
     total: Tensor
@@ -37,6 +38,7 @@ class Loss:
     lengths: Tensor
     ce: Tensor
     rate: Tensor
+    notes: dict[str, Tensor] = field(default_factory=dict)
 
 
 def masked_diffusion(model, batch: Batch, noise: Noise, mask_id: int, chunk: int | None = None) -> Loss:
@@ -96,6 +98,8 @@ class Objective(ABC):
     An objective is an object, so that it may hold a reference model, a teacher or settings of its own; the three below
     hold nothing. A batch may carry `advantages`, which an objective of policy gradients reads.
     """
+
+    identity = ""  # names what the object holds (a digest of a reference's weights), for an exact resume
 
     def targets(self, batch: Batch) -> Tensor:
         """(B, T) bool: the tokens that count."""

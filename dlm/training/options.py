@@ -102,6 +102,12 @@ GROUPS = {  # title: {field: help}
         "eos_padding": "end-of-text after each example, up to the longest",
         "dropout_prompt": "share of the examples with a masked prompt",
     },
+    "preference": {
+        "reference": "folder or hub id of the reference (the model as it begins)",
+        "beta": "how strongly the policy may leave the reference",
+        "draws": "noise draws of each answer",
+        "sft_weight": "weight of the chosen answer's bound a token",
+    },
     "adapters": {
         "lora": "rank of LoRA adapters; 0: train all weights",
         "lora_alpha": "scale of the adapters",

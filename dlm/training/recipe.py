@@ -18,8 +18,9 @@ import torch
 
 from dlm.checkpoints import save
 from dlm.checkpoints.pretrained import load_pretrained
+from dlm.data.conversations import ChatFormat
 from dlm.data.documents import Documents
-from dlm.data.examples import Examples, epoch_rows
+from dlm.data.examples import Examples
 from dlm.data.sources import parse_sources
 from dlm.data.streaming import StreamedExamples, StreamedSource
 from dlm.objectives.losses import Objective
@@ -37,9 +38,12 @@ from dlm.utils.launch import launcher_processes, typed_command
 # ------------------------------------------------------------------------------------------------- model and data
 
 
-def open_model(recipe: RecipeConfig, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """The model that a recipe goes on from, with its weights in `dtype`, on the host: the trainer places it."""
-    opened = load_pretrained(recipe.model, dtype=dtype, device="cpu")
+def open_model(recipe: RecipeConfig, dtype: torch.dtype = torch.float32, path: str | None = None) -> torch.nn.Module:
+    """The model that a recipe goes on from, with its weights in `dtype`, on the host: the trainer places it.
+
+    path: another one than `recipe.model`.
+    """
+    opened = load_pretrained(path or recipe.model, dtype=dtype, device="cpu")
     if recipe.objective != "autoregressive":
         opened.check_diffusion()
     return opened.model
@@ -58,6 +62,25 @@ def stream_examples(value: str, length: int, window: int, source: Callable[..., 
     if sources and sources[0].weight is None:
         return StreamedExamples([source([one.path for one in sources])], length, window)
     return StreamedExamples([source([one.path], weight=one.weight) for one in sources], length, window)
+
+
+def chat_format(settings: RecipeConfig, tokenizer, longest: int) -> ChatFormat:
+    """How rows become tokens. Errors: the chat format without a template, a length beyond the model's."""
+    if settings.format == "chat" and not tokenizer.chat_template:
+        raise ValueError("format is chat, but the tokenizer has no chat template: use --format plain")
+    length = settings.sequence_length or longest
+    if length > longest:
+        raise ValueError(f"sequence_length is {length}, but the model was made for at most {longest} tokens")
+    return ChatFormat(
+        chat=settings.format == "chat" or (settings.format == "auto" and bool(tokenizer.chat_template)),
+        length=length,
+        messages=getattr(settings, "messages_column", ""),
+        prompt=getattr(settings, "prompt_column", ""),
+        response=getattr(settings, "response_column", ""),
+        separator=settings.separator,
+        overlong=getattr(settings, "overlong", "skip"),
+        on_bad_row=settings.on_bad_row,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- run
@@ -206,7 +229,7 @@ def with_epochs(recipe: RecipeConfig, train, report: Callable[[str], None]) -> R
         if recipe.epochs is not None:
             raise ValueError("epochs of streamed data are not known: give --max-steps in place of --epochs")
         return recipe
-    rows = len(epoch_rows(train, recipe.seed, 0, recipe.packing))
+    rows = train.rows_in_epoch(recipe.seed, recipe.packing)
     if recipe.epochs is not None:
         recipe = dataclasses.replace(recipe, max_steps=max(1, math.ceil(recipe.epochs * rows / recipe.batch_size)))
     passes = recipe.max_steps * recipe.batch_size / rows

@@ -68,6 +68,7 @@ def identify(run) -> dict:
         "mask_id": run.mask_id,
         "pad_id": batches.pad_id,
         "end_id": batches.end_id,
+        "objective": run.objective.identity,
         "model": model_fields(run.plain),
     }
 
@@ -91,7 +92,7 @@ def check_same(folder: Path, state: dict, config: TrainingConfig, now: dict) -> 
             raise ValueError(f"{folder} does not say what {what} was made of: begin with a new --output")
     told = [f"{name} {was}, now it is {value}" for name, (was, value) in changed.items() if _fixed(name)]
     was, model = state["identity"], state["identity"]["model"]
-    told += [f"{name} {was.get(name)}, now it is {now[name]}" for name in ("mask_id", "pad_id", "end_id")
+    told += [f"{name} {was.get(name)}, now it is {now[name]}" for name in ("mask_id", "pad_id", "end_id", "objective")
              if was.get(name) != now[name]]  # fmt: skip
     told += [
         f"a model of {name} {model.get(name)}, now it is {now['model'].get(name)}"

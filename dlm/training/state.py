@@ -81,7 +81,9 @@ def save_state(accelerator, output, state: dict, ema: dict[str, Tensor] | None, 
         ) from error
     if accelerator.is_main_process:
         for _, old in checkpoints(output)[:-keep_last]:
-            shutil.rmtree(old, ignore_errors=True)
+            going = old.with_name(f".{old.name}.old")  # a kill in the middle leaves no half of a checkpoint
+            os.rename(old, going)
+            shutil.rmtree(going, ignore_errors=True)
     accelerator.wait_for_everyone()
     return final
 

@@ -140,6 +140,8 @@ class Run:
         )  # fmt: skip
         self.position, self.window = self.batches.position, ""
         self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.notes: dict[str, torch.Tensor | float] = {}  # sums of what an objective notes, since the last record
+        self.noted = 0  # over so many of what it counts
         self.waiting: list[Step] = []  # steps that were given to the device and not read yet
         self.since, self.time_share = 0.0, 0.0  # when training went on; the share of max_seconds that is over
         self.last_checkpoint: Path | None = None
@@ -192,7 +194,7 @@ class Run:
                         self.time_share, last=ended and number == len(records),
                     )  # fmt: skip
                     if record:
-                        self.metrics.add({"kind": "train", **record})
+                        self.metrics.add({"kind": "train", **record, **self._noted()})
                 if self.valid is not None and (due["valid"] or (ended and config.valid_every)):
                     self.validation = check_in(self, None if ended else config.valid_rows)
                 if due["sample"] or (ended and config.sample_every and self.tokenizer is not None):
@@ -251,6 +253,9 @@ class Run:
                 # DDP averages gradients over processes: times `world` makes the average a sum.
                 accelerator.backward(loss.total * (world / max(count, 1)))
             total += loss.total.detach()
+            for name, value in loss.notes.items():
+                self.notes[name] = self.notes.get(name, 0.0) + value
+            self.noted += self.objective.count(batch) if loss.notes else 0
             losses.append((index, loss.examples))
         return total, losses
 
@@ -274,6 +279,15 @@ class Run:
             self.time_share = spent / self.accelerator.num_processes / self.config.max_seconds
         found = [(s, total / max(s.count, 1), norm) for s, total, norm in zip(steps, totals, norms, strict=True)]
         return found, stops > 0, took
+
+    def _noted(self) -> dict[str, float]:
+        """The means of what the objective noted since the last record, over all processes."""
+        if not self.notes:
+            return {}
+        *sums, count = self._sum([*map(float, self.notes.values()), float(self.noted)])
+        means = {name: value / max(count, 1) for name, value in zip(self.notes, sums, strict=True)}
+        self.notes, self.noted = {}, 0
+        return means
 
     def _refuse_non_finite(self, step: Step, total: float, any_norm: float, norm: float) -> None:
         """NonFiniteLoss where a step's loss is not finite, or a process's gradient; fp16 skips the latter by itself."""

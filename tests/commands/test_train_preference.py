@@ -1,0 +1,115 @@
+"""`dlm train preference`: pairs in TRL's formats, a run that learns them and resumes exactly, refusals of one line."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from dlm.data.pairs import messages_of_pair
+from dlm.training.state import checkpoints
+from tests.helpers.commandline import make_checkpoint, tokenizer  # noqa: F401
+from tests.helpers.recipes import fresh, records, weights
+from train import preference
+
+assert fresh  # a fixture for every test here
+
+
+@pytest.fixture
+def start(tmp_path, tokenizer):  # noqa: F811
+    """start(output, *options) -> exit code of a tiny run on eight pairs, whose chosen answers end in "sea"."""
+    make_checkpoint(tmp_path / "model", tokenizer)
+    pairs = [{"prompt": f"Fox {n}", "chosen": "by the sea", "rejected": "on the mat and"} for n in range(8)]
+    write(tmp_path / "pairs.jsonl", pairs)
+
+    def start(output, *more, data="pairs.jsonl"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        options = {
+            "model": tmp_path / "model", "data": tmp_path / data, "output": tmp_path / output, "format": "plain",
+            "max-steps": 6, "batch-size": 4, "draws": 4, "precision": "no", "checkpoint-every": 3, "warmup-steps": 1,
+            "learning-rate": "5e-3", "log-every": 1, "tracker": "none", "schedule": "constant",
+        }  # fmt: skip
+        return preference.main([*(f"--{name}={value}" for name, value in options.items()), *more])
+
+    return start
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_pairs_are_learned_and_a_resumed_run_is_the_same(tmp_path, start):
+    assert start("whole") == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts" / "model")
+    shutil.rmtree(checkpoints(tmp_path / "parts")[-1][1])  # as if killed after step 3
+    assert start("parts", "--resume") == 0
+    assert torch.equal(weights(tmp_path / "whole" / "model"), weights(tmp_path / "parts" / "model"))
+    assert start("cut", "--accumulation=2") == 0
+    assert (weights(tmp_path / "whole" / "model") - weights(tmp_path / "cut" / "model")).abs().max() < 1e-4
+    log = records(tmp_path / "whole")
+    assert [r["step"] for r in log] == [1, 2, 3, 4, 5, 6]
+    assert log[0]["loss"] == pytest.approx(0.6931, abs=1e-3) and log[-1]["loss"] < log[0]["loss"]  # the reference first
+    assert log[-1]["accuracy"] == 1 and log[-1]["margin"] > 0
+    assert log[-1]["variance_shared"] < log[-1]["variance_apart"]
+
+
+def test_the_reference_of_a_resume_is_the_same(tmp_path, start, tokenizer, capsys):  # noqa: F811
+    assert start("run", "--max-steps=3") == 0
+    make_checkpoint(tmp_path / "model", tokenizer, rope_theta=500.0)
+    model = tmp_path / "model" / "model.safetensors"
+    shutil.copy(tmp_path / "run" / "model" / "model.safetensors", model)  # other weights
+    make = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**make, "rope_theta": 10000.0}))
+    assert start("run", "--resume") == 2
+    assert "was made with objective " in capsys.readouterr().err
+
+
+def test_adapters_are_their_own_reference(tmp_path, start):
+    assert start("lora", "--lora=2", "--ema=0", "--sft-weight=0.1") == 0
+    log = records(tmp_path / "lora")
+    assert log[0]["chosen_gain"] == pytest.approx(0, abs=1e-4) and log[-1]["margin"] > 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "more", "message"),
+    [
+        ([{"prompt": "a", "chosen": "b", "rejected": "b"}], [], "line 1: chosen and rejected are the same text"),
+        ([{"prompt": "a", "chosen": "b"}], [], "needs chosen and rejected, and the columns are"),
+        ([{"prompt": 3, "chosen": "b", "rejected": "c"}], [], "column 'prompt' is a int"),
+        ([{"chosen": "b", "rejected": "c"}], [], "chosen is no answer to a prompt"),
+        ([{"prompt": "a " * 400, "chosen": "b", "rejected": "c"}], [], "no pair in 1 rows (1 longer than 128 tokens"),
+        (None, ["--beta=0"], "beta is 0.0"),
+        (None, ["--random-length=0.5"], "random_length is 0.5, and pairs are compared whole"),
+        (None, ["--objective=autoregressive"], "need objective diffusion"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, start, capsys, rows, more, message):
+    if rows is not None:
+        write(tmp_path / "pairs.jsonl", rows)
+    assert start("run", *more) == 2
+    told = capsys.readouterr().err
+    assert message in told and told.count("\n") == 1, told
+
+
+def test_bad_rows_are_left_out_and_counted(tmp_path, start, capsys):
+    good = {"prompt": "Fox", "chosen": "by the sea", "rejected": "on"}
+    write(tmp_path / "pairs.jsonl", [good, {**good, "rejected": "by the sea"}, good])
+    assert start("run", "--on-bad-row=skip", "--batch-size=2", "--max-steps=1") == 0
+    assert "3 rows" in (out := capsys.readouterr().out) and "1 bad rows" in out
+
+
+def test_a_reference_of_another_vocabulary_is_refused(tmp_path, start, tokenizer, capsys):  # noqa: F811
+    make_checkpoint(tmp_path / "other", tokenizer, vocab_size=len(tokenizer) + 5, embedding_size=len(tokenizer) + 5)
+    assert start("run", f"--reference={tmp_path / 'other'}") == 2
+    assert "give one with its vocabulary" in capsys.readouterr().err
+
+
+def test_formats_of_trl():
+    user, one, two = ({"role": r, "content": c} for r, c in (("user", "q"), ("assistant", "a"), ("assistant", "b")))
+    text = messages_of_pair({"prompt": "q", "chosen": "a", "rejected": "b"}, "x")
+    lists = messages_of_pair({"prompt": [user], "chosen": [one], "rejected": [two]}, "x")
+    whole = messages_of_pair({"chosen": [user, one], "rejected": [user, two]}, "x")
+    assert text == lists == whole
+    assert [m["loss"] for m in text[0]] == [False, True] and text[1][-1]["content"] == "b"

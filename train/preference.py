@@ -1,0 +1,136 @@
+"""Align a masked diffusion language model to preferences: DPO on bounds with little variance (VRPO).
+
+python -m train.preference --data pairs.jsonl --output runs/preference --export my-model    (from the model that ships)
+accelerate launch train/preference.py --data pairs.jsonl ...                    (any number of processes)
+dlm train preference ...                                                        (from an installed package)
+
+Data: JSONL, Parquet or hf:NAME with prompt, chosen and rejected, as text or as messages (TRL's formats).
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if __package__ in (None, ""):  # `accelerate launch train/preference.py` from a clone: find dlm/ beside train/
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dlm.checkpoints.files import SHIPPED
+from dlm.data.choices import ON_BAD_ROW
+from dlm.training.config import RecipeConfig
+from dlm.training.lora import TARGETS, add_lora, merge_lora
+from dlm.utils import settings
+from dlm.utils.names import check_name
+
+if TYPE_CHECKING:
+    from dlm.training.recipe import Prepared
+
+NOT_OF_PAIRS = ("random_length", "dropout_prompt", "complementary", "decoding_share", "full_share", "streaming")
+
+
+@dataclass(frozen=True)
+class Recipe(RecipeConfig):
+    """What all recipes share, how pairs become examples, and the preference.
+
+    batch_size is in pairs. reference: a folder or hub id, by default the model itself as it begins (with `lora` the
+    model without its adapters). beta: how strongly the policy may leave the reference; draws: noise draws of each
+    answer; sft_weight: weight of the chosen answer's bound a token. format, separator, on_bad_row: as in `sft`; pairs
+    longer than sequence_length are left out and counted.
+    """
+
+    output: str = "runs/preference"
+    model: str = str(SHIPPED)
+    reference: str = ""
+    beta: float = 0.1
+    draws: int = 8
+    sft_weight: float = 0.0
+    sequence_length: int = 0
+    batch_size: int = 8
+    learning_rate: float = 2e-5
+    optimizer: str = "adamw"
+    warmup_steps: int = 20
+    valid_every: int = 0
+    sample_every: int = 0
+    format: str = "auto"
+    separator: str = "\n"
+    on_bad_row: str = "stop"
+    lora: int = 0
+    lora_alpha: float = 32.0
+    lora_targets: tuple[str, ...] = TARGETS
+
+    def __post_init__(self):
+        from dlm.training.options import CHOICES
+
+        super().__post_init__()
+        check_name("format", self.format, CHOICES["format"])
+        check_name("on_bad_row", self.on_bad_row, ON_BAD_ROW)
+        if self.beta <= 0 or self.draws < 1 or self.sft_weight < 0 or self.lora < 0:
+            raise ValueError(
+                f"beta is {self.beta}, draws {self.draws}, sft_weight {self.sft_weight}, lora {self.lora}: give a beta "
+                f"above 0, 1 or more draws, and the others not negative"
+            )
+        for name in NOT_OF_PAIRS:
+            if getattr(self, name):
+                raise ValueError(f"{name} is {getattr(self, name)}, and pairs are compared whole: leave it out")
+        if self.objective != "diffusion" or self.estimator == "stratified" or self.eos_padding != "none":
+            raise ValueError("preferences need objective diffusion, eos_padding none, estimator count, uniform or d3pm")
+        if self.valid:
+            raise ValueError("valid is of texts, and this recipe logs the pairs' accuracy: leave it out")
+
+
+def prepare(settings: Recipe, accelerator) -> Prepared:
+    """Model, tokenizer, pairs and the reference; the first process tokenizes, the others wait for it."""
+    from dlm.checkpoints.pretrained import check_fit, open_tokenizer
+    from dlm.data.pairs import Pairs, load_pairs
+    from dlm.data.sources import parse_sources
+    from dlm.objectives.preference import Preference, frozen
+    from dlm.training.recipe import Prepared, chat_format, open_model
+
+    model = open_model(settings)
+    tokenizer = open_tokenizer(settings.tokenizer or settings.model)
+    check_fit(model.config, tokenizer)
+    form = chat_format(settings, tokenizer, model.config.max_sequence_length)
+    with accelerator.main_process_first():
+        sources = parse_sources(settings.data)
+        pairs = Pairs([load_pairs(source.path, tokenizer, form, split=settings.split) for source in sources])
+    options = {"beta": settings.beta, "draws": settings.draws, "sft": settings.sft_weight}
+    if settings.reference:
+        other = open_model(settings, path=settings.reference)
+        check_reference(model, other, settings.reference)
+        reference = frozen(other)
+    else:
+        reference = None if settings.lora else frozen(model)
+    if not settings.lora:
+        return Prepared(model, tokenizer, pairs, None, objective=Preference(reference, **options))
+    adapted = add_lora(model, settings.lora, settings.lora_alpha, settings.lora_targets, settings.seed)
+
+    def finish(trained, weights):
+        return merge_lora(trained, weights), None
+
+    return Prepared(adapted, tokenizer, pairs, None, finish, objective=Preference(reference, **options))
+
+
+def check_reference(model, other, name: str) -> None:
+    """Errors: a reference that does not read the policy's tokens."""
+    for field in ("embedding_size", "mask_token_id"):
+        mine, its = getattr(model.config, field), getattr(other.config, field)
+        if mine != its:
+            raise ValueError(f"reference {name} has {field} {its} and the model {mine}: give one with its vocabulary")
+
+
+def parse(argv: list[str]) -> Recipe:
+    """The settings of a command line."""
+    return settings.parse(Recipe, argv, "preference", __doc__)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the recipe; a user's mistake is one line and exit code 2."""
+    from dlm.training import command
+
+    return command.main(Recipe, prepare, argv, prog="preference", text=__doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

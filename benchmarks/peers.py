@@ -134,7 +134,7 @@ class _OursForThem:
         self.model, self.device = model, model.device
 
     def __call__(self, tokens, attention_mask=None):
-        return SimpleNamespace(logits=self.model(tokens))
+        return SimpleNamespace(logits=self.model.predict(tokens))
 
 
 def _llada(path: Path, ours, model=None) -> tuple[dict[str, Sampler], torch.nn.Module | None]:

@@ -31,6 +31,7 @@ from dlm.kernels.cuda_graphs import Graphs
 from dlm.models import transformer
 from dlm.models.flops import parameters, pass_bytes, pass_flops
 from dlm.models.kv_cache import KVCache
+from dlm.models.predictor import as_predictor
 from dlm.sampling import step
 from dlm.sampling.commit import COMMITS
 from dlm.utils.files import write_json
@@ -42,8 +43,8 @@ from dlm.utils.hardware import PeakMemory, synchronise
 class Recorder:
     """The predictor that `denoise` uses, with a note of every call in `passes`."""
 
-    def __init__(self, predictor, passes: list[Pass]):
-        self.inner, self.passes = predictor, passes
+    def __init__(self, inner, passes: list[Pass]):
+        self.inner, self.passes = inner, passes
 
     def __call__(self, tokens, positions=None, *, cache=None, logits_to_keep=None, **more):
         rows, computed = tokens.shape
@@ -60,7 +61,7 @@ def measure(model, prompts, config, warm_up: int, repeats: int, limit: Limits, c
     device, times, passes = model.device, [], []
     for _ in range(warm_up):
         dlm.generate(model, prompts, config)
-    watched = Recorder(packing.packed(model), passes)
+    watched = Recorder(as_predictor(packing.packed(model)), passes)
     with PeakMemory(device) as memory:
         for _ in range(repeats):
             passes.clear()

@@ -272,7 +272,7 @@ def model_bounds(args, writer: Pretrained, examples: list[Example]) -> list[Boun
 
 def twin_values(args, writer: Pretrained, examples: list[Example]) -> list[Bound]:
     def logits(tokens, valid, keep):
-        return writer.model(tokens, visible=causal, logits_to_keep=keep)
+        return writer.model.predict(tokens, visible=causal, logits_to_keep=keep)
 
     return likelihood(logits, examples, device=writer.model.device, batch_size=args.batch_size)
 

@@ -166,5 +166,5 @@ def _logits_of(opened: Pretrained):
     """What `Judge` calls: logits (N, V) at the places kept."""
     model = opened.model
     if is_own(opened.config):  # padding is at the end, which nobody sees
-        return lambda tokens, valid, keep: model(tokens, visible=causal, logits_to_keep=keep)
+        return lambda tokens, valid, keep: model.predict(tokens, visible=causal, logits_to_keep=keep)
     return lambda tokens, valid, keep: model(input_ids=tokens, attention_mask=valid.long()).logits[keep]

@@ -56,7 +56,7 @@ class _Canvas:
 
 
 class Graphs:
-    """A mask predictor with the signature of `LLaDAModelLM.forward`: `predictor`'s passes, replayed where they can be.
+    """A mask predictor with the signature of `LLaDAModelLM.predict`: `predictor`'s passes, replayed where they can be.
 
     A result lies where the next replay writes: it must be used before. Calls come from one stream.
     """
@@ -90,7 +90,7 @@ class Graphs:
         self, tokens: Tensor, positions: Tensor | None = None, *, visible=None, cache=None, valid: Tensor | None = None,
         logits_to_keep: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Logits, as `LLaDAModelLM.forward` gives them."""
+        """Logits, as `LLaDAModelLM.predict` gives them."""
         inputs = {"tokens": tokens, "positions": positions, "valid": valid, "logits_to_keep": logits_to_keep}
         inputs = {name: value for name, value in inputs.items() if value is not None}
 

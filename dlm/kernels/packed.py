@@ -284,7 +284,7 @@ class _Where:
 
 
 class Packed:
-    """A mask predictor with the signature of `LLaDAModelLM.forward`, without gradients.
+    """A mask predictor with the signature of `LLaDAModelLM.predict`, without gradients.
 
     A `KVCache` that it fills holds keys in its own order of head dimensions: do not share one with the model.
     release: layer by layer the model's own weights are let go once they are copied, and it can no longer be called.
@@ -333,7 +333,7 @@ class Packed:
         valid: Tensor | None = None,
         logits_to_keep: Tensor | None = None,
     ) -> Tensor:
-        """Logits, as `LLaDAModelLM.forward` gives them."""
+        """Logits, as `LLaDAModelLM.predict` gives them."""
         batch, queries = tokens.shape
         visible = visible or self.visible
         if cache is not None and positions is None:

@@ -14,13 +14,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dlm.models.attention import Visible, attention_mask, usable_kernel, visible_of
+from dlm.models.attention import attention_mask, usable_kernel, visible_of
 from dlm.models.configuration import LLaDAConfig
-from dlm.models.head import Head, Targets, weighted_cross_entropy, weighted_sum
+from dlm.models.head import Head, weighted_cross_entropy, weighted_sum
 from dlm.models.moe import MoE
+from dlm.models.predictor import MaskPredictor, PredictCall
 from dlm.models.rotary import rotary_angles, rotate
+from dlm.models.surface import given, masked_lm_loss, refuse_outputs
 
 __all__ = ["LLaDAModel", "LLaDAModelLM"]
 
@@ -112,7 +115,7 @@ class LLaDABlock(GradientCheckpointingLayer):
 class LLaDAPreTrainedModel(PreTrainedModel):
     config_class = LLaDAConfig
     base_model_prefix = "model"
-    main_input_name = "tokens"
+    main_input_name = "input_ids"
     input_modalities = ("text",)
     supports_gradient_checkpointing = True
     _no_split_modules = ["LLaDABlock"]
@@ -178,33 +181,52 @@ class LLaDAModel(LLaDAPreTrainedModel):
 
     def forward(
         self,
-        tokens: Tensor,
-        positions: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         *,
-        visible: Visible | None = None,
-        cache=None,
-        valid: Tensor | None = None,
-    ) -> Tensor:
-        """Hidden states (B, Q, D) after the last norm; arguments as in `LLaDAModelLM.forward`."""
+        call: PredictCall | None = None,
+    ) -> BaseModelOutput | tuple | Tensor:
+        """Hidden states after the last norm: transformers' output for transformers' arguments (as in
+        `LLaDAModelLM.forward`), (B, Q, D) for a `call`."""
+        if call is not None:
+            return self._hidden(call)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        call = given(input_ids, attention_mask, position_ids, inputs_embeds, output_hidden_states)
+        last, layers = self._hidden(call), call.hidden_states
+        output = BaseModelOutput(last_hidden_state=last, hidden_states=None if layers is None else tuple(layers))
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _hidden(self, call: PredictCall) -> Tensor:
+        visible, cache, positions = call.visible, call.cache, call.positions
         if visible is None:
             visible = visible_of(self.config)
-        batch, queries = tokens.shape
         if cache is not None and positions is None:
             raise ValueError("a cache needs positions (B, Q): the slots whose keys and values are computed now")
-        x = self.transformer.wte(tokens)
+        x = self.transformer.wte(call.tokens) if call.embeds is None else call.embeds
+        batch, queries, device = *x.shape[:2], x.device
         if self.config.input_emb_norm:
             x = x * self.config.d_model**0.5
         if self.config.embedding_dropout:
             x = F.dropout(x, self.config.embedding_dropout, self.training)
-        where = torch.arange(queries, device=tokens.device)[None] if positions is None else positions
+        where = torch.arange(queries, device=device)[None] if positions is None else positions
         rotary = rotary_angles(where, self.rotary, x.dtype)
         keys = queries if cache is None else cache.length
         slots = None if cache is None else positions
-        kernel = usable_kernel(self.config._attn_implementation, visible, valid, tokens.device)
-        mask = attention_mask(kernel, visible, valid, slots, (batch, queries, keys), tokens.device)
+        kernel = usable_kernel(self.config._attn_implementation, visible, call.valid, device)
+        mask = attention_mask(kernel, visible, call.valid, slots, (batch, queries, keys), device)
         for block in self.transformer.blocks:
+            if call.hidden_states is not None:
+                call.hidden_states.append(x)
             x = block(x, rotary, kernel, mask, positions, cache)
-        return self.transformer.ln_f(x)
+        x = self.transformer.ln_f(x)
+        if call.hidden_states is not None:
+            call.hidden_states.append(x)
+        return x
 
     def get_input_embeddings(self) -> nn.Module:
         return self.transformer.wte
@@ -213,13 +235,14 @@ class LLaDAModel(LLaDAPreTrainedModel):
         self.transformer["wte"] = value
 
 
-class LLaDAModelLM(LLaDAPreTrainedModel):
+class LLaDAModelLM(MaskPredictor, LLaDAPreTrainedModel):
     """p(x0 | xt) for absorbing-state diffusion: logits over the vocabulary at every place asked for.
 
     No time is given to the model (LLaDA, arXiv:2502.09992, section 2): the mask rate shows in the input.
     """
 
     _tied_weights_keys = {}
+    accepts_loss_kwargs = True  # Trainer hands over num_items_in_batch
     cuda_graphs = False  # whether generation on a GPU replays its passes (`graphs`)
 
     def __init__(self, config: LLaDAConfig):
@@ -229,31 +252,51 @@ class LLaDAModelLM(LLaDAPreTrainedModel):
 
     def forward(
         self,
-        tokens: Tensor,
-        positions: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         *,
-        visible: Visible | None = None,
-        cache=None,
-        valid: Tensor | None = None,
-        logits_to_keep: Tensor | None = None,
-        targets: Targets | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits at the places asked for, or with `targets` the loss there.
+        num_items_in_batch: int | Tensor | None = None,
+        output_attentions: bool | None = None,
+        use_cache: bool | None = None,
+        call: PredictCall | None = None,
+    ) -> MaskedLMOutput | tuple | Tensor:
+        """transformers' forward: the mask predictor's logits, and with `labels` a loss.
 
-        tokens (B, Q) ids; positions (B, Q) their slots, by default 0..Q-1; visible: a rule of `attention`, by
-        default the one that the checkpoint was trained with (full, or block-causal where config.block_length is
-        set); cache: a `KVCache`, and then attention reads all its slots; valid (B, T) which slots exist.
-        logits_to_keep: None for all, (B, Q, V); a bool (B, Q) for those, flat in row order, (N, V); int64 (B, M)
-        indices into Q for those, (B, M, V). V is config.embedding_size; the type is that of the weights.
-        targets: of the N places asked for, in row order; gives (sum of weighted cross entropies (), cross entropies
-        (N,) without a gradient), both fp32, and holds the logits of `targets.chunk` places at a time.
+        input_ids (B, Q), or inputs_embeds (B, Q, D) in their place; attention_mask (B, Q), 0 at padding;
+        position_ids (B, Q) or (1, Q), by default 0..Q-1. labels (B, Q): the mean cross entropy in nats, at their own
+        place, of those that are not -100; its sum over num_items_in_batch where that is given. Returns logits
+        (B, Q, V), V = config.embedding_size, and with output_hidden_states the embeddings and every layer's output,
+        the last one normed. output_attentions and use_cache are for other models: true is refused.
+        call: from `predict`, in place of all others; the output is then that of `predict`.
+        Raises ValueError for arguments that do not fit.
         """
-        x = self.model(tokens, positions, visible=visible, cache=cache, valid=valid)
-        if logits_to_keep is not None:
-            if logits_to_keep.dtype == torch.bool:
-                x = x[logits_to_keep]  # (N, D)
+        if call is not None:
+            return self._asked(call)
+        refuse_outputs(output_attentions, use_cache)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        call = given(input_ids, attention_mask, position_ids, inputs_embeds, output_hidden_states)
+        logits, layers = self._asked(call), call.hidden_states
+        output = MaskedLMOutput(
+            loss=None if labels is None else masked_lm_loss(logits, labels, num_items_in_batch),
+            logits=logits,
+            hidden_states=None if layers is None else tuple(layers),
+        )
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _asked(self, call: PredictCall) -> Tensor | tuple[Tensor, Tensor]:
+        """What `predict` returns."""
+        x, keep, targets = self.model(call=call), call.logits_to_keep, call.targets
+        if keep is not None:
+            if keep.dtype == torch.bool:
+                x = x[keep]  # (N, D)
             else:
-                x = x.gather(1, logits_to_keep[..., None].expand(-1, -1, x.shape[-1]))  # (B, M, D)
+                x = x.gather(1, keep[..., None].expand(-1, -1, x.shape[-1]))  # (B, M, D)
         scale = self.config.d_model**-0.5 if self.config.scale_logits else 1.0
         table, head = self.model.transformer.wte, None if self.config.weight_tying else self.model.transformer.ff_out
         if targets is not None and head is None:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dlm.data.examples import Example
+from dlm.models.predictor import as_predictor
 from dlm.objectives.noise import EPSILON, draw_count, draw_uniform
 from dlm.utils.names import check_name
 from dlm.utils.random import VALIDATION, example_generator
@@ -209,7 +210,7 @@ def _forward(model, batch: list[Row], measure: Measure, mask_id: int, cfg_scale:
         xt = torch.cat([xt, torch.where(given, mask_id, xt)])
         keep = scored.repeat(2, 1)
         valid = None if valid is None else valid.repeat(2, 1)
-    logits = model(xt, valid=valid, logits_to_keep=keep)  # (N, V), with guidance (2N, V)
+    logits = as_predictor(model)(xt, valid=valid, logits_to_keep=keep)  # (N, V), with guidance (2N, V)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if cfg_scale:
         told, untold = logits.chunk(2)

@@ -19,6 +19,7 @@ from dlm.data.examples import Batch
 from dlm.models import attention
 from dlm.models.attention import both, causal, document
 from dlm.models.head import Targets, weighted_sum
+from dlm.models.predictor import as_predictor
 from dlm.objectives.noise import Noise, NoiseSettings, Strata, corrupt, draw_noise
 
 
@@ -169,8 +170,8 @@ def _masked_loss(model, inputs, asked, batch: Batch, noise: Noise, chunk: int | 
 def _cross_entropies(model, inputs, asked, truth: Tensor, weight: Tensor, chunk) -> tuple[Tensor, Tensor]:
     """(weighted sum (), cross entropies (N,)) at the places asked about, N in row-major order over (B, T)."""
     if chunk is None:
-        return weighted_sum(model(*inputs, **asked), truth, weight)
-    return model(*inputs, **asked, targets=Targets(truth, weight, chunk))
+        return weighted_sum(as_predictor(model)(*inputs, **asked), truth, weight)
+    return as_predictor(model)(*inputs, **asked, targets=Targets(truth, weight, chunk))
 
 
 def _loss(total, ce, weight, example, rate, target, batch) -> Loss:

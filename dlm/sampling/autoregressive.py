@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dlm.models.attention import causal
 from dlm.models.kv_cache import KVCache
+from dlm.models.predictor import as_predictor
 from dlm.sampling.generate import GenerationOutput
 from dlm.sampling.propose import propose
 
@@ -97,7 +98,7 @@ def _next(model, tokens: Tensor, here: Tensor, rows: Tensor, cache: KVCache | No
     if cache is not None and not first:
         at = here[:, None]
         view = cache.at(None if len(rows) == cache.rows else rows)
-        return model(tokens.gather(1, at), at, visible=causal, cache=view)
+        return as_predictor(model)(tokens.gather(1, at), at, visible=causal, cache=view)
     length = int(here.max()) + 1
     slots = torch.arange(length, device=tokens.device).repeat(len(tokens), 1)
-    return model(tokens[:, :length], slots, visible=causal, cache=cache, logits_to_keep=here[:, None])
+    return as_predictor(model)(tokens[:, :length], slots, visible=causal, cache=cache, logits_to_keep=here[:, None])

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dlm.models.predictor import as_predictor
 from dlm.tokenizer import encode_prompt
 
 __all__ = ["Chosen", "Ranked", "choose", "read_options"]
@@ -136,7 +137,7 @@ def choose(predictor, text: str, *, tokenizer, mask_id: int, orders: int = 8, se
 
 def _log_probabilities(predictor, rows: Sequence[tuple[tuple[int, ...], int, int]], mask_id: int) -> list[float]:
     """log p of the token at the slot of each (ids, slot, token), the mask token never predicted."""
-    predict = getattr(predictor, "predict", predictor)
+    predict = as_predictor(predictor)
     device = getattr(predictor, "device", None)
     found: list[float] = []
     for at in range(0, len(rows), BATCH):

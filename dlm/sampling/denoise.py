@@ -62,8 +62,8 @@ def denoise(
 ) -> Iterator[DenoiseState]:
     """Fills the masked places of `canvas` and yields a state after every turn.
 
-    `predictor` is any callable with the signature of `Packed.__call__`; a model is called as it is (`dlm.denoise` packs
-    it first). vocab_size: ids from there on are never proposed (embeddings beyond the tokenizer). eos_token_ids: what
+    `predictor` is a mask predictor (`models.predictor`) or a model, which is called as it is (`dlm.denoise` packs it
+    first). vocab_size: ids from there on are never proposed (embeddings beyond the tokenizer). eos_token_ids: what
     ends a text, unless the config says. constraints: each row's. likely: how many of the most probable tokens each
     state names. Raises ValueError for settings that do not fit the model or the canvas, FloatingPointError for NaN
     logits.

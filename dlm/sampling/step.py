@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dlm.models.attention import Visible
 from dlm.models.kv_cache import KVCache
+from dlm.models.predictor import as_predictor
 from dlm.sampling.canvas import Canvas
 from dlm.sampling.config import SamplingConfig
 from dlm.sampling.propose import propose
@@ -73,7 +74,7 @@ def compute(
     if positions is not None:
         tokens = tokens.gather(1, positions)
     cache = None if cache is None else cache.at(rows)
-    predict = getattr(predictor, "predict", predictor)
+    predict = as_predictor(predictor)
     return predict(tokens, positions, visible=visible, cache=cache, valid=valid, logits_to_keep=kept)
 
 
@@ -95,7 +96,7 @@ def compute_shadows(predictor, canvas: Canvas, request: Request, visible: Visibl
         valid = torch.cat([request.valid, torch.ones_like(slots, dtype=torch.bool)], dim=1)
     kept = torch.cat([slots, length + torch.arange(count, device=tokens.device).expand(rows, -1)], dim=1)
     masks = torch.full_like(slots, canvas.mask_id)
-    predict = getattr(predictor, "predict", predictor)
+    predict = as_predictor(predictor)
     logits = predict(torch.cat([tokens, masks], dim=1), places, visible=seen, valid=valid, logits_to_keep=kept)
     return logits[:, :count], logits[:, count:]
 

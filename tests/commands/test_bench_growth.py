@@ -41,10 +41,10 @@ def test_what_is_timed(monkeypatch):
     model, asked = random_model("small"), []
     inner = model.forward
 
-    def forward(tokens, positions=None, **more):
-        cache = more["cache"]
-        asked.append((tokens.shape[1], None if cache is None else cache.length, more["logits_to_keep"].shape[1]))
-        return inner(tokens, positions, **more)
+    def forward(*, call):
+        cache = call.cache
+        asked.append((call.tokens.shape[1], None if cache is None else cache.length, call.logits_to_keep.shape[1]))
+        return inner(call=call)
 
     monkeypatch.setattr(model, "forward", forward)  # so that it is not packed either
     ticks = iter(range(100))

@@ -54,7 +54,7 @@ def test_perplexity_equals_a_hand_calculation(twin, tokenizer):
     scores = judge.score(PAIRS)
     for (prompt, answer), score in zip(PAIRS, scores, strict=True):
         first, rest = tokenizer(prompt)["input_ids"], tokenizer(answer, add_special_tokens=False)["input_ids"]
-        wanted, count = by_hand(lambda ids: model(ids, visible=causal), first, rest)
+        wanted, count = by_hand(lambda ids: model.predict(ids, visible=causal), first, rest)
         assert score.tokens == count and abs(score.perplexity - wanted) < 1e-5 * wanted
     assert judge.facts["kind"] == "llada" and judge.facts["revision"].startswith("sha256:")
 
@@ -97,7 +97,7 @@ def test_a_chat_template_is_context_and_not_scored(twin, tokenizer):
     ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
     model, _ = dlm.load(twin, device="cpu")
     answer = tokenizer(PAIRS[0][1], add_special_tokens=False)["input_ids"]
-    wanted, _ = by_hand(lambda row: model(row, visible=causal), ids, answer)
+    wanted, _ = by_hand(lambda row: model.predict(row, visible=causal), ids, answer)
     assert chat.perplexity == pytest.approx(wanted, rel=1e-5)
 
 

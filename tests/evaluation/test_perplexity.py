@@ -46,7 +46,7 @@ def test_exact_by_hand_and_bits_per_byte(data, twin, tmp_path, tokenizer, capsys
         ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
         with torch.no_grad():
             ce = torch.nn.functional.cross_entropy(
-                model(torch.tensor([ids]), visible=causal)[0, :-1], torch.tensor(ids[1:]), reduction="sum"
+                model.predict(torch.tensor([ids]), visible=causal)[0, :-1], torch.tensor(ids[1:]), reduction="sum"
             )
         nats, count = nats + float(ce), count + len(ids) - 1
     size = sum(len(text.encode()) for text in TEXTS)

@@ -6,6 +6,7 @@ Shapes: B batch, T canvas, Q queried, V vocabulary.
 import torch
 
 import dlm
+from dlm.models.predictor import as_predictor
 
 MASK = 39  # of tiny models: V = 40, the last id
 VOCAB = 40
@@ -120,7 +121,7 @@ class Recorder:
 
     def __call__(self, tokens, positions=None, **options):
         self.calls.append((tokens.clone(), None if positions is None else positions.clone(), options))
-        return self.model(tokens, positions, **options)
+        return as_predictor(self.model)(tokens, positions, **options)
 
 
 def trace(model, canvas, config, **options):

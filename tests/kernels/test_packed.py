@@ -51,10 +51,10 @@ def test_logits_are_the_models(changes):
     valid[1, 6:] = False
     some = torch.tensor([[5, 2], [0, 4]])  # places asked about, each row its own
     for more in ({}, {"valid": valid}, {"visible": block_causal(3)}, {"visible": block_causal(2), "valid": valid}):
-        close(copy(tokens, **more), model(tokens, **more))
-        close(copy(tokens, **more, logits_to_keep=some), model(tokens, **more, logits_to_keep=some))
+        close(copy(tokens, **more), model.predict(tokens, **more))
+        close(copy(tokens, **more, logits_to_keep=some), model.predict(tokens, **more, logits_to_keep=some))
         kept = tokens > 15
-        close(copy(tokens, **more, logits_to_keep=kept), model(tokens, **more, logits_to_keep=kept))
+        close(copy(tokens, **more, logits_to_keep=kept), model.predict(tokens, **more, logits_to_keep=kept))
 
 
 @pytest.mark.parametrize("changes", SHAPES)
@@ -64,14 +64,14 @@ def test_with_a_cache(changes):
     model, tokens = model_of(2, **changes), ids(3)
     copy, caches = packed(model), [KVCache(3, LENGTH), KVCache(3, LENGTH)]
     every = torch.arange(LENGTH).expand(3, LENGTH)
-    close(copy(tokens, every, cache=caches[0]), model(tokens, every, cache=caches[1]))
+    close(copy(tokens, every, cache=caches[0]), model.predict(tokens, every, cache=caches[1]))
     slots = torch.tensor([[2, 4, 5], [4, 7, 0], [1, 2, 3]])
     other, asked = (tokens.gather(1, slots) + 3) % 39, torch.tensor([[1], [2], [0]])
     for rows in (None, torch.tensor([1])):
         here = slice(None) if rows is None else rows
         got, want = (
             predictor(other[here], slots[here], cache=cache.at(rows), logits_to_keep=asked[here])
-            for predictor, cache in zip((copy, model), caches, strict=True)
+            for predictor, cache in zip((copy, model.predict), caches, strict=True)
         )
         close(got, want)
 
@@ -92,7 +92,7 @@ def test_bf16_is_as_near_to_fp32_as_the_model_is(changes, widest, monkeypatch):
     model = model_of(3, sharp=0.7, **changes).bfloat16()
     copy = packed(model)
     assert type(copy) is Packed
-    rough, ours = (model(tokens) - want).abs().mean(), (copy(tokens) - want).abs().mean()
+    rough, ours = (model.predict(tokens) - want).abs().mean(), (copy(tokens) - want).abs().mean()
     assert ours < 1.5 * rough
 
 
@@ -175,7 +175,7 @@ def test_changed_weights_are_noticed(change, name):
     assert packed(model) is old  # and unchanged ones are not copied again
     change(dict(model.model.transformer.named_parameters())[name])
     after = packed(model)(tokens)
-    close(after, model(tokens))
+    close(after, model.predict(tokens))
     assert (after - before).abs().max() > 1e-3
 
 
@@ -183,11 +183,11 @@ def test_a_training_step_and_loaded_weights_are_noticed():
     model, tokens = model_of(7), ids(1)
     packed(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    model(tokens).square().mean().backward()
+    model.predict(tokens).square().mean().backward()
     optimizer.step()
-    close(packed(model)(tokens), model(tokens).detach())
+    close(packed(model)(tokens), model.predict(tokens).detach())
     model.load_state_dict(model_of(8).state_dict())
-    close(packed(model)(tokens), model(tokens).detach())
+    close(packed(model)(tokens), model.predict(tokens).detach())
 
 
 def test_what_is_not_plain_keeps_its_own_path():

@@ -86,15 +86,15 @@ def test_kernels_agree_and_hide_what_the_rule_hides(name, padded, uncompiled):
         valid[1, 0] = False  # nothing says that padding is on the right
     options = {"visible": rule, "valid": valid if padded else None}
     with torch.inference_mode():
-        out = {k: model(tokens, **options) for k, model in kernels.items()}
+        out = {k: model.predict(tokens, **options) for k, model in kernels.items()}
         for kernel in ("sdpa", "flex_attention"):
             assert (out[kernel] - out["eager"])[valid].abs().max() < 1e-4, kernel
         model = tiny_model(5, n_layers=1)
-        base = model(tokens, **options)
+        base = model.predict(tokens, **options)
         for k in range(13):
             changed = tokens.clone()
             changed[:, k] = (changed[:, k] + 1) % 39
-            moved = (model(changed, **options) - base).abs().amax(-1) > 1e-9
+            moved = (model.predict(changed, **options) - base).abs().amax(-1) > 1e-9
             for b in range(2):
                 for q in range(13):
                     if valid[b, q] and q != k:
@@ -108,8 +108,8 @@ def test_masked_out_is_the_same_as_absent(kernel, uncompiled):
     tokens = torch.randint(0, 39, (1, 10), generator=torch.Generator().manual_seed(2))
     valid = torch.tensor([[True] * 7 + [False] * 3])
     with torch.inference_mode():
-        alone = model(tokens[:, :7])
-        padded = model(tokens, valid=valid)[:, :7]
+        alone = model.predict(tokens[:, :7])
+        padded = model.predict(tokens, valid=valid)[:, :7]
     assert (alone - padded).abs().max() < 1e-4
 
 
@@ -124,8 +124,8 @@ def test_kernels_agree_on_some_slots_with_a_cache(changes, uncompiled):
         model = tiny_model(7, attn_implementation=kernel, dtype=torch.float32, **changes)
         cache = KVCache(2, 10)
         with torch.inference_mode():
-            model(tokens, everywhere, cache=cache, valid=valid)
-            found.append(model(tokens.gather(1, slots) // 2, slots, cache=cache, valid=valid))
+            model.predict(tokens, everywhere, cache=cache, valid=valid)
+            found.append(model.predict(tokens.gather(1, slots) // 2, slots, cache=cache, valid=valid))
     for other in found[1:]:
         assert (other - found[0]).abs().max() < 1e-4
 
@@ -137,4 +137,4 @@ def test_flex_attention_on_a_cpu_needs_no_compiler():
         for length in (13, 7, 10):
             tokens = torch.arange(length)[None]
             valid = torch.arange(length)[None] < length - 1
-            assert model(tokens, valid=valid).isfinite().all()
+            assert model.predict(tokens, valid=valid).isfinite().all()

@@ -198,9 +198,9 @@ def test_every_form_of_places():
     """Indices (B, M) and all places (B, Q), in row order."""
     model, tokens = model_of(), torch.arange(10).view(2, 5)
     for keep in (None, torch.tensor([[0, 3], [4, 1]])):
-        logits = model(tokens, logits_to_keep=keep).flatten(0, 1)
+        logits = model.predict(tokens, logits_to_keep=keep).flatten(0, 1)
         truth, weight = torch.arange(len(logits)), torch.rand(len(logits))
-        found = model(tokens, logits_to_keep=keep, targets=Targets(truth, weight, 3))
+        found = model.predict(tokens, logits_to_keep=keep, targets=Targets(truth, weight, 3))
         for one, other in zip(found, weighted_sum(logits, truth, weight), strict=True):
             assert torch.allclose(one, other, rtol=1e-5)
 

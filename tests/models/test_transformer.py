@@ -49,7 +49,7 @@ def test_equals_a_second_implementation(changes):
     model = tiny_model(1, **changes)
     tokens = ids(2, 11)
     with torch.inference_mode():
-        logits = model(tokens)
+        logits = model.predict(tokens)
     network = oracle.Network.of(model)
     assert logits.shape == (2, 11, model.config.embedding_size)
     for row in range(2):
@@ -62,39 +62,39 @@ def test_embedding_norm_and_scaled_logits():
     plain, scaled = tiny_model(1), tiny_model(1, scale_logits=True)
     tokens = ids(1, 6)
     with torch.inference_mode():
-        assert torch.allclose(scaled(tokens) * 32**0.5, plain(tokens))
+        assert torch.allclose(scaled.predict(tokens) * 32**0.5, plain.predict(tokens))
         normed = tiny_model(1, input_emb_norm=True)
         plain.model.transformer.wte.weight.mul_(32**0.5)
-        assert torch.allclose(normed(tokens), plain(tokens))
+        assert torch.allclose(normed.predict(tokens), plain.predict(tokens))
 
 
 def test_logits_to_keep():
     model, tokens = tiny_model(2), ids(2, 9)
     with torch.inference_mode():
-        everything = model(tokens)
+        everything = model.predict(tokens)
         flat = torch.zeros(2, 9, dtype=torch.bool)
         flat[0, [1, 4]] = flat[1, 8] = True
-        got = model(tokens, logits_to_keep=flat)
+        got = model.predict(tokens, logits_to_keep=flat)
         assert got.shape == (3, 40)
         assert torch.allclose(got, torch.stack([everything[0, 1], everything[0, 4], everything[1, 8]]))
         picked = torch.tensor([[3, 0], [8, 8]])
-        got = model(tokens, logits_to_keep=picked)
+        got = model.predict(tokens, logits_to_keep=picked)
         assert got.shape == (2, 2, 40)
         assert torch.allclose(got[0], everything[0, [3, 0]])
         assert torch.allclose(got[1], everything[1, [8, 8]])
-        assert model(tokens, logits_to_keep=torch.zeros(2, 9, dtype=torch.bool)).shape == (0, 40)
+        assert model.predict(tokens, logits_to_keep=torch.zeros(2, 9, dtype=torch.bool)).shape == (0, 40)
 
 
 def test_positions_are_per_row():
     """Rotary attention depends on differences of positions alone, and each row has its own."""
     model, tokens = tiny_model(3), ids(2, 7)
     with torch.inference_mode():
-        plain = model(tokens)
-        moved = model(tokens, torch.arange(7) + torch.tensor([[0], [31]]))
+        plain = model.predict(tokens)
+        moved = model.predict(tokens, torch.arange(7) + torch.tensor([[0], [31]]))
         assert (moved - plain).abs().max() < 1e-9
         order = torch.tensor([[6, 5, 4, 3, 2, 1, 0], [0, 2, 4, 6, 8, 10, 12]])
-        other = model(tokens, order)
-        reversed_row = model(tokens[:1].flip(1))
+        other = model.predict(tokens, order)
+        reversed_row = model.predict(tokens[:1].flip(1))
         assert (other[0] - reversed_row[0].flip(0)).abs().max() < 1e-9
         assert (other[1] - plain[1]).abs().max() > 1e-3
 
@@ -103,12 +103,12 @@ def test_positions_are_per_row():
 def test_dtype_of_weights_is_dtype_of_logits(dtype, fixtures):
     model, _ = dlm.load(fixtures / "mha", dtype=dtype)
     with torch.inference_mode():
-        logits = model(ids(1, 5))
+        logits = model.predict(ids(1, 5))
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert logits.dtype == dtype
     want = load_file(fixtures / "mha" / "logits.safetensors")
     with torch.inference_mode():
-        error = (model(want["input_ids"]) - want["logits"]).abs()
+        error = (model.predict(want["input_ids"]) - want["logits"]).abs()
     if dtype == torch.bfloat16:
         assert error.mean() < 0.02 * want["logits"].std()
     else:
@@ -122,7 +122,7 @@ def test_gradients_and_checkpointing_agree():
         model = tiny_model(4).train()
         if checkpointing:
             model.gradient_checkpointing_enable()
-        model(tokens).square().mean().backward()
+        model.predict(tokens).square().mean().backward()
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert torch.allclose(*grads)
     assert grads[0].abs().max() > 0
@@ -151,7 +151,7 @@ def test_save_and_load_give_the_same_model(tmp_path, changes):
     again, _ = dlm.load(tmp_path)
     tokens = ids(1, 9)
     with torch.inference_mode():
-        assert torch.allclose(again(tokens), model(tokens), rtol=0, atol=1e-12)
+        assert torch.allclose(again.predict(tokens), model.predict(tokens), rtol=0, atol=1e-12)
     old, new = model.config.to_dict(), again.config.to_dict()
     for name in ("_name_or_path", "torch_dtype"):
         old.pop(name, None), new.pop(name, None)
@@ -236,7 +236,7 @@ def test_attn_implementation_is_taken(fixtures, kernel):
     assert model.config._attn_implementation == kernel
     want = load_file(fixtures / "mha" / "logits.safetensors")
     with torch.inference_mode():
-        assert (model(want["input_ids"]) - want["logits"]).abs().max() < 1e-4
+        assert (model.predict(want["input_ids"]) - want["logits"]).abs().max() < 1e-4
 
 
 def test_unknown_attn_implementation(fixtures):

@@ -73,7 +73,7 @@ def one_forward_a_block(model, examples, batch, noise, block_length):
             end = min(start + block_length, len(tokens))
             row = tokens[:end].clone()
             row[start:][masked[start:end]] = MASK
-            logits = model(row[None], visible=block_causal(block_length))[0]
+            logits = model.predict(row[None], visible=block_causal(block_length))[0]
             ce = F.cross_entropy(logits[start:].double(), tokens[start:end], reduction="none")
             total = total + (ce * weight[start:end])[masked[start:end]].sum()
     return total
@@ -109,7 +109,7 @@ def test_blocks_of_one_token_are_the_autoregressive_loss():
             tokens = torch.from_numpy(example.tokens)
             for place in range(1, len(tokens)):
                 row = torch.cat([tokens[:place], torch.tensor([MASK])])
-                nll -= float(model(row[None], visible=block_causal(1))[0, -1].log_softmax(-1)[tokens[place]])
+                nll -= float(model.predict(row[None], visible=block_causal(1))[0, -1].log_softmax(-1)[tokens[place]])
         loss = block_diffusion(model, batch, noise, MASK)
     assert float(loss.total) == pytest.approx(nll, rel=1e-6)
 

@@ -179,7 +179,7 @@ def test_lladas_estimator_has_the_same_mean():
         for row, count in enumerate(counts):
             masked[row, 3 + torch.randperm(length, generator=generator)[:count]] = True
         with torch.no_grad():
-            logits = model(tokens.masked_fill(masked, MASK))
+            logits = model.predict(tokens.masked_fill(masked, MASK))
         ce = torch.nn.functional.cross_entropy(logits[masked], tokens[masked], reduction="none")
         rate = (counts / length)[:, None].expand_as(tokens)[masked]
         values.append(float((ce / rate).sum()) / batch)
@@ -206,7 +206,7 @@ def test_more_draws_until_the_error_is_small_enough():
 def test_one_token_is_exact():
     model = tiny_model(0)
     with torch.no_grad():
-        wanted = -model(torch.tensor([[5, 6, MASK]])).log_softmax(-1)[0, 2, 11]
+        wanted = -model.predict(torch.tensor([[5, 6, MASK]])).log_softmax(-1)[0, 2, 11]
     for name in ("count", "uniform", "stratified", "chain", "block"):
         [found] = bound(model, [answer([5, 6], [11])], LikelihoodConfig(name), mask_id=MASK)
         assert found.nats == pytest.approx(float(wanted))
@@ -240,8 +240,8 @@ def test_guidance_by_hand():
     """l = u + (w + 1)(c - u), the prompt masked in u: with one token to score."""
     model, scale = tiny_model(0), 2.0
     with torch.no_grad():
-        told = model(torch.tensor([[5, 6, MASK]]))[0, 2]
-        untold = model(torch.tensor([[MASK, MASK, MASK]]))[0, 2]
+        told = model.predict(torch.tensor([[5, 6, MASK]]))[0, 2]
+        untold = model.predict(torch.tensor([[MASK, MASK, MASK]]))[0, 2]
     wanted = -(untold + 3 * (told - untold)).log_softmax(-1)[11]
     [found] = bound(model, [answer([5, 6], [11])], LikelihoodConfig(cfg_scale=scale), mask_id=MASK)
     assert found.nats == pytest.approx(float(wanted)) and found.evaluations == 2

@@ -122,9 +122,9 @@ def test_what_is_not_scored_has_no_loss():
     model = tiny_model()
     forward = model.forward
 
-    def watched(*args, **options):
-        asked.append(options["logits_to_keep"])
-        return forward(*args, **options)
+    def watched(*, call):
+        asked.append(call.logits_to_keep)
+        return forward(call=call)
 
     model.forward = watched
     noise = draw_noise(batch, NoiseSettings(decoding_share=1.0, decoding_block=2), seed=0)

@@ -14,7 +14,7 @@ from tests.helpers.toys import MASK, Recorder, tiny_model
 
 
 def logits_of(model):
-    return lambda tokens, valid, keep: model(tokens, visible=causal, logits_to_keep=keep)
+    return lambda tokens, valid, keep: model.predict(tokens, visible=causal, logits_to_keep=keep)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -40,7 +40,7 @@ def test_greedy_by_hand():
     model, row = tiny_model(0), [5, 6]
     with torch.no_grad():
         for _ in range(6):
-            row.append(int(model(torch.tensor([row]), visible=causal)[0, -1].argmax()))
+            row.append(int(model.predict(torch.tensor([row]), visible=causal)[0, -1].argmax()))
     assert generate(model, [[5, 6]], 6).sequences[0].tolist() == row[2:]
     stopped = generate(model, [[5, 6]], 6, eos_token_ids=[row[3]])
     assert stopped.sequences[0].tolist() == [row[2]] + [row[3]] * 5 and stopped.nfe.tolist() == [2]
@@ -67,7 +67,7 @@ def test_likelihood_is_the_objective():
     nothing = likelihood(logits_of(model), [Example(np.array([4]), np.array([True]), 0)])
     assert (nothing[0].nats, nothing[0].tokens) == (0, 0)
     with torch.no_grad():
-        p = model(torch.tensor([[5, 6, 1, 2]]), visible=causal).log_softmax(-1)[0]
+        p = model.predict(torch.tensor([[5, 6, 1, 2]]), visible=causal).log_softmax(-1)[0]
     wanted = -(p[1, 1] + p[2, 2] + p[3, 3])
     assert found[0].nats == pytest.approx(float(wanted))
     assert MASK not in examples[0].tokens

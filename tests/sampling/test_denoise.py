@@ -322,8 +322,8 @@ def test_guidance_is_the_formula(tiny, method):
     canvas = Canvas.from_prompts([prompt], 4, MASK)
     tokens = canvas.tokens
     with torch.inference_mode():
-        c = tiny(tokens)[0, 3:]
-        u = tiny(torch.full_like(tokens, MASK))[0, 3:]
+        c = tiny.predict(tokens)[0, 3:]
+        u = tiny.predict(torch.full_like(tokens, MASK))[0, 3:]
     logits = u + (w + 1) * (c - u)
     logits[:, MASK] = -math.inf
     config = SamplingConfig(gen_length=4, block_length=4, steps=1, cfg_scale=w, method=method)

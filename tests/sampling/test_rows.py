@@ -159,7 +159,7 @@ def test_no_cached_key_of_an_edited_place_is_read(method):
     for i in openings:
         before = states[i - 1].canvas
         with torch.no_grad():
-            logits = model(before.tokens.clone())
+            logits = model.predict(before.tokens.clone())
         logits[..., MASK] = -torch.inf
         here = states[i].committed
         assert torch.equal(states[i].canvas.tokens[here], logits.argmax(-1)[here])

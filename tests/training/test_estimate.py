@@ -50,7 +50,7 @@ def test_operations_are_those_that_torch_counts(frozen):
     tokens, keep = torch.randint(3, 96, (2, 32)), torch.zeros(2, 32, dtype=torch.bool)
     keep[:, ::2] = True
     with FlopCounterMode(display=False) as counter:
-        model(tokens, logits_to_keep=keep).sum().backward()
+        model.predict(tokens, logits_to_keep=keep).sum().backward()
     assert counter.get_total_flops() == training_flops(model.config, 64, 32, 32, frozen=frozen)
 
 
@@ -70,7 +70,7 @@ def saved_bytes(layers, checkpointing=False, width=64):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
-        model(torch.randint(3, 96, (1, width)))
+        model.predict(torch.randint(3, 96, (1, width)))
     copies = 0 if checkpointing else 2 * block_parameters(model.config)
     return (sum(sizes.values()) - copies) / width
 

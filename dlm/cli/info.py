@@ -29,18 +29,20 @@ def info(argv: Sequence[str]) -> int:
     unknown = "not on this machine"
     grouped = "" if facts["heads"] == facts["kv_heads"] else f", {facts['kv_heads']} for keys"
     tokens = f", of which the tokenizer uses {facts['tokenizer']:,}" if facts["tokenizer"] else ", no tokenizer"
+    masks, seen = facts["mask_id"] is not None, "full" if facts["methods"] else "causal"
     lines = {
         "checkpoint": facts["path"],
         "family": facts["family"],
+        "objective": facts["objective"],
         "parameters": f"{facts['parameters']:,}" if facts["parameters"] else unknown,
         "on disk": f"{facts['bytes'] / 2**20:,.1f} MiB, {facts['dtype']}" if facts["bytes"] else unknown,
         "shape": f"{facts['layers']} layers, width {facts['width']}, {facts['heads']} heads{grouped}",
         "vocabulary": f"{facts['vocabulary']:,} tokens{tokens}",
-        "mask": f"id {facts['mask_id']}" + (f", {facts['mask_token']}" if facts["mask_token"] else ""),
+        "mask": ", ".join([f"id {facts['mask_id']}", *filter(None, [facts["mask_token"]])]) if masks else "none",
         "max length": f"{facts['max_length']:,} tokens",
-        "attention": f"block-causal, blocks of {facts['block_length']}" if facts["block_causal"] else "full",
+        "attention": f"block-causal, blocks of {facts['block_length']}" if facts["block_causal"] else seen,
         "chat": "has a chat template" if facts["chat_template"] else "no chat template",
-        "methods": ", ".join(facts["methods"]),
+        "methods": ", ".join(facts["methods"]) or "none: it predicts the next token, and cannot fill in masks",
         "defaults": ", ".join(f"{name} {value}" for name, value in facts["defaults"].items()) or "dlm's own",
     }
     for name, text in lines.items():

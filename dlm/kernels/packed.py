@@ -39,6 +39,7 @@ __all__ = ["Direct", "Packed", "packed", "packed_alone"]
 LARGEST = 4e9  # bytes of weights on a CPU; a copy of a larger model may not fit beside it
 TOLD = 1e9  # bytes of weights on a CPU from which a second copy of them is worth a word
 SPARE = 0.8  # of a GPU's free memory, which the copies may take
+TURNS = 2**17  # slots whose rotary angles are there from the start, where the model reads so many
 SAMPLED = 8  # numbers of a weight that are compared before every use
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 WIDEST = 2**24  # scores that attention in bf16 holds at once; beyond it the fused kernel, which holds none
@@ -316,9 +317,10 @@ class Packed:
         if release and not tied:
             _let_go(transformer.ff_out)
         device = self.embedding.device
-        # exp(i angle), (T', D / 2), of all slots from the start: a recorded pass (`Graphs`) reads this memory
-        cos, sin = rotary_angles(torch.arange(config.max_sequence_length, device=device), config.rotary, torch.float32)
-        self.turns = F.pad(torch.complex(cos, sin)[:, 0], (0, (self.size - config.rotary.size) // 2), value=1)
+        # exp(i angle), (T', D / 2), of many slots from the start: a recorded pass (`Graphs`) reads this memory, so that
+        # a table that became too short is kept beside the longer one.
+        self.limit, self.shorter = config.max_sequence_length, []
+        self.turns = self._table(min(self.limit, TURNS))
         self.fixed_shapes = device.type == "cuda"  # a GPU's libraries make a plan for each number of places asked about
         self.additive = device.type == "cuda"
 
@@ -342,9 +344,12 @@ class Packed:
         if self.scale_in is not None:
             x = x * self.scale_in
         keys = queries if cache is None else cache.length
-        if keys > len(self.turns):
-            limit = len(self.turns)
-            raise ValueError(f"{keys} slots are above the model's max_sequence_length {limit}: give it fewer tokens")
+        if keys > self.limit:
+            raise ValueError(
+                f"{keys} slots are above the model's max_sequence_length {self.limit}: give it fewer tokens"
+            )
+        if self.limit > len(self.turns):
+            self._lengthen(keys if cache is not None or positions is None else int(positions.max()) + 1)
         slots = None if cache is None else positions
         mask = attention_mask("sdpa", visible, valid, slots, (batch, queries, keys), tokens.device)
         asked = logits_to_keep if logits_to_keep is not None and logits_to_keep.dtype != torch.bool else None
@@ -434,6 +439,18 @@ class Packed:
             return _Where(positions, None)
         turns = self.turns[None, :queries] if positions is None else self.turns[positions]
         return _Where(positions, turns[:, :, None])
+
+    def _table(self, slots: int) -> Tensor:
+        """exp(i angle) of the first slots, (T', D / 2)."""
+        rotary = self.config.rotary
+        cos, sin = rotary_angles(torch.arange(slots, device=self.device), rotary, torch.float32)
+        return F.pad(torch.complex(cos, sin)[:, 0], (0, (self.size - rotary.size) // 2), value=1)
+
+    def _lengthen(self, slots: int) -> None:
+        """Makes the table long enough for so many slots."""
+        if slots > len(self.turns):
+            self.shorter.append(self.turns)
+            self.turns = self._table(min(self.limit, 2 * slots))
 
     def _bias(self, mask: Tensor | None, x: Tensor) -> Tensor | None:
         """The mask (B, 1, Q, T) for `attention`: for every head of a group, and on a GPU as what is added to scores,

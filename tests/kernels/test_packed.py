@@ -149,6 +149,18 @@ def test_a_row_is_what_it_is_alone():
         assert together == [dlm.generate(model, [prompt], config).sequences[0].tolist() for prompt in prompts]
 
 
+def test_a_model_that_reads_very_many_slots_takes_no_memory_for_them(monkeypatch):
+    """A table of rotary angles for each of max_sequence_length slots was gigabytes for 10^9; it grows when needed."""
+    monkeypatch.setattr(packing, "TURNS", 4)
+    model, far = model_of(4), model_of(4, max_sequence_length=10**9)
+    tokens, slots = ids(1), torch.arange(LENGTH)[None] + 60
+    copy = packed(far)
+    assert len(copy.turns) == 4
+    close(copy(tokens), packed(model)(tokens))
+    close(copy(tokens, slots), far(tokens, slots))
+    assert len(copy.turns) == 2 * (60 + LENGTH) and len(copy.shorter) == 2
+
+
 # ---------------------------------------------------------------- weights that change, and models that are not packed
 
 

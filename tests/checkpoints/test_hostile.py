@@ -1,0 +1,95 @@
+"""No code of a checkpoint ever runs, whatever its files ask for and whatever stands on standard input."""
+
+import io
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import dlm
+from dlm.cli.main import main
+from tests.helpers import commandline, recipes
+from tests.helpers.commandline import make_checkpoint
+
+tokenizer, fresh = commandline.tokenizer, recipes.fresh  # fixtures
+EVIL = "import pathlib\npathlib.Path({marker!r}).write_text('ran')\nclass Evil:\n    pass\n"
+ASKS = {
+    "AutoConfig": "evil.Evil", "AutoModel": "evil.Evil", "AutoModelForCausalLM": "evil.Evil",
+    "AutoModelForMaskedLM": "evil.Evil", "AutoTokenizer": ["evil.Evil", "evil.Evil"],
+}  # fmt: skip
+
+
+def poison(folder, marker, *, family="llada", whole=True):
+    """Files that ask for the folder's own Python; whole: the tokenizer needs none."""
+    (folder / "evil.py").write_text(EVIL.format(marker=str(marker)))
+    for name, more in (("config.json", {"model_type": family}), ("tokenizer_config.json", {"tokenizer_class": "Evil"})):
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(content | more | {"auto_map": ASKS}))
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text(EVIL.format(marker=str(marker)))
+    if not whole:
+        (folder / "tokenizer.json").rename(folder / "vocab.json")
+    return folder
+
+
+COMMANDS = [
+    ["generate", "x", "--gen-length", "2", "--model", "{model}"],
+    ["infill", "a ___", "--model", "{model}"],
+    ["chat", "--model", "{model}", "--gen-length", "2"],
+    ["info", "{model}"],
+    ["train", "sft", "--data", "{data}", "--output", "{out}", "--max-steps", "1", "--model", "{model}"],
+    ["train", "pretrain", "--data", "{data}", "--output", "{out}", "--max-steps", "1", "--tokenizer", "{model}"],
+    ["eval", "perplexity", "--data", "{data}", "--draws", "2", "--model", "{model}"],
+    ["eval", "generative", "--model", "{model}", "--judge", "{model}"],
+    [
+        "eval",
+        "compare",
+        "--data",
+        "{data}",
+        "--stories",
+        "{data}",
+        "--out",
+        "{out}.json",
+        "--model",
+        "{model}",
+        "--twin",
+        "{model}",
+    ],
+    ["eval", "harness", "--tasks", "no_such_task", "--model_args", "pretrained={model}"],
+    ["bench", "grid", "--model", "{model}", "--judge", "{model}", "--gen-length", "2", "--out", "{out}.json"],
+    ["bench", "speed", "--model", "{model}", "--cells", "none:2:2", "--gen-length", "2", "--repeats", "1"],
+]
+
+
+@pytest.mark.parametrize("kind", ["known", "unknown family", "tokenizer of Python alone"])
+@pytest.mark.parametrize("words", COMMANDS, ids=lambda words: " ".join(words[:2]))
+def test_no_code_of_a_checkpoint_runs(words, kind, tmp_path, tokenizer, monkeypatch, capsys):
+    """transformers asked on the terminal, and "y" was taken from standard input: in `dlm chat` the first message."""
+    if words[1] == "harness":
+        pytest.importorskip("lm_eval")
+    marker, data = tmp_path / "marker", tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "The cat", "response": "sat.", "text": "The cat sat."}\n' * 4)
+    options = {"known": {}, "unknown family": {"family": "evil"}, "tokenizer of Python alone": {"whole": False}}[kind]
+    model = poison(make_checkpoint(tmp_path / "model", tokenizer), marker, **options)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 20))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    code = main([word.format(model=model, data=data, out=tmp_path / "out") for word in words])
+    out, error = capsys.readouterr()
+    assert not marker.exists() and "Do you wish to run" not in out + error
+    assert code in (0, 2) and "Traceback" not in error and "trust_remote_code" not in error
+    if kind == "unknown family":
+        assert code == 2 or "--tokenizer" in words
+
+
+def test_every_call_of_from_pretrained_says_so():
+    """`trust_remote_code=False` stands in each call of transformers' auto classes: without it they ask."""
+    root = Path(dlm.__file__).parents[1]
+    calls = [
+        (file, match[0])
+        for folder in ("dlm", "train", "eval", "benchmarks")
+        for file in (root / folder).rglob("*.py")
+        for match in re.finditer(r"Auto\w+\.from_pretrained\((?:[^()]|\([^()]*\))*\)", file.read_text(encoding="utf-8"))
+    ]
+    assert calls and all("trust_remote_code=False" in call for _, call in calls), calls

@@ -157,7 +157,7 @@ def test_a_model_that_reads_very_many_slots_takes_no_memory_for_them(monkeypatch
     copy = packed(far)
     assert len(copy.turns) == 4
     close(copy(tokens), packed(model)(tokens))
-    close(copy(tokens, slots), far(tokens, slots))
+    close(copy(tokens, slots), far.predict(tokens, slots))
     assert len(copy.turns) == 2 * (60 + LENGTH) and len(copy.shorter) == 2
 
 

@@ -11,6 +11,7 @@ from dlm.utils.names import check_name
 __all__ = [
     "COMMIT_NAMES",
     "CONFIDENCE_NAMES",
+    "GROW_NAMES",
     "METHOD_NAMES",
     "NEEDS",
     "NOISE_NAMES",
@@ -33,6 +34,7 @@ REMASK_NAMES = ("cap", "rescale", "confidence", "loop")  # remask.REMASKS
 NOISE_NAMES = ("linear", "cosine", "polynomial", "geometric")  # objectives.noise.NOISE_SCHEDULES
 CONFIDENCE_NAMES = ("probability", "margin", "entropy", "random")  # propose.CONFIDENCES
 REVISION_NAMES = ("none", "edit", "remask", "verify")  # revise.REVISIONS
+GROW_NAMES = ("none", "block")
 SEARCH_NAMES = ("greedy", "viterbi")
 SPLIT_NAMES = ("remainder_first", "rounded", "time")  # schedule.SPLITS
 ALIGNMENTS = ("start", "prompt")
@@ -81,6 +83,7 @@ SAMPLING: dict[str, tuple[Callable, str]] = {
     "top_k": (int, "only the K most probable tokens"),
     "top_p": (float, "only the most probable tokens that make up P"),
     "cfg_scale": (float, "strength of classifier-free guidance"),
+    "grow": (str, "none or block: block adds blocks until end-of-text, --gen-length at most"),
     "regex": (str, "a pattern that the whole text matches"),
     "json_schema": (schema_file, "a file with a JSON schema that the whole text fits"),
     "choices": (words, "texts between commas, of which the whole text is one"),
@@ -138,6 +141,8 @@ class SamplingConfig:
     order_temperature: above 0 places are drawn without replacement by softmax(confidence / T) (Dream's alg_temp).
     temperature: 0 takes the most probable token, above 0 samples. top_k, top_p: which tokens may be sampled.
     cfg_scale: w of classifier-free guidance, l = u + (w + 1)(c - u); 0 is none, and costs nothing.
+    grow: `block` shows the model one block more at a time and ends a row after the block that holds end-of-text;
+        gen_length is then the limit.
     regex, json_schema (its text), choices: what the whole region must match, one of the three; end-of-text fills what
         is left. constraint_search: `greedy` proposes token by token, `viterbi` the most probable text that matches.
     seed: row i uses seed + i; a tuple gives one a row.
@@ -177,6 +182,7 @@ class SamplingConfig:
     top_p: float | None = None
     cfg_scale: float = 0.0
     window: int = 16
+    grow: str = "none"
     regex: str | None = None
     json_schema: str | None = None
     choices: tuple[str, ...] | None = None
@@ -195,6 +201,9 @@ class SamplingConfig:
         check_name("split", self.split, SPLIT_NAMES)
         check_name("align", self.align, ALIGNMENTS)
         check_name("revise", self.revise, REVISION_NAMES)
+        check_name("grow", self.grow, GROW_NAMES)
+        if self.grow == "block" and self.method == "c2f":
+            raise ValueError("grow 'block' adds blocks from left to right, and method 'c2f' has none: leave one out")
         check_name("constraint_search", self.constraint_search, SEARCH_NAMES)
         if self.confidence is not None:
             check_name("confidence", self.confidence, CONFIDENCE_NAMES)

@@ -126,6 +126,8 @@ def run_pass(batch: Batch, rows: list[Row], pages: Pages) -> None:
     plan = plan_pass(batch, rows)
     request, eligible = request_of(batch, rows, plan)
     canvas = batch.canvas if request.rows is None else batch.canvas.rows(plan.index)
+    if rows[0].config.grow == "block" and plan.positions is None:
+        canvas, request = without_hidden(canvas, request, cached=rows[0].method.cached)
     cache = batch.cache if rows[0].method.cached else None
     shadow, visible = None, visible_to(rows)
     if rows[0].revision is not None and rows[0].revision.shadows:
@@ -241,6 +243,17 @@ def commit(
     pages.confidence[where] = confidence.float().masked_fill(~chosen, 0.0)  # torch.where copies its 0.0 to a GPU
 
 
+def without_hidden(canvas: Canvas, request: Request, *, cached: bool) -> tuple[Canvas, Request]:
+    """The canvas and the request of a pass over rows that grow, up to the last slot that any of them shows."""
+    extent = int(canvas.valid.any(dim=0).nonzero().max()) + 1
+    if cached:
+        positions = torch.arange(extent, device=canvas.tokens.device).repeat(len(canvas.tokens), 1)
+        return canvas, replace(request, positions=positions)
+    part = {name: getattr(canvas, name)[:, :extent] for name in ("tokens", "editable", "valid")}
+    valid = None if request.valid is None else request.valid[:, :extent]
+    return replace(canvas, **part), replace(request, valid=valid)
+
+
 def note_likely(batch: Batch, rows: list[Row], request: Request, logits: Tensor, pages: Pages) -> None:
     """Writes the most probable tokens at the places asked about into `pages`."""
     log_p = guided(*branches(logits, rows[0].config), rows[0].config).log_softmax(dim=-1)
@@ -269,6 +282,8 @@ def advance(batch: Batch, active: list[Row], pages: Pages) -> None:
             row.advance(committed[row.index], masked[row.index], revised[row.index])
         else:
             row.advance(row.quota)
+        if row.config.grow == "block" and row.turn == 0 and not row.done:
+            batch.open_block(row)
 
 
 def stop_ended(batch: Batch, rows: list[Row]) -> None:

@@ -244,7 +244,8 @@ class Batch:
         revised = REVISIONS[config.revise] is not None and not method.coarse
         layout, sizes = lay_out(canvas, block_length, visible, revised=revised, offsets=offsets)
         starts_masked = first_masked(layout, canvas.masked)
-        lengths, seeds, rules = canvas.valid.sum(dim=1).tolist(), config.row_seeds(count), replace(config, seed=0)
+        shown = first_block(canvas, layout, eos) if config.grow == "block" else canvas
+        lengths, seeds, rules = shown.valid.sum(dim=1).tolist(), config.row_seeds(count), replace(config, seed=0)
         written: list[Written | None] = [None] * count
         for i, here in enumerate(constraints or ()):
             if here:
@@ -286,9 +287,20 @@ class Batch:
             joined.append(row)
             self._serial += 1
         self.width = max(self.width, slots)
-        self._place(canvas, torch.full_like(layout, -1) if method.coarse else layout, joined, extra)
+        self._place(shown, torch.full_like(layout, -1) if method.coarse else layout, joined, extra)
         self.lag = int(device.type != "cpu")  # a GPU is asked about a turn while it works on the next one
         return joined
+
+    def open_block(self, row: Row) -> None:
+        """Shows a row that grows its next block, or ends it where what is written holds end-of-text."""
+        valid = self.canvas.valid.clone()
+        ours = self.canvas.tokens[row.index][self.canvas.editable[row.index] & valid[row.index]].tolist()
+        if set(ours) & set(row.eos):
+            row.end()
+            return
+        valid[row.index] |= self.layout[row.index] == row.block
+        row.length = int(valid[row.index].sum())
+        self.canvas = replace(self.canvas, valid=valid)
 
     def leave(self, row: Row) -> None:
         """Removes a row, done or not; its index is free for one that joins."""
@@ -381,6 +393,19 @@ def first_masked(layout: Tensor, masked: Tensor) -> list[list[bool]]:
         first = first.scatter_reduce(0, row[inside], slots[inside], "amin")
         found.append(here[first].tolist())
     return found
+
+
+def first_block(canvas: Canvas, layout: Tensor, eos: Sequence[int]) -> Canvas:
+    """The canvas of rows that grow: what is given and the first block of each, the others hidden.
+
+    Raises ValueError where no end-of-text is known, or text stands behind the region.
+    """
+    if not eos:
+        raise ValueError("grow ends a text at its end-of-text, and the checkpoint names none: give eos_token_id")
+    behind = canvas.given & (canvas.masked.cumsum(dim=1) > 0)
+    if bool(behind.any()):
+        raise ValueError("grow 'block' goes on with a text, and here text stands behind a blank: leave it out")
+    return replace(canvas, valid=canvas.valid & (layout <= 0))
 
 
 def _grown(x: Tensor, rows: int, slots: int, value: int) -> Tensor:

@@ -19,8 +19,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from dlm.benchmarking.cost import (
     ITEMSIZE,
     MACHINES,
@@ -32,14 +30,10 @@ from dlm.benchmarking.cost import (
     memory,
     pass_seconds,
 )
-from dlm.benchmarking.roofline import best, matmul_rate
 from dlm.cli.parser import Parser, check_least
 from dlm.cli.scripts import guarded
 from dlm.cli.workload import clock_of, parse_cell
-from dlm.kernels.linear import kind_for
-from dlm.kernels.packed import packed
 from dlm.models.flops import parameters
-from dlm.models.kv_cache import KVCache
 from dlm.models.shapes import SHAPES, random_model, shape_config
 from dlm.utils.files import write_json
 from dlm.utils.hardware import hardware
@@ -68,6 +62,13 @@ def options() -> Parser:
 
 def this(config_name: str, dtype: str, clock) -> Machine:
     """The machine at hand, by measurements on a processor; the constant is fitted to a pass over 32 slots of 288."""
+    import torch
+
+    from dlm.benchmarking.roofline import best, matmul_rate
+    from dlm.kernels.linear import kind_for
+    from dlm.kernels.packed import packed
+    from dlm.models.kv_cache import KVCache
+
     device, kind = torch.device("cpu"), getattr(torch, dtype)
     x, size = torch.randn(8, 2048, dtype=kind), 2048
     weights = [torch.randn(size, size, dtype=kind) for _ in range(12)]  # more than a cache holds
@@ -146,6 +147,8 @@ def estimates(args: Namespace) -> list[dict]:
 def run(argv: Sequence[str]) -> int:
     """Print a line for each estimate, or for each pass that is checked."""
     args = options().parse(argv)
+    import torch
+
     check_least(args, 1, "prompt_length", "gen_length", "threads")
     if args.check:
         print("\n".join(check(args.check)))

@@ -16,19 +16,21 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 import dlm
 from dlm.benchmarking.charts import Axis, Point, Series, scatter
-from dlm.benchmarking.roofline import Limits, Pass, limits
 from dlm.cli.parser import Parser, check_least
 from dlm.cli.scripts import guarded
 from dlm.cli.workload import clock_of, model_options, open_model
 from dlm.models.flops import parameters
 from dlm.utils.files import write_json
 from dlm.utils.hardware import synchronise
+
+if TYPE_CHECKING:
+    from dlm.benchmarking.roofline import Limits
 
 NAMES = {"block": "block pass", "full": "full pass"}
 
@@ -56,6 +58,8 @@ def check(args: Namespace) -> None:
 
 def turns(model, slots: int, block: int, method: str, passes: int, clock, seed: int) -> list[float]:
     """Seconds of the first `passes` turns of the sampler on a canvas of `slots`, with a block at its end."""
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     given = torch.randint(0, max(1, model.config.vocab_size - 8), (1, slots - block), generator=generator)
     canvas = dlm.Canvas.from_prompts(given, block, model.config.mask_token_id, device=model.device)
@@ -73,6 +77,8 @@ def turns(model, slots: int, block: int, method: str, passes: int, clock, seed: 
 
 def measure(model, slots: int, block: int, repeats: int, limit: Limits, clock, seed: int = 0) -> dict:
     """One canvas: median seconds of a later pass of the block and of a pass of everything, and their floors."""
+    from dlm.benchmarking.roofline import Pass
+
     later = turns(model, slots, block, "dual", block, clock, seed)[1:]  # the first fills the cache
     repeats = min(repeats, block - 1)
     whole = turns(model, slots, block, "none", repeats + 1, clock, seed)[1:]  # the first meets cold memory
@@ -136,8 +142,13 @@ def run(argv: Sequence[str]) -> int:
     """Measure the canvases, the shortest first; rows and chart are on the disk before the next one begins."""
     args = options().parse(argv)
     check(args)
-    lengths, clock, device = sorted(set(args.canvas)), clock_of(args), torch.device(args.device)
-    model, limit = open_model(args, lengths[-1]), limits(args.dtype, device, clock)
+    import torch
+
+    from dlm.benchmarking.roofline import limits
+
+    lengths, clock = sorted(set(args.canvas)), clock_of(args)
+    model, device = open_model(args, lengths[-1]), torch.device(args.device)  # which `open_model` chose
+    limit = limits(args.dtype, device, clock)
     name = args.model or args.config
     print(
         f"{name}: {parameters(model.config) / 1e6:.0f}M parameters, block of {args.block}, {device}, {limit}",

@@ -29,8 +29,7 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-
-import torch
+from typing import TYPE_CHECKING
 
 import dlm
 from dlm.cli.parser import Parser
@@ -39,7 +38,10 @@ from dlm.cli.workload import open_workload, workload_options
 from dlm.utils.files import write_json
 from dlm.utils.names import check_name
 
-Sampler = Callable[[torch.Tensor, int, int, int], torch.Tensor]  # prompt (1, P), gen_length, block, steps -> (1, P + G)
+if TYPE_CHECKING:
+    import torch
+
+Sampler = Callable[["torch.Tensor", int, int, int], "torch.Tensor"]  # prompt (1, P), length, block, steps -> (1, P + G)
 
 
 # ---------------------------------------------------------------- their code, imported from where it lies

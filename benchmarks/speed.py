@@ -15,27 +15,23 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 from unittest import mock
-
-import torch
 
 import dlm
 from dlm.benchmarking.equal import equal_quality
 from dlm.benchmarking.results import read_grid
-from dlm.benchmarking.roofline import Limits, Pass, limits
 from dlm.cli.parser import Parser, check_least
 from dlm.cli.scripts import guarded
 from dlm.cli.workload import open_workload, workload_options
-from dlm.kernels import packed as packing
-from dlm.kernels.cuda_graphs import Graphs
-from dlm.models import transformer
 from dlm.models.flops import parameters, pass_bytes, pass_flops
-from dlm.models.kv_cache import KVCache
-from dlm.models.predictor import as_predictor
-from dlm.sampling import step
-from dlm.sampling.commit import COMMITS
 from dlm.utils.files import write_json
 from dlm.utils.hardware import PeakMemory, synchronise
+
+if TYPE_CHECKING:
+    import torch
+
+    from dlm.benchmarking.roofline import Limits, Pass
 
 # ---------------------------------------------------------------- one cell
 
@@ -47,6 +43,8 @@ class Recorder:
         self.inner, self.passes = inner, passes
 
     def __call__(self, tokens, positions=None, *, cache=None, logits_to_keep=None, **more):
+        from dlm.benchmarking.roofline import Pass
+
         rows, computed = tokens.shape
         asked = computed if logits_to_keep is None else logits_to_keep.shape[1]
         self.passes.append(Pass(rows, computed, computed if cache is None else cache.length, asked))
@@ -58,6 +56,9 @@ class Recorder:
 
 def measure(model, prompts, config, warm_up: int, repeats: int, limit: Limits, clock) -> dict:
     """One cell: the median latency of `generate` and what it follows from."""
+    from dlm.kernels import packed as packing
+    from dlm.models.predictor import as_predictor
+
     device, times, passes = model.device, [], []
     for _ in range(warm_up):
         dlm.generate(model, prompts, config)
@@ -129,6 +130,11 @@ class _Kernels:
 def profile(model, prompts, config, clock=time.perf_counter) -> dict[str, float]:
     """Shares of one generation's time: body, attention, head, confidence, commit, cache, and host (all the rest); of
     passes that are replayed, which hold attention, head and cache, the pass in their place."""
+    from dlm.kernels import packed as packing
+    from dlm.kernels.cuda_graphs import Graphs
+    from dlm.sampling import step
+    from dlm.sampling.commit import COMMITS
+
     watch = Stopwatch(model.device, clock)
     predictor = packing.packed(model)
     dlm.generate(model, prompts, config)
@@ -155,6 +161,10 @@ def profile(model, prompts, config, clock=time.perf_counter) -> dict[str, float]
 
 def _inside(model, predictor, watch: Stopwatch) -> list:
     """What times the parts of a pass: patches."""
+    from dlm.kernels import packed as packing
+    from dlm.models import transformer
+    from dlm.models.kv_cache import KVCache
+
     table = _Kernels(transformer.ALL_ATTENTION_FUNCTIONS, watch)
     patches = [
         mock.patch.object(packing, "attention", watch.around("attention", packing.attention)),
@@ -185,6 +195,10 @@ def _line(row: dict) -> str:
 
 def run(argv: Sequence[str]) -> int:
     """Measure the cells and print a line for each; the rows are on the disk before the next one begins."""
+    import torch
+
+    from dlm.benchmarking.roofline import limits
+
     parser = Parser("bench speed", "[options]", __doc__)
     workload_options(parser)
     parser.add_argument(

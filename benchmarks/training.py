@@ -20,28 +20,26 @@ import time
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from dlm.benchmarking.roofline import matmul_rate
 from dlm.cli.parser import Parser, check_least
 from dlm.cli.scripts import guarded
-from dlm.data.documents import Documents
-from dlm.data.examples import Examples
-from dlm.models.choices import ATTENTION
+from dlm.models.choices import ATTENTION, float_name
 from dlm.models.flops import peak_flops
 from dlm.models.shapes import SHAPES, random_model
-from dlm.objectives.losses import OBJECTIVES
+from dlm.objectives.config import OBJECTIVE_NAMES
 from dlm.training.config import TrainingConfig
 from dlm.training.options import OPTIMIZERS, PRECISIONS
-from dlm.training.trainer import Run
 from dlm.utils.files import write_json
 from dlm.utils.hardware import PeakMemory, synchronise
 from dlm.utils.names import check_name
 
+if TYPE_CHECKING:
+    from dlm.data.examples import Examples
+
 COMPILE = {"off": (False,), "on": (True,), "both": (False, True)}
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def options() -> Parser:
@@ -49,12 +47,12 @@ def options() -> Parser:
     parser = Parser("bench training", "[options]", __doc__)
     add = parser.add_argument
     add("--config", default="25m", metavar="NAME", help=f"{', '.join(SHAPES)} (default: 25m)")
-    add("--objective", default="diffusion", metavar="NAME", help=f"{', '.join(OBJECTIVES)} (default: diffusion)")
+    add("--objective", default="diffusion", metavar="NAME", help=f"{', '.join(OBJECTIVE_NAMES)} (default: diffusion)")
     add("--block-length", type=int, default=32, metavar="N", help="of block_diffusion (default: 32)")
     add("--length", type=int, default=256, metavar="N", help="tokens in a row (default: 256)")
     add("--batch", type=int, default=8, metavar="N", help="rows in a step (default: 8)")
     add("--accumulation", type=int, default=1, metavar="N", help="micro-batches in a step (default: 1)")
-    add("--precision", default="no", metavar="NAME", help=f"{', '.join(PRECISIONS)} (default: no, which is fp32)")
+    add("--precision", default="fp32", metavar="NAME", help=f"{', '.join(PRECISIONS)} (default: fp32)")
     add("--optimizer", default="adamw", metavar="NAME", help=f"{', '.join(OPTIMIZERS)} (default: adamw)")
     add("--ema", type=float, default=0.0, metavar="X", help="decay of a moving average (default: 0, none)")
     add("--compile", default="off", metavar="NAME", help="off, on or both: torch.compile of each layer (default: off)")
@@ -64,7 +62,7 @@ def options() -> Parser:
     add("--steps", type=int, default=10, metavar="N", help="timed steps (default: 10)")
     add("--warm-up", type=int, default=2, metavar="N", help="steps after the first that are not timed (default: 2)")
     add("--threads", type=int, metavar="N", help="of torch on a CPU")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU where there is one")
+    add("--device", metavar="NAME", help="cpu or cuda (default: a GPU where there is one)")
     add("--seed", type=int, default=0, metavar="N", help="of the weights, the tokens and the noise")
     add("--json", metavar="FILE", help="write the rows there")
     return parser
@@ -72,6 +70,8 @@ def options() -> Parser:
 
 def check(args: Namespace) -> None:
     """Errors (ValueError): names that are none, numbers below 1, a device that is not there."""
+    import torch
+
     for name, allowed in (("config", SHAPES), ("compile", COMPILE), ("attn_implementation", ATTENTION)):
         check_name(name, getattr(args, name), allowed)
     check_least(args, 2, "length")
@@ -97,6 +97,9 @@ def settings(args: Namespace, folder: str, compiled: bool, chunk: str) -> Traini
 
 def random_rows(vocabulary: int, rows: int, length: int, seed: int) -> Examples:
     """Examples of exactly `length` random tokens, each a row; the last ids are special ones and left out."""
+    from dlm.data.documents import Documents
+    from dlm.data.examples import Examples
+
     tokens = np.random.default_rng(seed).integers(0, max(1, vocabulary - 8), rows * length).astype(np.uint32)
     starts = np.arange(rows + 1) * length
     return Examples([Documents(tokens, starts, np.ones(len(tokens), dtype=bool), None, len(tokens))], length)
@@ -104,7 +107,10 @@ def random_rows(vocabulary: int, rows: int, length: int, seed: int) -> Examples:
 
 def measure(args: Namespace, config: TrainingConfig, peak: float) -> dict:
     """One variant: seconds of its first step (with compilation), the median of the others, and what follows."""
+    import torch
     from accelerate import Accelerator
+
+    from dlm.training.trainer import Run
 
     device = torch.device(args.device)
     accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=config.precision)
@@ -147,6 +153,11 @@ def line(row: dict) -> str:
 def run(argv: Sequence[str]) -> int:
     """Measure the variants and print a line for each; the rows are on the disk before the next one begins."""
     args = options().parse(argv)
+    import torch
+
+    from dlm.benchmarking.roofline import matmul_rate
+
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check(args)
     variants = list(itertools.product(COMPILE[args.compile], dict.fromkeys(args.loss_chunk)))
     with tempfile.TemporaryDirectory() as folder:
@@ -156,7 +167,7 @@ def run(argv: Sequence[str]) -> int:
         device = torch.device(args.device)
         peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         source = "measured in matrix products" if peak is None else "by the data sheet"
-        peak = peak or matmul_rate(DTYPES[args.precision], device)
+        peak = peak or matmul_rate(getattr(torch, float_name(args.precision)), device)
         print(
             f"{args.config}, {args.objective}, {args.batch} rows of {args.length}, precision {args.precision}, "
             f"{args.optimizer}, {device}, {torch.get_num_threads()} threads: {peak / 1e9:,.0f} GFLOP/s {source}",

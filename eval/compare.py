@@ -17,33 +17,26 @@ import sys
 import time
 from pathlib import Path
 from statistics import median
-
-from dlm.objectives.likelihood import likelihood
+from typing import TYPE_CHECKING
 
 if __package__ in (None, ""):  # `accelerate launch eval/compare.py` from a clone: find dlm/ beside eval/
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-import torch
 
 from dlm.checkpoints.files import TWIN
-from dlm.checkpoints.generation import generate
-from dlm.checkpoints.pretrained import Pretrained
 from dlm.cli.parser import Parser
 from dlm.cli.scripts import guarded
-from dlm.data.examples import Example
 from dlm.data.sources import read_documents
-from dlm.data.windows import CorpusConfig, load_corpus
-from dlm.evaluation.generations import at_entropy, open_writer, quality, write
-from dlm.evaluation.judge import open_judge
-from dlm.evaluation.perplexity import open_scorer, score_corpus, summarise, unscored_bytes
-from dlm.models.attention import causal
-from dlm.objectives.likelihood import Bound, LikelihoodConfig, bound
-from dlm.sampling import autoregressive
 from dlm.sampling.config import SamplingConfig
 from dlm.utils.files import write_json
 from dlm.utils.hardware import commit, hardware, synchronise, versions
 from dlm.utils.stats import Measure
+
+if TYPE_CHECKING:
+    from dlm.checkpoints.pretrained import Pretrained
+    from dlm.data.examples import Example
+    from dlm.objectives.likelihood import Bound
 
 LINE = re.compile(r"[A-Z][^.!?\n]{15,140}[.!?]")  # a sentence, without what speech is quoted with
 CHOICES = 4
@@ -83,6 +76,10 @@ def parse(argv: list[str]):
 
 def likelihoods(args, model: Pretrained, twin: Pretrained) -> list[dict]:
     """Bits per byte of each text: a bound for the model, exact for the twin, in the same windows."""
+    from dlm.data.windows import CorpusConfig, load_corpus
+    from dlm.evaluation.perplexity import open_scorer, score_corpus, summarise, unscored_bytes
+    from dlm.objectives.likelihood import LikelihoodConfig
+
     rows = []
     config = LikelihoodConfig(draws=args.draws, seed=args.seed, batch_size=args.batch_size)
     for path in args.data:
@@ -100,6 +97,9 @@ def likelihoods(args, model: Pretrained, twin: Pretrained) -> list[dict]:
 
 def texts(args, model: Pretrained, twin: Pretrained) -> dict:
     """Judged perplexity over temperatures for both, and at the entropy of held-out text of the same length."""
+    from dlm.evaluation.generations import at_entropy, quality, write
+    from dlm.evaluation.judge import open_judge
+
     judge = open_judge(args.judge or args.twin)
     places, found = [float(part) for part in args.temperatures.split(",")], {}
     stories, beginning = list(read_documents(args.stories)), {}
@@ -125,6 +125,9 @@ def texts(args, model: Pretrained, twin: Pretrained) -> dict:
 
 def latencies(args, model: Pretrained, twin: Pretrained) -> list[dict]:
     """Milliseconds a token of one text, with a cache on both sides: the median of the repeats, settings in turn."""
+    from dlm.checkpoints.generation import generate
+    from dlm.sampling import autoregressive
+
     length, cells = args.gen_length, {}
 
     def diffusion(steps: int):
@@ -156,6 +159,8 @@ def latencies(args, model: Pretrained, twin: Pretrained) -> list[dict]:
 def infilling(args, model: Pretrained, twin: Pretrained) -> dict:
     """The middle of held-out passages given both sides, which the twin cannot see: nats a token, and how many tokens
     of the middle are written right at temperature 0."""
+    from dlm.data.examples import Example
+
     passages, middle = [], 16
     for text in read_documents(args.stories):
         ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -260,17 +265,24 @@ def prompt_of(writer: Pretrained) -> list[int]:
 
 
 def example(before: list[int], target: list[int], after: list[int], index: int) -> Example:
+    from dlm.data.examples import Example
+
     tokens = np.array([*before, *target, *after], dtype=np.int64)
     place = np.arange(len(tokens))
     return Example(tokens, (place >= len(before)) & (place < len(before) + len(target)), index)
 
 
 def model_bounds(args, writer: Pretrained, examples: list[Example]) -> list[Bound]:
+    from dlm.objectives.likelihood import LikelihoodConfig, bound
+
     config = LikelihoodConfig(draws=16, seed=args.seed, batch_size=8 * args.batch_size)
     return bound(writer.model, examples, config, mask_id=writer.mask_id)
 
 
 def twin_values(args, writer: Pretrained, examples: list[Example]) -> list[Bound]:
+    from dlm.models.attention import causal
+    from dlm.objectives.likelihood import likelihood
+
     def logits(tokens, valid, keep):
         return writer.model.predict(tokens, visible=causal, logits_to_keep=keep)
 
@@ -284,6 +296,7 @@ def per_token(bounds: list[Bound]) -> Measure:
 
 def infill(args, writer: Pretrained, rows: list[list[int]]) -> np.ndarray:
     """What is written on the masked places of each row, most confident first, one a pass."""
+    from dlm.checkpoints.generation import generate
     from dlm.sampling.canvas import Canvas
 
     config = SamplingConfig(suppress_eos=bool(writer.end_ids), eos_token_id=writer.end_ids or None)
@@ -297,6 +310,8 @@ def infill(args, writer: Pretrained, rows: list[list[int]]) -> np.ndarray:
 
 def write_all(writer: Pretrained, prompts: list[list[int]], length: int, batch_size: int) -> np.ndarray:
     """`length` likeliest tokens after each prompt."""
+    from dlm.sampling import autoregressive
+
     found = []
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
@@ -322,6 +337,10 @@ PARTS = {
 
 def run(args, argv: list[str]) -> int:
     """Every part that is not yet in the results file, then the table."""
+    import torch
+
+    from dlm.evaluation.generations import open_writer
+
     model, twin = open_writer(args.model), open_writer(args.twin)
     if model.autoregressive or not twin.autoregressive:
         wrong, kind = (model, "autoregressive") if model.autoregressive else (twin, "a diffusion model")

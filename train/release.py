@@ -9,7 +9,6 @@ The card's words come from the template; every number and sample in it is measur
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import shutil
@@ -23,6 +22,7 @@ if __package__ in (None, ""):  # run as a file from a clone: find dlm/ beside tr
 import dlm
 from dlm.training.config import TrainingConfig
 from dlm.utils.files import whole_folder, write_json
+from dlm.utils.settings import OptionParser
 
 LN2 = math.log(2.0)
 
@@ -98,11 +98,7 @@ def credits(path: Path) -> str:
 
 
 def main(argv: list[str]) -> int:
-    import yaml
-
-    parser = argparse.ArgumentParser(
-        prog="release", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = OptionParser("dlm train release", __doc__)
     parser.add_argument("--model", required=True, help="folder that train/pretrain.py exported")
     parser.add_argument("--before", help="folder of the first stage's model, where there were two")
     parser.add_argument("--output", required=True, help="folder to write")
@@ -110,7 +106,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--valid", required=True, help="held-out text, comma separated files")
     parser.add_argument("--credits", help="JSONL with title, author and license of texts to be credited")
     parser.add_argument("--passes", type=int, default=4, help="draws of noise for each example (default: 4)")
-    args = parser.parse_args(argv)
+    args = parser.parse(argv)
+    import yaml
+
     source, template = Path(args.model), Path(args.card).read_text(encoding="utf-8")
     notes = read_notes(source)
     before = read_notes(Path(args.before)) if args.before else {}

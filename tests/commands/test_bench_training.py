@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks import training as bench
+from dlm.benchmarking import roofline
 from dlm.cli.main import main
 from dlm.models.flops import training_flops
 from dlm.models.shapes import random_model
@@ -32,7 +33,7 @@ def taken(monkeypatch):
 
 
 def test_training_command(tmp_path, capsys, monkeypatch, taken):
-    monkeypatch.setattr(bench, "matmul_rate", lambda *_: 1e12)
+    monkeypatch.setattr(roofline, "matmul_rate", lambda *_: 1e12)
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append(self))
     where = tmp_path / "rows.json"
@@ -73,7 +74,7 @@ def test_a_variant_that_does_not_fit_is_a_line(capsys, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(bench, "matmul_rate", lambda *_: 1e12)
+    monkeypatch.setattr(roofline, "matmul_rate", lambda *_: 1e12)
     monkeypatch.setattr(bench, "measure", full)
     assert bench.main([*SMALL, "--loss-chunk", "0", "7"]) == 0
     assert capsys.readouterr().out.count("out of memory") == 2

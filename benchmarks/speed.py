@@ -195,10 +195,6 @@ def _line(row: dict) -> str:
 
 def run(argv: Sequence[str]) -> int:
     """Measure the cells and print a line for each; the rows are on the disk before the next one begins."""
-    import torch
-
-    from dlm.benchmarking.roofline import limits
-
     parser = Parser("bench speed", "[options]", __doc__)
     workload_options(parser)
     parser.add_argument(
@@ -216,6 +212,10 @@ def run(argv: Sequence[str]) -> int:
         places = max((cell.get("nfe", 0) * cell.get("tokens_per_forward", 0) for cell in grid.cells), default=0)
         print("\n".join(equal_quality(grid).lines(places)))
         return 0
+    import torch
+
+    from dlm.benchmarking.roofline import limits
+
     work = open_workload(args)
     model, prompts, clock = work.model, work.prompts.tolist(), work.clock
     limit = limits(args.dtype, torch.device(args.device), clock)

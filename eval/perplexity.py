@@ -23,7 +23,9 @@ from dlm.cli.parser import Parser
 from dlm.cli.scripts import guarded
 from dlm.utils.distributed import leave_processes
 from dlm.utils.files import write_json
+from dlm.utils.names import check_name
 
+PATTERNS = {"decoding": "chain"}  # what is masked when a token is scored: the estimator that draws it
 LENGTH = 1024  # tokens of a window, where the models read as many
 
 
@@ -53,6 +55,13 @@ def parse(argv: list[str]):
     noise = parser.add_argument_group("bounds")
     add = noise.add_argument
     add("--estimator", metavar="NAME", help="count (default), uniform, stratified, chain or block")
+    add(
+        "--pattern",
+        metavar="NAME",
+        help="decoding: clean text before a token, it and all after it masked, as left-to-right decoding shows it; the "
+        "same as estimator chain, comparable with what an autoregressive model says of the same text",
+    )
+    add("--visibility", metavar="NAME", help="full (default) or block_causal, of a model trained under both")
     add("--draws", type=int, default=2, metavar="N", help="for each window (default: 2)")
     add("--target-error", type=float, metavar="X", help="draw again until a corpus's nats per token are this sure")
     add("--block-length", type=int, metavar="N", help="of estimator block")
@@ -75,7 +84,10 @@ def run(args, argv: list[str]) -> int:
 
     if args.target_error is not None and not args.target_error > 0:
         raise ValueError(f"target_error is {args.target_error}: it is a standard error in nats per token, above 0")
-    config = LikelihoodConfig(args.estimator, args.draws, args.block_length, seed=args.seed, batch_size=args.batch_size)
+    config = LikelihoodConfig(
+        estimator_of(args), args.draws, args.block_length, seed=args.seed, batch_size=args.batch_size,
+        visibility=args.visibility,
+    )  # fmt: skip
     if args.out:
         check_writable(args.out)
     state = PartialState(cpu=args.device == "cpu")
@@ -111,6 +123,19 @@ def run(args, argv: list[str]) -> int:
     state.wait_for_everyone()
     leave_processes()
     return 0
+
+
+def estimator_of(args) -> str | None:
+    """The estimator that the options name. Errors: a pattern that is none, or another estimator beside it."""
+    if args.pattern is None:
+        return args.estimator
+    check_name("pattern", args.pattern, PATTERNS)
+    if args.estimator not in (None, PATTERNS[args.pattern]):
+        raise ValueError(
+            f"--pattern {args.pattern} is estimator {PATTERNS[args.pattern]}, and --estimator is {args.estimator}: "
+            f"give one of them"
+        )
+    return PATTERNS[args.pattern]
 
 
 def check_writable(out: str) -> None:

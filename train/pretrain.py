@@ -24,6 +24,7 @@ from dlm.training.config import RecipeConfig
 from dlm.utils import settings
 
 if TYPE_CHECKING:
+    from dlm.data.examples import Examples
     from dlm.models.configuration import LLaDAConfig
     from dlm.training.recipe import Prepared
 
@@ -32,12 +33,15 @@ if TYPE_CHECKING:
 class Recipe(RecipeConfig):
     """Everything that can be set: what all recipes share, the column of the text, the shape of a new model.
 
+    chats: sources of requests and answers mixed in, as `train.sft` reads them; the answers carry loss.
+
     Without `model` a new one of the given shape is made, with `tokenizer` (a folder) or a tokenizer of `vocab_size`
     trained on `data`.
     """
 
     output: str = "runs/pretrain"
     text_column: str = "text"
+    chats: str = ""
     vocab_size: int = 4096
     d_model: int = 320
     n_layers: int = 6
@@ -50,6 +54,11 @@ class Recipe(RecipeConfig):
     max_sequence_length: int | None = None
     init_fn: str = "normal"
     init_std: float = 0.02
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.chats and self.streaming:
+            raise ValueError("chats are read whole, and streaming reads while it trains: leave one of them out")
 
 
 def prepare(settings: Recipe, accelerator) -> Prepared:
@@ -76,12 +85,31 @@ def prepare(settings: Recipe, accelerator) -> Prepared:
             source = partial(text_source, tokenizer=tokenizer, column=settings.text_column, split=settings.split)
             train = stream_examples(settings.data, settings.sequence_length, settings.shuffle_window, source)
         else:
-            train = load_examples(settings.data, settings.sequence_length, load)
+            train = _examples(settings, tokenizer, load)
         valid = load_examples(settings.valid, settings.sequence_length, load) if settings.valid else None
     torch.manual_seed(settings.seed)  # the weights that a new model starts from
     model = open_model(settings) if settings.model else LLaDAModelLM(_config(settings, tokenizer))
     check_fit(model.config, tokenizer)
     return Prepared(model, tokenizer, train, valid)
+
+
+def _examples(settings: Recipe, tokenizer, load) -> Examples:
+    """The examples of `data` and of `chats`, mixed by the sources' weights."""
+    from dlm.data.conversations import ChatFormat, load_chats
+    from dlm.data.examples import Examples
+
+    form = ChatFormat(bool(tokenizer.chat_template), settings.sequence_length, overlong="skip")
+
+    def load_chat(path):
+        return load_chats(path, tokenizer, form, split=settings.split)
+
+    sources = [(source, load) for source in parse_sources(settings.data)]
+    sources += [(source, load_chat) for source in parse_sources(settings.chats)]
+    weights = [source.weight for source, _ in sources]
+    if None in weights and set(weights) != {None}:
+        raise ValueError("some sources of data and chats have weights and some have none: give path:weight for all")
+    documents = [read(source.path) for source, read in sources]
+    return Examples(documents, settings.sequence_length, None if None in weights else weights)
 
 
 def _tokenizer(settings: Recipe):

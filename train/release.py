@@ -27,8 +27,10 @@ from dlm.utils.settings import OptionParser
 LN2 = math.log(2.0)
 
 
-def measure(model, tokenizer, paths: list[str], length: int, passes: int) -> dict:
+def measure(model, tokenizer, paths: list[str], length: int, passes: int, rows: int | None = None) -> dict:
     """The bound on held-out text: `passes` draws of noise for every example, with the standard error over documents.
+
+    rows: of packed text that are looked at, None for all.
 
     Of an autoregressive model the likelihood itself, in one pass, since no noise is drawn.
     """
@@ -53,8 +55,10 @@ def measure(model, tokenizer, paths: list[str], length: int, passes: int) -> dic
         seed=1,
         micro_batch=16,
         passes=passes,
+        rows=rows,
     )
-    size = sum(part.bytes for part in parts) * passes
+    targets = sum(int((part.tokens != part.bos_id).sum()) for part in parts) - (len(examples) if causal else 0)
+    size = sum(part.bytes for part in parts) * found.tokens / targets  # of the tokens that were scored
     return {
         "nats_per_token": found.bound,
         "standard_error": found.error,
@@ -74,7 +78,7 @@ def samples(source: Path, prompts: list[str], config: dlm.SamplingConfig) -> lis
     from dlm.tokenizer import decode, encode_prompt
 
     writer = open_writer(source, dtype="float32", device="cpu")
-    rows = write(writer, [encode_prompt(writer.tokenizer, prompt, writer.mask) for prompt in prompts], config)
+    rows = write(writer, [encode_prompt(writer.tokenizer, prompt, writer.mask_id) for prompt in prompts], config)
     return [prompt + decode(writer.tokenizer, row) for prompt, row in zip(prompts, rows, strict=True)]
 
 
@@ -86,6 +90,11 @@ def read_notes(folder: Path) -> dict:
 def quote(text: str) -> str:
     """A text as a quotation in Markdown, line for line."""
     return "\n".join(f"> {line}".rstrip() + ("  " if line else "") for line in text.split("\n"))
+
+
+def numbered(texts: list[str]) -> str:
+    """Texts as quotations, each under the seed that it has in its batch."""
+    return "\n\n".join(f"Seed {seed}:\n\n{quote(text)}" for seed, text in enumerate(texts))
 
 
 def credits(path: Path) -> str:
@@ -106,6 +115,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--valid", required=True, help="held-out text, comma separated files")
     parser.add_argument("--credits", help="JSONL with title, author and license of texts to be credited")
     parser.add_argument("--passes", type=int, default=4, help="draws of noise for each example (default: 4)")
+    parser.add_argument("--rows", type=int, help="packed rows of the held-out text to score (default: all)")
     args = parser.parse(argv)
     import yaml
 
@@ -114,10 +124,12 @@ def main(argv: list[str]) -> int:
     before = read_notes(Path(args.before)) if args.before else {}
     front = yaml.safe_load(template.split("---")[1])
     defaults, prompts, chat = front.pop("sampling"), front.pop("samples"), front.pop("chat")
+    fast = front.pop("fast", None)  # what differs in a second set of samples
     model, tokenizer = dlm.load(source, dtype="float32", device="cpu")
-    bound = measure(model, tokenizer, args.valid.split(","), notes["recipe"]["sequence_length"], args.passes)
+    bound = measure(model, tokenizer, args.valid.split(","), notes["recipe"]["sequence_length"], args.passes, args.rows)
     config = dlm.SamplingConfig(**defaults)
     texts = samples(source, prompts, config)
+    second = samples(source, prompts, dlm.SamplingConfig(**{**defaults, **fast})) if fast else []
     fields = {
         **{key: value for key, value in notes.items() if not isinstance(value, dict)},
         **notes["recipe"],
@@ -127,7 +139,9 @@ def main(argv: list[str]) -> int:
         "minutes": (notes["seconds"] + before.get("seconds", 0)) / 60,
         "all_tokens": notes["tokens_seen"] + before.get("tokens_seen", 0),
         "sampling": ", ".join(f"`{key}` {value}" for key, value in defaults.items()),
-        "samples": "\n\n".join(f"Seed {seed}:\n\n{quote(text)}" for seed, text in enumerate(texts)),
+        "samples": numbered(texts),
+        "fast_samples": numbered(second),
+        "reading": front.pop("reading", ""),
         "credits": credits(Path(args.credits)) if args.credits else "",
     }
     card = "---\n" + yaml.safe_dump(front, sort_keys=False) + "---" + template.split("---", 2)[2].format_map(fields)

@@ -10,8 +10,8 @@ from dlm.utils.jsonio import read_object
 
 __all__ = ["SHIPPED", "TWIN", "cached_defaults", "read_defaults"]
 
-SHIPPED = Path(__file__).parent.parent / "assets" / "llama-stories-6m"  # the model that comes with the package
-TWIN = SHIPPED.with_name("llama-stories-6m-autoregressive")  # its autoregressive twin: its judge, and a baseline
+SHIPPED = Path(__file__).parent.parent / "assets" / "llama-stories-12m"  # the model that comes with the package
+TWIN = SHIPPED.with_name("llama-stories-6m-autoregressive")  # autoregressive: its judge, and a baseline
 
 
 def cached_defaults(path: str) -> dict[str, Any]:

@@ -98,6 +98,14 @@ class Pretrained:
         """The sampling options that its generation_config.json asks for, perhaps "chat": False."""
         return read_defaults(self.folder / "generation_config.json")
 
+    @property
+    def blank_defaults(self) -> dict[str, Any]:
+        """`defaults` for filling blanks: text after a blank counts, so a network that knows both visibilities uses the
+        one that sees it."""
+        if self.defaults.get("method") == "block_causal" and getattr(self.config, "full_attention", False):
+            return self.defaults | {"method": "none"}
+        return self.defaults
+
     @cached_property
     def digest(self) -> str:
         """Which weights these are: the hub's commit, or for a folder a digest of what is in it."""

@@ -38,7 +38,7 @@ def infill(argv: Sequence[str]) -> int:
     rows = [blanks(opened.tokenizer, text, args.blank_length, opened.mask_id) for text in texts]
     places = max(row.count(opened.mask_id) for row, _ in rows)
     # A blank is in the middle of a text, so the text may not end in it.
-    config = settings(args, opened.defaults, gen_length=places, suppress_eos=opened.has_end)
+    config = settings(args, opened.blank_defaults, gen_length=places, suppress_eos=opened.has_end)
     pairs = ((text, row) for text, row in zip(texts, rows, strict=True) for _ in range(args.num_samples))
     jobs = (Job(row, text, config.seed + i, tuple(wanted)) for i, (text, (row, wanted)) in enumerate(pairs))
 

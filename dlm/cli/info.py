@@ -40,7 +40,7 @@ def info(argv: Sequence[str]) -> int:
         "vocabulary": f"{facts['vocabulary']:,} tokens{tokens}",
         "mask": ", ".join([f"id {facts['mask_id']}", *filter(None, [facts["mask_token"]])]) if masks else "none",
         "max length": f"{facts['max_length']:,} tokens",
-        "attention": f"block-causal, blocks of {facts['block_length']}" if facts["block_causal"] else seen,
+        "attention": _attention(facts, seen),
         "chat": "has a chat template" if facts["chat_template"] else "no chat template",
         "methods": ", ".join(facts["methods"]) or "none: it predicts the next token, and cannot fill in masks",
         "defaults": ", ".join(f"{name} {value}" for name, value in facts["defaults"].items()) or "dlm's own",
@@ -48,3 +48,11 @@ def info(argv: Sequence[str]) -> int:
     for name, text in lines.items():
         print(live.printable(f"{name:<11} {text}", sys.stdout))
     return 0
+
+
+def _attention(facts: dict, otherwise: str) -> str:
+    """What a slot sees, in words; otherwise: of a model that is not block-causal."""
+    if not facts["block_causal"]:
+        return otherwise
+    blocks = f"block-causal, blocks of {facts['block_length']}"
+    return f"full, and {blocks}" if facts["full_attention"] else blocks

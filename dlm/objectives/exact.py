@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from dlm.data.examples import Example
-from dlm.objectives.likelihood import Bound, Row, blocks_of, cross_entropies, in_block, measured
+from dlm.objectives.likelihood import Bound, blocks_of, in_block
+from dlm.objectives.rows import Row, cross_entropies, measured
 from dlm.utils.names import check_name
 
 __all__ = ["exact_bound", "exact_likelihood", "greedy", "order_likelihood"]
@@ -53,7 +54,8 @@ def exact_bound(
     integral from this mask rate up over its length: the mean of the estimators that draw a time.
     Errors: more than 14 target tokens in a block.
     """
-    trained = getattr(getattr(model, "config", None), "block_length", None)
+    settings = getattr(model, "config", None)
+    trained = None if getattr(settings, "full_attention", False) else getattr(settings, "block_length", None)
     length = int(example.target.sum())
     rows, weights = [], []
     for block in blocks_of(example, trained or block_length or length, trained is not None):

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dlm.data.examples import Example
-from dlm.models.predictor import as_predictor
+from dlm.models.attention import Visible, block_causal
 from dlm.objectives.noise import EPSILON, draw_count, draw_uniform
+from dlm.objectives.rows import Row, cross_entropies
 from dlm.utils.names import check_name
 from dlm.utils.random import VALIDATION, example_generator
 
@@ -65,6 +66,7 @@ def likelihood(logits: Logits, examples: Sequence[Example], *, device=None, batc
 
 
 ESTIMATORS = ("count", "uniform", "stratified", "chain", "block")
+VISIBILITIES = ("full", "block_causal")
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,9 @@ class LikelihoodConfig:
     before and everything after masked: the bound of block-wise sampling); None: `block` for a block-causal model,
     else `count`. draws: for each example; an even number, for strata hold two draws each. block_length: of `block`;
     None: the model's own, else 32. cfg_scale: guidance w, the score being l = u + (w + 1)(c - u) with u the prompt
-    masked. target_error: go on, `draws` at a time, until an example's standard error in nats is no larger, or
-    `max_draws` were made. batch_size: rows of a forward pass.
+    masked. visibility: `full` or `block_causal`, of a checkpoint that was trained under both; None: full attention
+    there, and what it was trained with elsewhere. target_error: go on, `draws` at a time, until an example's
+    standard error in nats is no larger, or `max_draws` were made. batch_size: rows of a forward pass.
     """
 
     estimator: str | None = None
@@ -89,8 +92,11 @@ class LikelihoodConfig:
     target_error: float | None = None
     max_draws: int = 4096
     batch_size: int = 16
+    visibility: str | None = None
 
     def __post_init__(self):
+        if self.visibility is not None:
+            check_name("visibility", self.visibility, VISIBILITIES)
         if self.estimator is not None:
             check_name("estimator", self.estimator, ESTIMATORS)
         for name in ("draws", "max_draws", "batch_size", "block_length"):
@@ -136,108 +142,6 @@ def answer(given: Sequence[int], target: Sequence[int], index: int = 0) -> Examp
     return Example(tokens, np.arange(len(tokens)) >= len(given), index)
 
 
-# ------------------------------------------------------------------------------------------------------------- rows
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of a forward pass: tokens (T,) int64; masked, scored, given (T,) bool. What is scored is masked;
-    what is given is masked in the other branch of guidance."""
-
-    tokens: np.ndarray
-    masked: np.ndarray
-    scored: np.ndarray
-    given: np.ndarray
-
-    @classmethod
-    def of(cls, example: Example, masked: np.ndarray, scored: np.ndarray | None = None) -> Row:
-        """The row of an example; masked, scored (L,) bool over its target tokens, scored None: all that is masked."""
-        rows = []
-        for chosen in (masked, masked if scored is None else scored):
-            row = np.zeros(len(example.tokens), dtype=bool)
-            row[example.target] = chosen
-            rows.append(row)
-        return cls(example.tokens, *rows, ~example.target)
-
-    def until(self, length: int) -> Row:
-        """The first `length` tokens alone, for a model that does not see what comes after."""
-        return Row(self.tokens[:length], self.masked[:length], self.scored[:length], self.given[:length])
-
-
-Measure = Callable[[Tensor, Tensor], Tensor]  # logits (N, V), true tokens (N,) -> (N, ...)
-
-
-def cross_entropy(logits: Tensor, truth: Tensor) -> Tensor:
-    """-log p of the true tokens, in nats."""
-    return F.cross_entropy(logits, truth, reduction="none")
-
-
-def cross_entropies(
-    model, rows: Sequence[Row], *, mask_id: int, cfg_scale: float = 0.0, batch_size: int = 16
-) -> list[np.ndarray]:
-    """For each row the cross entropies (N,) float64 of its scored tokens in order, in nats."""
-    return measured(model, rows, cross_entropy, mask_id=mask_id, cfg_scale=cfg_scale, batch_size=batch_size)
-
-
-@torch.inference_mode()
-def measured(
-    model, rows: Sequence[Row], measure: Measure, *, mask_id: int, cfg_scale: float = 0.0, batch_size: int = 16
-) -> list[np.ndarray]:
-    """For each row what `measure` says of its scored tokens in order, (N, ...) float64.
-
-    Rows of any lengths share a forward pass. Raises FloatingPointError where the model gives no numbers.
-    """
-    found: list[np.ndarray] = [np.zeros(0)] * len(rows)
-    device = next((p.device for p in model.parameters()), None) if isinstance(model, torch.nn.Module) else None
-    some = [i for i in range(len(rows)) if rows[i].scored.any()]
-    order = sorted(some, key=lambda i: -len(rows[i].tokens))  # rows of like length together
-    for start in range(0, len(order), batch_size):
-        here = order[start : start + batch_size]
-        batch = [rows[i] for i in here]
-        values = _forward(model, batch, measure, mask_id, cfg_scale, device)
-        counts = [int(row.scored.sum()) for row in batch]
-        for i, part in zip(here, np.split(values, np.cumsum(counts)[:-1]), strict=True):
-            found[i] = part
-    return found
-
-
-def _forward(model, batch: list[Row], measure: Measure, mask_id: int, cfg_scale: float, device) -> np.ndarray:
-    """What `measure` says of the scored tokens of a batch, flat in row order."""
-    tokens, masked, scored, given, valid = _pad(batch, device)
-    truth, keep = tokens[scored], scored
-    xt = torch.where(masked, mask_id, tokens)
-    if cfg_scale:
-        xt = torch.cat([xt, torch.where(given, mask_id, xt)])
-        keep = scored.repeat(2, 1)
-        valid = None if valid is None else valid.repeat(2, 1)
-    logits = as_predictor(model)(xt, valid=valid, logits_to_keep=keep)  # (N, V), with guidance (2N, V)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    if cfg_scale:
-        told, untold = logits.chunk(2)
-        logits = untold + (cfg_scale + 1) * (told - untold)
-    values = measure(logits, truth).double().cpu().numpy()
-    if np.isnan(values).any():
-        raise FloatingPointError(
-            "the model's logits are no numbers: its weights are damaged, or overflow in this dtype (try float32)"
-        )
-    return values
-
-
-def _pad(batch: list[Row], device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """tokens, masked, scored, given (B, T) and which slots exist, None where all do."""
-    longest = max(len(row.tokens) for row in batch)
-    tokens = np.zeros((len(batch), longest), dtype=np.int64)
-    flags = np.zeros((4, len(batch), longest), dtype=bool)
-    for i, row in enumerate(batch):
-        size = len(row.tokens)
-        tokens[i, :size] = row.tokens
-        flags[0, i, :size], flags[1, i, :size], flags[2, i, :size], flags[3, i, :size] = (
-            row.masked, row.scored, row.given, True,
-        )  # fmt: skip
-    masked, scored, given, valid = torch.from_numpy(flags).to(device)
-    return torch.from_numpy(tokens).to(device), masked, scored, given, None if flags[3].all() else valid
-
-
 # ------------------------------------------------------------------------------------------------------------ draws
 
 
@@ -258,14 +162,28 @@ class Settings:
 
 
 def in_force(model, config: LikelihoodConfig) -> Settings:
-    settings = getattr(model, "config", None)
-    trained = None if getattr(settings, "full_attention", False) else getattr(settings, "block_length", None)
-    estimator = config.estimator or ("count" if trained is None else "block")
-    if trained is not None and config.block_length not in (None, trained):
+    """What the draws of a model's bound are made with. Errors: a visibility or blocks that it was not trained with."""
+    checkpoint = getattr(model, "config", None)
+    trained, either = getattr(checkpoint, "block_length", None), getattr(checkpoint, "full_attention", False)
+    own = "full" if trained is None or either else "block_causal"
+    visibility = config.visibility or own
+    if visibility != own and not (either and trained is not None):
         raise ValueError(
-            f"block_length is {config.block_length}, but this model was trained with blocks of {trained}: leave it out"
+            f"visibility is {visibility!r}, and this model was trained under {own!r} alone: leave it out"
         )
-    return Settings(estimator, config.draws, trained or config.block_length or 32, trained is not None, config.seed)
+    blocks = trained if visibility == "block_causal" else None
+    estimator = config.estimator or ("count" if blocks is None else "block")
+    if blocks is not None and config.block_length not in (None, blocks):
+        raise ValueError(
+            f"block_length is {config.block_length}, but this model was trained with blocks of {blocks}: leave it out"
+        )
+    return Settings(estimator, config.draws, blocks or config.block_length or 32, blocks is not None, config.seed)
+
+
+def visible_of(model, settings: Settings) -> Visible | None:
+    """The rule of a bound, where it is not the model's own."""
+    asked = settings.aligned and getattr(getattr(model, "config", None), "full_attention", False)
+    return block_causal(settings.block_length) if asked else None
 
 
 def blocks_of(example: Example, block_length: int, aligned: bool) -> list[np.ndarray]:
@@ -349,8 +267,9 @@ def bound(
                 jobs += [(i, len(values[i]), row, weight) for row, weight in rows]
                 values[i].append(0.0)
         costs = cross_entropies(
-            model, [job[2] for job in jobs], mask_id=mask_id, cfg_scale=config.cfg_scale, batch_size=config.batch_size
-        )
+            model, [job[2] for job in jobs], mask_id=mask_id, cfg_scale=config.cfg_scale, batch_size=config.batch_size,
+            visible=visible_of(model, settings),
+        )  # fmt: skip
         for (i, place, _, weight), cost in zip(jobs, costs, strict=True):
             values[i][place] += weight * float(cost.sum())
             evaluations[i] += 2 if config.cfg_scale else 1

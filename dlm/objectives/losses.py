@@ -10,6 +10,7 @@ chunk: places whose logits are held at a time; None: all of them, until the back
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +22,8 @@ from dlm.models.attention import both, causal, document
 from dlm.models.head import Targets, weighted_sum
 from dlm.models.predictor import as_predictor
 from dlm.objectives.noise import Noise, NoiseSettings, Strata, corrupt, draw_noise
+
+Extra = Callable[[Tensor, Tensor], Tensor]  # logits (N, V), true tokens (N,) -> ()
 
 
 @dataclass(frozen=True)
@@ -42,17 +45,22 @@ class Loss:
     notes: dict[str, Tensor] = field(default_factory=dict)
 
 
-def masked_diffusion(model, batch: Batch, noise: Noise, mask_id: int, chunk: int | None = None) -> Loss:
+def masked_diffusion(
+    model, batch: Batch, noise: Noise, mask_id: int, chunk: int | None = None, *, extra: Extra | None = None
+) -> Loss:
     """The masked diffusion bound: weighted CE of the masked tokens given the others.
 
-    Logits are computed at masked places only, and the softmax in fp32 on them alone (LLaDA eq. 3).
+    Logits are computed at masked places only, and the softmax in fp32 on them alone (LLaDA eq. 3). extra: a term of the
+    logits and true tokens that is added to the sum.
     """
     xt = corrupt(batch.tokens, noise.masked, mask_id)
     asked = {"visible": document(batch.segments), "logits_to_keep": noise.scored}
-    return _masked_loss(model, (xt, batch.positions), asked, batch, noise, chunk)
+    return _masked_loss(model, (xt, batch.positions), asked, batch, noise, chunk, extra)
 
 
-def block_diffusion(model, batch: Batch, noise: Noise, mask_id: int, chunk: int | None = None) -> Loss:
+def block_diffusion(
+    model, batch: Batch, noise: Noise, mask_id: int, chunk: int | None = None, *, extra: Extra | None = None
+) -> Loss:
     """The bound of block diffusion: each block's masked tokens given the rest of it and the clean blocks before.
 
     All blocks in one forward of [x_t ; x_0] with repeated positions (BD3-LM, arXiv:2503.09573).
@@ -68,7 +76,7 @@ def block_diffusion(model, batch: Batch, noise: Noise, mask_id: int, chunk: int 
         "visible": attention.block_diffusion(batch.segments, batch.positions, noise.block_length),
         "logits_to_keep": torch.cat([noise.scored, torch.zeros_like(noise.masked)], dim=1),
     }
-    return _masked_loss(model, both_copies, asked, batch, noise, chunk)
+    return _masked_loss(model, both_copies, asked, batch, noise, chunk, extra)
 
 
 def next_token_targets(batch: Batch) -> Tensor:
@@ -159,16 +167,20 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
-def _masked_loss(model, inputs, asked, batch: Batch, noise: Noise, chunk: int | None) -> Loss:
+def _masked_loss(model, inputs, asked, batch: Batch, noise: Noise, chunk: int | None, extra: Extra | None) -> Loss:
     scored = noise.scored
     units = batch.segments if noise.units is None else noise.units
     example, weight, rate = batch.segments[scored], noise.weight[scored], noise.rate[units[scored]]
-    total, ce = _cross_entropies(model, inputs, asked, batch.tokens[scored], weight, chunk)
+    total, ce = _cross_entropies(model, inputs, asked, batch.tokens[scored], weight, chunk, extra)
     return _loss(total, ce, weight, example, rate, batch.target, batch)
 
 
-def _cross_entropies(model, inputs, asked, truth: Tensor, weight: Tensor, chunk) -> tuple[Tensor, Tensor]:
+def _cross_entropies(model, inputs, asked, truth: Tensor, weight: Tensor, chunk, extra=None) -> tuple[Tensor, Tensor]:
     """(weighted sum (), cross entropies (N,)) at the places asked about, N in row-major order over (B, T)."""
+    if extra is not None:
+        logits = as_predictor(model)(*inputs, **asked)
+        total, ce = weighted_sum(logits, truth, weight)
+        return total + extra(logits, truth), ce
     if chunk is None:
         return weighted_sum(as_predictor(model)(*inputs, **asked), truth, weight)
     return as_predictor(model)(*inputs, **asked, targets=Targets(truth, weight, chunk))

@@ -20,6 +20,7 @@ GROUPS = {  # title: {field: help}
         "valid": "sources held out for validation",
         "split": "split of data sets of the hub",
         "text_column": "column of the text",
+        "chats": "sources of requests and answers mixed in; the answers carry loss",
         "format": "how rows become tokens",
         "messages_column": "column of the conversation; empty: found by its name",
         "prompt_column": "column of the prompt; empty: found by its name",

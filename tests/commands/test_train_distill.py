@@ -1,0 +1,48 @@
+"""`dlm train distill`, and requests mixed into `dlm train pretrain`: from files to a model that loads."""
+
+import json
+
+import pytest
+
+import dlm
+from tests.helpers.commandline import make_checkpoint, run, tokenizer  # noqa: F401
+from train import distill, pretrain
+
+SHORT = ["--max-steps", "2", "--batch-size", "2", "--sequence-length", "40", "--precision", "no", "--tracker", "none"]
+
+
+@pytest.fixture
+def texts(tmp_path):
+    story = "Once upon a time there was a little fox who lived by the sea. She walked along the beach."
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": story}) + "\n" for _ in range(8)))
+    rows = [{"prompt": "Tell me a story.", "response": "The cat sat."}] * 8
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+@pytest.mark.parametrize("teacher", ["autoregressive", ""])
+def test_distill(texts, tokenizer, teacher, capsys):  # noqa: F811
+    student = make_checkpoint(texts / "student", tokenizer)
+    options = ["--data", f"{texts / 'texts.jsonl'}", "--model", f"{student}", "--texts", "3"]
+    if teacher:
+        options += ["--teacher", f"{make_checkpoint(texts / 'teacher', tokenizer, objective=teacher)}"]
+    out = texts / "out"
+    blocks = ["--objective", "block_diffusion", "--block-length", "4", "--full-share", "0.5", "--batch-size", "4"]
+    assert distill.main([*SHORT, *options, *blocks, "--output", f"{texts / 'run'}", "--export", f"{out}"]) == 0
+    model, _ = dlm.load(out)
+    assert model.config.full_attention and model.config.block_length == 4
+
+
+def test_distill_needs_a_model_and_a_diffusion_objective(capsys):
+    assert distill.main(["--data", "a.jsonl"]) == 2 and "--model" in capsys.readouterr().err
+    assert distill.main(["--data", "a", "--model", "m", "--objective", "autoregressive"]) == 2
+
+
+def test_requests_are_mixed_into_pretraining(texts, tokenizer, capsys):  # noqa: F811
+    words = make_checkpoint(texts / "words", tokenizer)
+    data = ["--data", f"{texts / 'texts.jsonl'}:0.5", "--chats", f"{texts / 'chats.jsonl'}:0.5"]
+    shape = ["--d-model", "32", "--n-layers", "1", "--n-heads", "2", "--tokenizer", f"{words}"]
+    shape += ["--sequence-length", "128"]
+    assert pretrain.main([*SHORT, *data, *shape, "--output", f"{texts / 'run'}"]) == 0
+    assert pretrain.main([*SHORT, *data[:3], f"{texts / 'chats.jsonl'}", *shape, "--output", f"{texts / 'b'}"]) == 2
+    assert "weights" in capsys.readouterr().err

@@ -1,0 +1,143 @@
+"""Make a diffusion model certain of several tokens a pass: a teacher writes texts, and the model learns them.
+
+dlm train distill --model runs/both/export --teacher runs/twin/export --data stories.txt.xz \\
+    --objective block_diffusion --block-length 8 --output runs/certain --export runs/certain/export
+
+Certainty-forcing (dParallel, arXiv:2509.26488): the bound on the texts plus the entropy of right predictions.
+Texts of one model have fewer ways to go on than people's (sequence-level distillation, Kim and Rush, arXiv:1606.07947).
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if __package__ in (None, ""):  # `accelerate launch train/distill.py` from a clone: find dlm/ beside train/
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dlm.training.config import RecipeConfig
+from dlm.utils import settings
+
+if TYPE_CHECKING:
+    from dlm.data.documents import Documents
+    from dlm.training.recipe import Prepared
+
+FIRST, LAST = 4, 16  # tokens of a text that a beginning has
+
+
+@dataclass(frozen=True)
+class Recipe(RecipeConfig):
+    """What all recipes share, who writes, and how much of what is learned is written.
+
+    teacher: folder or hub id of the model that writes, autoregressive or not; empty: `model` itself. texts: how many;
+    each begins as a text of `data` does and has at most sequence_length tokens. temperature: of the writing. written:
+    the share of the examples that are such texts; the rest is `data`. certainty: what the entropy of right predictions
+    weighs beside the bound.
+    """
+
+    output: str = "runs/distill"
+    text_column: str = "text"
+    objective: str = "diffusion"
+    learning_rate: float = 5e-4
+    sample_every: int = 0
+    teacher: str = ""
+    texts: int = 2000
+    temperature: float = 0.7
+    written: float = 0.7
+    certainty: float = 2.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.objective == "autoregressive":
+            raise ValueError("objective is autoregressive, which commits one token a pass: use a diffusion objective")
+        if self.texts < 1 or not self.temperature >= 0 or not 0 < self.written <= 1 or not self.certainty >= 0:
+            raise ValueError(
+                f"texts {self.texts}, temperature {self.temperature}, written {self.written}, certainty "
+                f"{self.certainty}: give at least one text, a share above 0 and at most 1, and nothing negative"
+            )
+        if not self.model:
+            raise ValueError("no model: name the diffusion model that learns with --model")
+        if self.streaming:
+            raise ValueError("streaming reads data while it trains, and beginnings come from all of it: leave it out")
+
+
+def prepare(settings: Recipe, accelerator) -> Prepared:
+    """Model, tokenizer and examples; the first process writes the texts, the others wait for it."""
+    from dlm.checkpoints.pretrained import check_fit, open_tokenizer
+    from dlm.data.documents import load_documents
+    from dlm.data.examples import Examples
+    from dlm.data.sources import parse_sources
+    from dlm.objectives.distillation import CertaintyForcing
+    from dlm.training.recipe import Prepared, load_examples, open_model
+
+    with accelerator.main_process_first():
+        tokenizer = open_tokenizer(settings.tokenizer or settings.model)
+
+        def load(path):
+            return load_documents(path, tokenizer, column=settings.text_column, split=settings.split)
+
+        sources = parse_sources(settings.data)
+        data = [load(source.path) for source in sources]
+        made = written(settings, data, tokenizer)
+        valid = load_examples(settings.valid, settings.sequence_length, load) if settings.valid else None
+    shares = [source.weight or len(part) for source, part in zip(sources, data, strict=True)]
+    weights = [settings.written] + [(1 - settings.written) * share / sum(shares) for share in shares]
+    parts = [(part, weight) for part, weight in zip([made, *data], weights, strict=True) if weight > 0]
+    train = Examples([part for part, _ in parts], settings.sequence_length, [weight for _, weight in parts])
+    model = open_model(settings)
+    check_fit(model.config, tokenizer)
+    return Prepared(model, tokenizer, train, valid, objective=CertaintyForcing(settings.certainty))
+
+
+def written(settings: Recipe, data: list[Documents], tokenizer) -> Documents:
+    """The teacher's texts, each with its beginning; what it wrote and the beginning carry loss.
+
+    Errors: a teacher whose tokens are other ones.
+    """
+    import numpy as np
+
+    from dlm.data.documents import join, token_type
+    from dlm.evaluation.generations import open_writer, write
+    from dlm.sampling.config import SamplingConfig
+
+    writer = open_writer(settings.teacher or settings.model)
+    if writer.tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"the teacher {settings.teacher} has other tokens than {settings.model}: it cannot be learned")
+    random = np.random.default_rng(settings.seed)
+    beginnings = []
+    ends = np.cumsum([len(part) for part in data])
+    for number in random.integers(ends[-1], size=settings.texts):
+        source = int(np.searchsorted(ends, number, side="right"))
+        part, place = data[source], int(number - ends[source]) + len(data[source])
+        start, end = part.starts[place], part.starts[place + 1]
+        size = min(int(end - start), int(random.integers(FIRST, LAST)))
+        beginnings.append(np.asarray(part.tokens[start : start + size]).astype(np.int64).tolist())
+    length = settings.sequence_length - LAST
+    config = SamplingConfig(
+        gen_length=length, temperature=settings.temperature, seed=settings.seed, stop_at_eos=bool(writer.end_ids),
+        method="block_causal" if writer.block_length is not None else "none",
+    )  # fmt: skip
+    print(f"{settings.texts} texts by {writer.name} ...", flush=True)
+    rows = write(writer, beginnings, config, batch_size=64)
+    end = list(writer.end_ids[:1])
+    texts = [a + b + (end if len(b) < length else []) for a, b in zip(beginnings, rows, strict=True)]
+    size = sum(len(tokenizer.decode(text).encode()) for text in texts)
+    return join([np.array(text, dtype=token_type(tokenizer)) for text in texts], None, tokenizer.bos_token_id, size)
+
+
+def parse(argv: list[str]) -> Recipe:
+    """The settings of a command line."""
+    return settings.parse(Recipe, argv, "distill", __doc__)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the recipe; a user's mistake is one line and exit code 2."""
+    from dlm.training import command
+
+    return command.main(Recipe, prepare, argv, prog="distill", text=__doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

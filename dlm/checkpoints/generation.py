@@ -3,30 +3,88 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import fields as fields_of
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from dlm.kernels.packed import packed
+from dlm.sampling import autoregressive
 from dlm.sampling import choose as options
 from dlm.sampling import denoise as loop
 from dlm.sampling import generate as whole
 from dlm.sampling.canvas import Canvas
 from dlm.sampling.choose import Chosen
-from dlm.sampling.config import SamplingConfig
+from dlm.sampling.config import SamplingConfig, as_ids
 from dlm.sampling.constraints import Constraint
 from dlm.sampling.denoise import DenoiseState
 from dlm.sampling.generate import GenerationOutput
+from dlm.sampling.prompts import rows_of
 from dlm.tokenizer import mask_id
 
-__all__ = ["choose", "denoise", "generate"]
+__all__ = ["choose", "denoise", "generate", "generate_ids"]
+
+_FIELDS = {field.name for field in fields_of(SamplingConfig)}
+# Options of transformers' `generate` -> what does the same here.
+INSTEAD = {
+    "max_new_tokens": "gen_length",
+    "max_length": "gen_length, the length of the answer alone",
+    "do_sample": "temperature, 0 for none",
+    "num_beams": "temperature: there is no beam search",
+    "num_return_sequences": "the prompt several times, in a batch",
+}
 
 
 def generate(model, inputs, config: SamplingConfig | None = None, *, tokenizer=None) -> GenerationOutput:
     """Generates for a batch with a model or any mask predictor.
 
-    inputs: id lists of any lengths, ids (B, P) or (P,), texts (these need `tokenizer`), or a `Canvas`. A model's
-    packed copy is made at the first call and kept with it (`kernels.packed`).
+    inputs: id lists of any lengths, ids (B, P) or (P,), texts (these need `tokenizer`), what a tokenizer or a chat
+    template returns (a mapping with `input_ids` and `attention_mask`), or a `Canvas`. A model's packed copy is made at
+    the first call and kept with it (`kernels.packed`).
     Raises ValueError for inputs or settings that do not fit the model, FloatingPointError for NaN logits.
     """
     return whole.generate(packed(model), inputs, config, tokenizer=tokenizer)
+
+
+def generate_ids(
+    model, input_ids: Tensor, attention_mask: Tensor | None = None, *, tokenizer=None, **fields: Any
+) -> Tensor:
+    """Prompt and answer (B, P + G), as transformers' `generate` returns them; `LLaDAModelLM.generate` calls it.
+
+    input_ids (B, P) or (P,); attention_mask: 0 at padding, on either side. fields: those of `SamplingConfig`, before
+    the sampling defaults of the checkpoint. An autoregressive model takes gen_length, temperature, top_k, top_p and
+    seed. Raises ValueError for other fields and as `generate`.
+    """
+    ids = input_ids if input_ids.ndim == 2 else input_ids[None]
+    given = {"input_ids": ids}
+    if attention_mask is not None:
+        given["attention_mask"] = attention_mask if attention_mask.ndim == 2 else attention_mask[None]
+    for name in fields:
+        if name not in _FIELDS:
+            hint = f"give {INSTEAD[name]}" if name in INSTEAD else "it takes the fields of SamplingConfig"
+            raise ValueError(f"generate has no option {name!r}: {hint}")
+    if model.config.objective == "autoregressive":
+        answer = _continue(model, given, tokenizer, fields)
+    else:
+        defaults = getattr(getattr(model, "generation_config", None), "dlm", None) or {}
+        defaults = {name: value for name, value in defaults.items() if name in _FIELDS}
+        answer = generate(model, given, SamplingConfig(**defaults | fields), tokenizer=tokenizer).sequences
+    return torch.cat([ids, answer.to(ids.device)], dim=1)
+
+
+def _continue(model, given: dict, tokenizer, fields: dict[str, Any]) -> Tensor:
+    """The answer (B, G) of a model that predicts the next token."""
+    takes = ("gen_length", "temperature", "top_k", "top_p", "seed")
+    for name in fields:
+        if name not in takes:
+            raise ValueError(
+                f"{name} is for diffusion, and the model predicts the next token: it takes {', '.join(takes)}"
+            )
+    rows = rows_of(given, tokenizer, model.config)
+    length = fields.pop("gen_length", SamplingConfig().gen_length)
+    ends, mask = as_ids(model.config.eos_token_id), as_ids(model.config.mask_token_id)
+    return autoregressive.generate(model, rows, length, eos_token_ids=ends, forbidden=mask, **fields).sequences
 
 
 def choose(model, text: str, *, tokenizer, orders: int = 8, seed: int = 0) -> Chosen:

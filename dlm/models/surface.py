@@ -5,13 +5,18 @@ Shapes: B batch, Q tokens of a row, D d_model, V embedding_size.
 
 from __future__ import annotations
 
+from contextlib import suppress
+from importlib import import_module
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import GenerationConfig
 
+from dlm.models.head import Head
 from dlm.models.predictor import PredictCall
 
-__all__ = ["given", "masked_lm_loss", "refuse_outputs"]
+__all__ = ["Surface", "given", "masked_lm_loss", "refuse_outputs"]
 
 IGNORED = -100  # a label that carries no loss
 
@@ -75,3 +80,94 @@ def masked_lm_loss(logits: Tensor, labels: Tensor, num_items_in_batch: int | Ten
     total = F.cross_entropy(logits.flatten(0, 1), labels, ignore_index=IGNORED, reduction="sum")
     count = (labels != IGNORED).sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
     return total / (count.to(total.device) if isinstance(count, Tensor) else count)
+
+
+class Surface:
+    """What transformers expects of a model with a head beside `forward`: loading, tables of embeddings, `generate`."""
+
+    accepts_loss_kwargs = True  # Trainer hands over num_items_in_batch
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers, but a tensor missing, left over or of another shape is an error, not a warning."""
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs.setdefault("ignore_mismatched_sizes", True)  # so that they come back by name, and are refused below
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        problems = []
+        for kind in ("missing", "unexpected", "mismatched"):
+            keys = sorted(info.get(f"{kind}_keys") or (), key=str)
+            if keys:
+                shown = [key if isinstance(key, str) else f"{key[0]} {tuple(key[1])}" for key in keys[:4]]
+                more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
+                problems.append(f"{kind} {', '.join(shown)}{more}")
+        if problems:
+            raise ValueError(
+                f"the weights of {args[0] if args else 'the checkpoint'} do not fit its config.json: "
+                f"{'; '.join(problems)}. The checkpoint is damaged or of another family"
+            )
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """So that transformers keeps a `generation_config`, which holds the sampling defaults under "dlm"."""
+        return True
+
+    def adjust_generation_fn(self, generation_config, from_auto_class, from_pipeline, path, **places) -> None:
+        """Called by `from_pretrained`: reads generation_config.json; no code beside it is looked for."""
+        places.pop("trust_remote_code", None)
+        if generation_config is not None:
+            self.generation_config = generation_config
+        elif path is not None:
+            with suppress(OSError):  # no such file: what the configuration says
+                self.generation_config = GenerationConfig.from_pretrained(path, **places)
+
+    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+        """As in transformers, with the sampling defaults."""
+        if getattr(self.generation_config, "dlm", None):
+            self.generation_config._from_model_config = False  # else "dlm" is not read again
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_) -> dict:
+        """For PEFT, which calls it for its CAUSAL_LM."""
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, tokenizer=None, **sampling
+    ) -> Tensor:
+        """Prompt and answer (B, P + G), as transformers' `generate` returns them.
+
+        input_ids (B, P); attention_mask (B, P): 0 at padding. sampling: fields of `SamplingConfig` (gen_length, steps,
+        method ...), before the checkpoint's defaults; what is not one is refused. tokenizer: for constraints on text.
+        """
+        public = import_module("dlm.checkpoints.generation")  # a room below: looked up when it is called
+        return public.generate_ids(self, input_ids, attention_mask, tokenizer=tokenizer, **sampling)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.transformer.wte
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.transformer["wte"] = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        transformer = self.model.transformer
+        return transformer.wte if self.config.weight_tying else transformer.ff_out
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        if isinstance(value, nn.Linear) and not isinstance(value, Head):  # as transformers resizes one
+            head = Head(value.in_features, value.out_features, bias=value.bias is not None, device="meta")
+            head.weight, head.bias = value.weight, value.bias
+            value = head
+        self.model.transformer["wte" if self.config.weight_tying else "ff_out"] = value
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """As in transformers. `vocab_size` becomes new_num_tokens, and `embedding_size` the rows of the table, padding
+        included: tokens past the vocabulary are never proposed."""
+        before = self.config.vocab_size
+        table = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        if new_num_tokens is not None or pad_to_multiple_of is not None:
+            self.config.embedding_size = table.num_embeddings
+            if "embedding_size" not in self.config.attribute_map:  # else one field is both
+                self.config.vocab_size = before if new_num_tokens is None else new_num_tokens
+        return table

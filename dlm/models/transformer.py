@@ -23,7 +23,7 @@ from dlm.models.head import Head, weighted_cross_entropy, weighted_sum
 from dlm.models.moe import MoE
 from dlm.models.predictor import MaskPredictor, PredictCall
 from dlm.models.rotary import rotary_angles, rotate
-from dlm.models.surface import given, masked_lm_loss, refuse_outputs
+from dlm.models.surface import Surface, given, masked_lm_loss, refuse_outputs
 
 __all__ = ["LLaDAModel", "LLaDAModelLM"]
 
@@ -235,14 +235,13 @@ class LLaDAModel(LLaDAPreTrainedModel):
         self.transformer["wte"] = value
 
 
-class LLaDAModelLM(MaskPredictor, LLaDAPreTrainedModel):
+class LLaDAModelLM(MaskPredictor, Surface, LLaDAPreTrainedModel):
     """p(x0 | xt) for absorbing-state diffusion: logits over the vocabulary at every place asked for.
 
     No time is given to the model (LLaDA, arXiv:2502.09992, section 2): the mask rate shows in the input.
     """
 
     _tied_weights_keys = {}
-    accepts_loss_kwargs = True  # Trainer hands over num_items_in_batch
     cuda_graphs = False  # whether generation on a GPU replays its passes (`graphs`)
 
     def __init__(self, config: LLaDAConfig):
@@ -308,36 +307,3 @@ class LLaDAModelLM(MaskPredictor, LLaDAPreTrainedModel):
         if targets is not None:  # the head was replaced, by an adapter or a quantised layer: it knows logits alone
             return weighted_sum(logits.flatten(0, -2), targets.tokens, targets.weight)
         return logits
-
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        """As in transformers, but a tensor missing, left over or of another shape is an error, not a warning."""
-        wants_info = kwargs.pop("output_loading_info", False)
-        kwargs.setdefault("ignore_mismatched_sizes", True)  # so that they come back by name, and are refused below
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        problems = []
-        for kind in ("missing", "unexpected", "mismatched"):
-            keys = sorted(info.get(f"{kind}_keys") or (), key=str)
-            if keys:
-                shown = [key if isinstance(key, str) else f"{key[0]} {tuple(key[1])}" for key in keys[:4]]
-                more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
-                problems.append(f"{kind} {', '.join(shown)}{more}")
-        if problems:
-            raise ValueError(
-                f"the weights of {args[0] if args else 'the checkpoint'} do not fit its config.json: "
-                f"{'; '.join(problems)}. The checkpoint is damaged or of another family"
-            )
-        return (model, info) if wants_info else model
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.transformer.wte
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.transformer["wte"] = value
-
-    def get_output_embeddings(self) -> nn.Module:
-        transformer = self.model.transformer
-        return transformer.wte if self.config.weight_tying else transformer.ff_out
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.model.transformer["wte" if self.config.weight_tying else "ff_out"] = value

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from dlm.data.examples import Batch
 from dlm.models.attention import document
 from dlm.models.head import Targets
+from dlm.models.predictor import as_predictor
 from dlm.objectives.losses import Loss, Objective
 from dlm.objectives.noise import Noise, NoiseSettings, corrupt, draw_noise
 
@@ -70,14 +71,16 @@ def bounds(model, inputs, examples: int, chunk: int | None, factor: Tensor | Non
     """
     xt, positions, segments, truth, weight = inputs
     scored = weight > 0
+    predict = as_predictor(model)
     owner, asked = segments[scored], {"visible": document(segments), "logits_to_keep": scored}
     if factor is not None:
-        total, _ = model(xt, positions, **asked, targets=Targets(truth[scored], weight[scored] * factor[owner], chunk))
+        targets = Targets(truth[scored], weight[scored] * factor[owner], chunk)
+        total, _ = predict(xt, positions, **asked, targets=targets)
         return total
     if chunk is not None:
-        _, ce = model(xt, positions, **asked, targets=Targets(truth[scored], weight[scored], chunk))
+        _, ce = predict(xt, positions, **asked, targets=Targets(truth[scored], weight[scored], chunk))
     else:
-        ce = F.cross_entropy(model(xt, positions, **asked).float(), truth[scored], reduction="none")
+        ce = F.cross_entropy(predict(xt, positions, **asked).float(), truth[scored], reduction="none")
     return torch.zeros(examples, device=ce.device).index_add(0, owner, ce * weight[scored])
 
 

@@ -10,7 +10,8 @@ from dlm.sampling.canvas import Canvas
 from dlm.sampling.config import SamplingConfig, as_ids
 from dlm.sampling.constraints import constraint_of
 from dlm.sampling.denoise import denoise
-from dlm.tokenizer import encode_prompt, mask_id
+from dlm.sampling.prompts import rows_of
+from dlm.tokenizer import mask_id
 
 __all__ = ["GenerationOutput", "generate", "prepare"]
 
@@ -36,8 +37,9 @@ class GenerationOutput(ModelOutput):
 def generate(predictor, inputs, config: SamplingConfig | None = None, *, tokenizer=None) -> GenerationOutput:
     """Generates for a batch with any mask predictor: `prepare`, then `denoise` to the end.
 
-    inputs: id lists of any lengths, ids (B, P) or (P,), texts (these need `tokenizer`), or a `Canvas`.
-    Raises ValueError for inputs or settings that do not fit the model, FloatingPointError for NaN logits.
+    inputs: id lists of any lengths, ids (B, P) or (P,), texts (these need `tokenizer`), what a tokenizer or a chat
+    template returns (a mapping with `input_ids` and `attention_mask`), or a `Canvas`. Raises ValueError for inputs or
+    settings that do not fit the model, FloatingPointError for NaN logits.
     """
     config = config or SamplingConfig()
     canvas, settings = prepare(predictor, inputs, config, tokenizer)
@@ -64,14 +66,7 @@ def prepare(predictor, inputs, config: SamplingConfig, tokenizer=None) -> tuple[
     if isinstance(inputs, Canvas):
         known["constraints"] = constraint_of(config, inputs, tokenizer, known["eos_token_ids"])
         return inputs, known
-    if isinstance(inputs, Tensor):
-        inputs = inputs.tolist()
-    if isinstance(inputs, str) or (len(inputs) and isinstance(inputs[0], int | float)):
-        inputs = [inputs]
-    if any(isinstance(prompt, str) for prompt in inputs):
-        if tokenizer is None:
-            raise ValueError("text was given but no tokenizer: pass tokenizer=, or give token ids")
-        inputs = [encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in inputs]
+    inputs = rows_of(inputs, tokenizer, settings)
     canvas = Canvas.from_prompts(inputs, config.gen_length, mask_id(tokenizer, settings), device=_device_of(predictor))
     size = getattr(settings, "embedding_size", None)
     wrong = canvas.tokens[(canvas.tokens < 0) | (canvas.tokens >= (size or 2**62))]

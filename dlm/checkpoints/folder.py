@@ -134,16 +134,17 @@ def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         try:
             fields = json.loads(stream.read(length))
             fields.pop("__metadata__", None)
-            found = {name: (str(entry["dtype"]), tuple(entry["shape"])) for name, entry in fields.items()}
+            tensors = {name: (str(entry["dtype"]), tuple(entry["shape"])) for name, entry in fields.items()}
             end = max((int(entry["data_offsets"][1]) for entry in fields.values()), default=0)
-            assert all(type(n) is int and n >= 0 for _, shape in found.values() for n in shape)
-        except (ValueError, RecursionError, AttributeError, TypeError, KeyError, IndexError, AssertionError):
+            if not all(type(size) is int and size >= 0 for _, shape in tensors.values() for size in shape):
+                raise ValueError("a size is no whole number")
+        except (ValueError, RecursionError, AttributeError, TypeError, KeyError, IndexError):
             raise ValueError(f"{file} is no safetensors file (its header cannot be read): copy it again") from None
     if 8 + length + end != size:
         raise ValueError(
             f"{file} is damaged or cut short: it has {size:,} bytes and should have {8 + length + end:,}; copy it again"
         )
-    return found
+    return tensors
 
 
 def check_sizes(folder: Path, config: Any, tensors: Tensors) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlm.checkpoints.pretrained import Pretrained
 from dlm.kernels.packed import packed
 from dlm.sampling import autoregressive
 from dlm.sampling import choose as options
@@ -37,14 +38,16 @@ INSTEAD = {
 
 
 def generate(model, inputs, config: SamplingConfig | None = None, *, tokenizer=None) -> GenerationOutput:
-    """Generates for a batch with a model or any mask predictor.
+    """Generates for a batch with a model, an open checkpoint (`Pretrained`) or any mask predictor.
 
     inputs: id lists of any lengths, ids (B, P) or (P,), texts (these need `tokenizer`), what a tokenizer or a chat
     template returns (a mapping with `input_ids` and `attention_mask`), or a `Canvas`. A model's packed copy is made at
     the first call and kept with it (`kernels.packed`).
     Raises ValueError for inputs or settings that do not fit the model, FloatingPointError for NaN logits.
     """
-    return whole.generate(packed(model), inputs, config, tokenizer=tokenizer)
+    if isinstance(model, Pretrained):
+        tokenizer = model.optional_tokenizer if tokenizer is None else tokenizer
+    return whole.generate(_predictor(model), inputs, config, tokenizer=tokenizer)
 
 
 def generate_ids(
@@ -89,7 +92,7 @@ def _continue(model, given: dict, tokenizer, fields: dict[str, Any]) -> Tensor:
 
 def choose(model, text: str, *, tokenizer, orders: int = 8, seed: int = 0) -> Chosen:
     """Ranks the options of a text's blanks (`The sky is ___{blue|green}.`), as `sampling.choose.choose`."""
-    predictor = packed(model)
+    predictor = _predictor(model)
     return options.choose(
         predictor, text, tokenizer=tokenizer, mask_id=mask_id(tokenizer, predictor.config), orders=orders, seed=seed
     )
@@ -110,4 +113,8 @@ def denoise(
     Arguments and errors are those of `sampling.denoise.denoise`.
     """
     known = {"vocab_size": vocab_size, "eos_token_ids": eos_token_ids, "constraints": constraints, "likely": likely}
-    return loop.denoise(packed(model), canvas, config, **known)
+    return loop.denoise(_predictor(model), canvas, config, **known)
+
+
+def _predictor(model):
+    return model.predictor if isinstance(model, Pretrained) else packed(model)

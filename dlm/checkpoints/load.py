@@ -87,13 +87,13 @@ def read_config(folder: Path, *, causal: bool = False) -> PreTrainedConfig:
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(f"{folder} has no config.json: give the folder of a checkpoint")
-    found = read_object(file)
+    content = read_object(file)
     try:
-        return _own_config(found, folder)
+        return _own_config(content, folder)
     except ValueError:
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-        if not causal or str(found.get("model_type")) not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        if not causal or str(content.get("model_type")) not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             raise
     from transformers import AutoConfig
 
@@ -103,44 +103,44 @@ def read_config(folder: Path, *, causal: bool = False) -> PreTrainedConfig:
         raise ValueError(f"{file} cannot be read ({' '.join(str(error).split())}): copy the file again") from error
 
 
-def _own_config(found: dict[str, Any], folder: Path) -> PreTrainedConfig:
+def _own_config(content: dict[str, Any], folder: Path) -> PreTrainedConfig:
     file = folder / "config.json"
-    if not isinstance(found.get("model_type"), str):
-        raise ValueError(f"{file}: model_type is {found.get('model_type')!r}, and must be the name of a family")
-    kind = _kind(found, folder)
-    check_types(found, kind, file)
+    if not isinstance(content.get("model_type"), str):
+        raise ValueError(f"{file}: model_type is {content.get('model_type')!r}, and must be the name of a family")
+    kind = _kind(content, folder)
+    check_types(content, kind, file)
     try:
-        config = kind.from_dict(found)
+        config = kind.from_dict(content)
     except (TypeError, AttributeError, KeyError) as error:  # of a field that transformers knows
         raise ValueError(f"{file} cannot be read ({' '.join(str(error).split())}): copy the file again") from error
     _check_ids(config, file)
     return config
 
 
-def _kind(found: dict[str, Any], folder: Path) -> type[PreTrainedConfig]:
+def _kind(content: dict[str, Any], folder: Path) -> type[PreTrainedConfig]:
     """The class of the configuration; LLaDA's without the table of all families, whose import takes seconds."""
-    parts = [name for name in found if name.endswith(("_config", "_tower", "_decoder", "projector_type"))]
-    if found.get("model_type") == LLaDAConfig.model_type and found.get("num_experts") is None and not parts:
+    parts = [name for name in content if name.endswith(("_config", "_tower", "_decoder", "projector_type"))]
+    if content.get("model_type") == LLaDAConfig.model_type and content.get("num_experts") is None and not parts:
         return LLaDAConfig
     from dlm.models.families import recognise
 
-    return recognise(found, str(folder)).config
+    return recognise(content, str(folder)).config
 
 
-def check_types(found: Mapping[str, Any], kind: type, file: Path) -> None:
+def check_types(content: Mapping[str, Any], kind: type, file: Path) -> None:
     """Raises ValueError for a value in config.json whose type is not that of the field of the configuration `kind`."""
     hints: dict[str, Any] = dict(_GENERAL)
     for one in reversed(kind.__mro__):
         if one.__module__.startswith("dlm."):  # transformers checks its own fields
             hints |= inspect.get_annotations(one, eval_str=True)
     for name, hint in hints.items():
-        if name in found and not _fits(found[name], hint):
-            shown = repr(found[name])
+        if name in content and not _fits(content[name], hint):
+            shown = repr(content[name])
             shown = shown if len(shown) <= 40 else f"{shown[:40]}…"
             raise ValueError(f"{file}: {name} is {shown}, and must be {_words(hint)}")
     for name in ("dtype", "torch_dtype"):
-        if found.get(name) is not None and str(found[name]).removeprefix("torch.") not in SAVED:
-            raise ValueError(f"{file}: {name} is {found[name]!r}: dlm computes with {', '.join(SAVED)}")
+        if content.get(name) is not None and str(content[name]).removeprefix("torch.") not in SAVED:
+            raise ValueError(f"{file}: {name} is {content[name]!r}: dlm computes with {', '.join(SAVED)}")
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -194,3 +194,28 @@ def test_a_predictor_that_is_given_is_used(checkpoint):
     config = dlm.SamplingConfig(gen_length=4, steps=4)
     states = list(dlm.denoise(predictor, canvas, config))
     assert len(calls) == 4 and states[-1].nfe.tolist() == [4]
+
+
+def test_an_open_checkpoint_generates(checkpoint, tokenizer):
+    opened, config = load_pretrained(checkpoint), dlm.SamplingConfig(gen_length=4, steps=2)
+    model, words = dlm.load(checkpoint)
+    want = dlm.generate(model, ["The cat"], config, tokenizer=words)
+    assert torch.equal(dlm.generate(opened, ["The cat"], config).sequences, want.sequences)
+
+
+# ---------------------------------------------------------------- hub ids
+
+
+def test_a_hub_id_is_a_folder_of_the_cache(tmp_path, tokenizer, monkeypatch):
+    """Its files are fetched once, and then read as those of a folder are; the commit names them."""
+    commit, cache = "0123456789abcdef0123456789abcdef01234567", tmp_path / "models--fox--tiny"
+    make_checkpoint(cache / "snapshots" / commit, tokenizer)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    opened = load_pretrained("fox/tiny")
+    assert (opened.name, opened.digest, opened.folder) == ("tiny", commit, cache / "snapshots" / commit)
+    assert opened.model.config.d_model == 32 and opened.tokenizer.mask_token_id == opened.mask_id
+    with pytest.raises(OSError, match="fox/other is no folder here, and the hub did not give it"):
+        load_pretrained("fox/other")

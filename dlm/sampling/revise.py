@@ -69,11 +69,17 @@ def remask(slate: Slate) -> tuple[Tensor, Tensor]:
 
 def verify(slate: Slate) -> tuple[Tensor, Tensor]:
     """A token that everything else makes less probable than `verify_threshold` is masked again: the least probable
-    first, and always fewer than the pass committed (WINO, arXiv:2507.18578)."""
+    first, and always fewer than the pass committed (WINO, arXiv:2507.18578).
+
+    In a block that came without a mask all its tokens count as committed by the first pass, so that a text that somebody
+    else wrote is repaired.
+    """
     doubted = slate.revisable & (slate.shadow < slate.config.verify_threshold)
     order = slate.shadow.masked_fill(~doubted, torch.inf).argsort(dim=1, stable=True)
     rank = torch.zeros_like(order).scatter(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
-    again = doubted & (rank < slate.chosen.sum(dim=1, keepdim=True) - 1)
+    filled = torch.tensor([[row.turn == 0 and row.left == 0] for row in slate.rows], device=rank.device)
+    drafted = torch.where(filled, slate.revisable, slate.chosen).sum(dim=1, keepdim=True)
+    again = doubted & (rank < drafted - 1)
     return torch.where(again, slate.mask_id, slate.token), again
 
 

@@ -1,5 +1,6 @@
 """Remasking and verifying: chances as in the paper's code, exact marginals on an enumerated toy, and hand cases."""
 
+import dataclasses
 import itertools
 import math
 import random
@@ -205,6 +206,16 @@ def test_verify_masks_again_what_everything_else_contradicts_and_always_fewer_th
         assert state.revised.sum() < max(1, state.committed.sum())
         assert not state.revised[0, 0]
     assert states[1].revised.sum() == 1  # two were written, one is doubted
+    assert not states[-1].canvas.masked.any()
+
+
+def test_verify_repairs_a_text_that_came_without_a_mask():
+    canvas = Canvas.from_prompts([[]], 6, 4)
+    wrong = torch.tensor([[1, 1, 2, 0, 1, 2]])
+    config = SamplingConfig(gen_length=6, block_length=6, revise="verify", verify_threshold=0.5)
+    states = list(denoise(Shadowed(), dataclasses.replace(canvas, tokens=wrong), config))
+    assert states[0].revised.sum() == 5  # all but slot 0, and fewer than the six
+    assert states[-1].canvas.tokens.tolist() == [[1] * 6]
     assert not states[-1].canvas.masked.any()
 
 

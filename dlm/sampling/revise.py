@@ -71,8 +71,8 @@ def verify(slate: Slate) -> tuple[Tensor, Tensor]:
     """A token that everything else makes less probable than `verify_threshold` is masked again: the least probable
     first, and always fewer than the pass committed (WINO, arXiv:2507.18578).
 
-    In a block that came without a mask all its tokens count as committed by the first pass, so that a text that somebody
-    else wrote is repaired.
+    In a block that came without a mask all its tokens count as committed by the first pass, so that a text written
+    elsewhere is repaired.
     """
     doubted = slate.revisable & (slate.shadow < slate.config.verify_threshold)
     order = slate.shadow.masked_fill(~doubted, torch.inf).argsort(dim=1, stable=True)

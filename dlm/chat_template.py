@@ -100,8 +100,7 @@ def render(tokenizer, template: str, messages: Sequence[Message], header: bool) 
 def _examine(tokenizer, template: str) -> ChatTemplate:
     _refuse_products(template)
     ask, answer, again = (
-        {"role": role, "content": text}
-        for role, text in (("user", QUESTION), ("assistant", ANSWER), ("user", NEXT))
+        {"role": role, "content": text} for role, text in (("user", QUESTION), ("assistant", ANSWER), ("user", NEXT))
     )
     plain, asked = render(tokenizer, template, [ask], header=False), render(tokenizer, template, [ask], header=True)
     whole = render(tokenizer, template, [ask, answer], header=False)

@@ -19,11 +19,12 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from dlm.checkpoints.files import SHIPPED, read_defaults
-from dlm.checkpoints.folder import Tensors, check_sizes, fetch, read_tensors, weight_files
+from dlm.checkpoints.folder import Tensors, check_names, check_sizes, fetch, read_tensors, weight_files
 from dlm.checkpoints.load import Placing, is_own, open_model, read_config
 from dlm.checkpoints.quick import packed_from
 from dlm.kernels.linear import QUANTIZED
 from dlm.kernels.packed import packed, packed_alone
+from dlm.models.families import FamilyConfig, expected_tensors, family_of
 from dlm.sampling.config import as_ids
 from dlm.tokenizer import load_tokenizer, mask_id
 
@@ -95,8 +96,15 @@ class Pretrained:
 
     @cached_property
     def defaults(self) -> dict[str, Any]:
-        """The sampling options that its generation_config.json asks for, perhaps "chat": False."""
-        return read_defaults(self.folder / "generation_config.json")
+        """The sampling options that its family's authors use, and over them those that its generation_config.json asks
+        for, perhaps "chat": False."""
+        found = read_defaults(self.folder / "generation_config.json")
+        if not is_own(self.config):
+            return found
+        family = dict(family_of(self.config).sampling)
+        if not self.has_end:
+            family.pop("stop_at_eos", None)
+        return family | found
 
     @property
     def blank_defaults(self) -> dict[str, Any]:
@@ -249,6 +257,8 @@ def load_pretrained(
     config = read_config(folder, causal=causal)
     tensors = read_tensors(weight_files(folder, variant))
     check_sizes(folder, config, tensors)
+    if isinstance(config, FamilyConfig):
+        check_names(folder, expected_tensors(family_of(config).model, config), tensors)
     return Pretrained(path, folder, config, tensors, placing, variant, progress or (lambda word: None))
 
 

@@ -98,7 +98,7 @@ class Graphs:
             return self.predictor(**given, visible=visible, cache=cache)
 
         fixed = positions is None if cache is None else type(cache) is KVCache
-        if not fixed or logits_to_keep is None or logits_to_keep.dtype == torch.bool:
+        if not fixed or logits_to_keep is None or logits_to_keep.ndim == 1 or logits_to_keep.dtype == torch.bool:
             return run(inputs)
         shapes = tuple((name, tuple(value.shape)) for name, value in inputs.items())
         key = (shapes, visible or full, cache)

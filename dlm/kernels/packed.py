@@ -352,7 +352,8 @@ class Packed:
             self._lengthen(keys if cache is not None or positions is None else int(positions.max()) + 1)
         slots = None if cache is None else positions
         mask = attention_mask("sdpa", visible, valid, slots, (batch, queries, keys), tokens.device)
-        asked = logits_to_keep if logits_to_keep is not None and logits_to_keep.dtype != torch.bool else None
+        asked = logits_to_keep if logits_to_keep is not None and logits_to_keep.ndim == 2 else None
+        asked = None if asked is None or asked.dtype == torch.bool else asked
         where, bias = self._where(positions, queries, cache), self._bias(mask, x)
         for number, layer in enumerate(self.layers[:-1]):
             x = self._layer(layer, number, x, x, where, where, bias, cache)
@@ -365,7 +366,7 @@ class Packed:
                 bias = self._bias(mask, x)
         x = self._layer(self.layers[-1], len(self.layers) - 1, few, x, few_where, where, bias, cache)
         if logits_to_keep is not None and asked is None:
-            x = x[logits_to_keep]  # (N, d_model)
+            x = x[logits_to_keep] if logits_to_keep.dtype == torch.bool else x.flatten(0, 1)[logits_to_keep]  # (N, D)
         logits = self.head(self._norm(x, self.last_norm))
         return logits if self.scale_out is None else logits * self.scale_out
 

@@ -12,12 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from dlm.models.attention import Visible
 from dlm.models.head import Targets
 
-__all__ = ["MaskPredictor", "PredictCall", "as_predictor"]
+__all__ = ["MaskPredictor", "PredictCall", "as_predictor", "guess_places"]
 
 
 class PredictCall:
@@ -66,7 +67,8 @@ class MaskPredictor:
         default the one that the checkpoint was trained with (full, or block-causal where config.block_length is
         set); cache: a `KVCache`, and then attention reads all its slots; valid (B, T) which slots exist.
         logits_to_keep: None for all, (B, Q, V); a bool (B, Q) for those, flat in row order, (N, V); int64 (B, M)
-        indices into Q for those, (B, M, V). V is config.embedding_size; the type is that of the weights.
+        indices into Q for those, (B, M, V); int64 (N,) indices into B * Q for those, (N, V). V is
+        config.embedding_size; the type is that of the weights.
         targets: of the N places asked about, in row order; gives (sum of weighted cross entropies (), cross entropies
         (N,) without a gradient), both fp32, and holds the logits of `targets.chunk` places at a time.
         """
@@ -76,6 +78,28 @@ class MaskPredictor:
                 targets=targets,
             )
         )  # fmt: skip
+
+
+def guess_places(model, scored: Tensor, positions: Tensor, block_length: int | None = None) -> Tensor:
+    """Where the guesses for the scored places stand, as `logits_to_keep`, N of them in row order.
+
+    scored (B, T) bool; positions (B, T): each token's place in its document. A model whose logits are shifted
+    (`config.shift_logits`) says of the place before what stands here, and of a document's first place at that place
+    itself (Dream, arXiv:2508.15487). block_length: the input is [x_t ; x_0], whose scored places are of x_t, and the
+    place before the first of a block is clean (Fast-dLLM v2, arXiv:2509.26328).
+    Gives `scored` where nothing is shifted, with as many unscored places behind it where there are two copies.
+    """
+    copies = 1 if block_length is None else 2
+    modules = model.modules() if isinstance(model, nn.Module) else [model]
+    config = next((module.config for module in modules if hasattr(module, "config")), None)
+    if not getattr(config, "shift_logits", None):
+        return scored if copies == 1 else torch.cat([scored, torch.zeros_like(scored)], dim=1)
+    rows, slots = scored.nonzero(as_tuple=True)
+    here, width = positions[rows, slots], scored.shape[1]
+    before = torch.where(here > 0, slots - 1, slots)
+    if block_length is not None:
+        before = before + width * ((here > 0) & (here % block_length == 0))
+    return rows * copies * width + before
 
 
 def as_predictor(model) -> Callable:

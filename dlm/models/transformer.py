@@ -294,6 +294,8 @@ class LLaDAModelLM(MaskPredictor, Surface, LLaDAPreTrainedModel):
         if keep is not None:
             if keep.dtype == torch.bool:
                 x = x[keep]  # (N, D)
+            elif keep.ndim == 1:
+                x = x.flatten(0, 1)[keep]  # (N, D)
             else:
                 x = x.gather(1, keep[..., None].expand(-1, -1, x.shape[-1]))  # (B, M, D)
         scale = self.config.d_model**-0.5 if self.config.scale_logits else 1.0

@@ -168,9 +168,7 @@ def in_force(model, config: LikelihoodConfig) -> Settings:
     own = "full" if trained is None or either else "block_causal"
     visibility = config.visibility or own
     if visibility != own and not (either and trained is not None):
-        raise ValueError(
-            f"visibility is {visibility!r}, and this model was trained under {own!r} alone: leave it out"
-        )
+        raise ValueError(f"visibility is {visibility!r}, and this model was trained under {own!r} alone: leave it out")
     blocks = trained if visibility == "block_causal" else None
     estimator = config.estimator or ("count" if blocks is None else "block")
     if blocks is not None and config.block_length not in (None, blocks):

@@ -20,7 +20,7 @@ from dlm.data.examples import Batch
 from dlm.models import attention
 from dlm.models.attention import both, causal, document
 from dlm.models.head import Targets, weighted_sum
-from dlm.models.predictor import as_predictor
+from dlm.models.predictor import as_predictor, guess_places
 from dlm.objectives.noise import Noise, NoiseSettings, Strata, corrupt, draw_noise
 
 Extra = Callable[[Tensor, Tensor], Tensor]  # logits (N, V), true tokens (N,) -> ()
@@ -54,7 +54,8 @@ def masked_diffusion(
     logits and true tokens that is added to the sum.
     """
     xt = corrupt(batch.tokens, noise.masked, mask_id)
-    asked = {"visible": document(batch.segments), "logits_to_keep": noise.scored}
+    places = guess_places(model, noise.scored, batch.positions)
+    asked = {"visible": document(batch.segments), "logits_to_keep": places}
     return _masked_loss(model, (xt, batch.positions), asked, batch, noise, chunk, extra)
 
 
@@ -74,7 +75,7 @@ def block_diffusion(
     )  # (B, 2T)
     asked = {
         "visible": attention.block_diffusion(batch.segments, batch.positions, noise.block_length),
-        "logits_to_keep": torch.cat([noise.scored, torch.zeros_like(noise.masked)], dim=1),
+        "logits_to_keep": guess_places(model, noise.scored, batch.positions, noise.block_length),
     }
     return _masked_loss(model, both_copies, asked, batch, noise, chunk, extra)
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dlm.data.examples import Batch
 from dlm.models.attention import document
 from dlm.models.head import Targets
-from dlm.models.predictor import as_predictor
+from dlm.models.predictor import as_predictor, guess_places
 from dlm.objectives.losses import Loss, Objective
 from dlm.objectives.noise import Noise, NoiseSettings, corrupt, draw_noise
 
@@ -73,7 +73,8 @@ def bounds(model, inputs, examples: int, chunk: int | None, factor: Tensor | Non
     xt, positions, segments, truth, weight = inputs
     scored = weight > 0
     predict = as_predictor(model)
-    owner, asked = segments[scored], {"visible": document(segments), "logits_to_keep": scored}
+    owner, places = segments[scored], guess_places(model, scored, positions)
+    asked = {"visible": document(segments), "logits_to_keep": places}
     if factor is not None:
         targets = Targets(truth[scored], weight[scored] * factor[owner], chunk)
         total, _ = predict(xt, positions, **asked, targets=targets)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dlm.data.examples import Example
 from dlm.models.attention import Visible
-from dlm.models.predictor import as_predictor
+from dlm.models.predictor import as_predictor, guess_places
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ def _forward(model, batch: list[Row], measure: Measure, mask_id: int, cfg_scale:
         xt = torch.cat([xt, torch.where(given, mask_id, xt)])
         keep = scored.repeat(2, 1)
         valid = None if valid is None else valid.repeat(2, 1)
+    keep = guess_places(model, keep, torch.arange(keep.shape[1], device=keep.device).expand_as(keep))
     rule = {} if visible is None else {"visible": visible}
     logits = as_predictor(model)(xt, valid=valid, logits_to_keep=keep, **rule)  # (N, V), with guidance (2N, V)
     logits = logits if logits.dtype == torch.float64 else logits.float()

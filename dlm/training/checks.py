@@ -14,6 +14,7 @@ from dlm.utils.hardware import memory_size
 MANY_EPOCHS = 300  # more are likely a slip: steps given for other data
 GB = 1e9
 
+
 def given(argv: Sequence[str]) -> set[str]:
     """Names of the settings that a command line gives."""
     return {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}

@@ -42,7 +42,7 @@ def lost_line() -> str:
 
 
 def rank_prefix() -> str:
-    """"rank 1: " in a job of several processes."""
+    """ "rank 1: " in a job of several processes."""
     group = _group()
     return f"rank {group.get_rank()}: " if group and group.get_world_size() > 1 else ""
 

@@ -1,6 +1,5 @@
 """The causal twin: cached decoding is uncached decoding, and the likelihood of the next token is exact."""
 
-
 import numpy as np
 import pytest
 import torch

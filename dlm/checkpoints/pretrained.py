@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from dlm.checkpoints.adapters import base_of, with_adapter
 from dlm.checkpoints.files import SHIPPED, read_defaults
 from dlm.checkpoints.folder import Tensors, check_names, check_sizes, fetch, read_tensors, weight_files
 from dlm.checkpoints.load import Placing, is_own, open_model, read_config
@@ -38,7 +39,7 @@ class Pretrained:
     """A checkpoint: its configuration, and its parts as they are asked for.
 
     path: a folder or a hub id, as it was given; folder: where its files lie; tensors: the headers of
-    its weights; progress: is told in a word what takes
+    its weights; adapter: a folder of PEFT's that is merged into them; progress: is told in a word what takes
     long. Errors of a part come where it is first asked for, each in one line that names the checkpoint.
     """
 
@@ -49,6 +50,7 @@ class Pretrained:
     placing: Placing
     variant: str | None
     progress: Callable[[str], None]
+    adapter: str | None = None
 
     # ------------------------------------------------------------ what it is
 
@@ -117,10 +119,11 @@ class Pretrained:
     @cached_property
     def digest(self) -> str:
         """Which weights these are: the hub's commit, or for a folder a digest of what is in it."""
-        if str(self.folder) != self.path:
+        if self.adapter is None and str(self.folder) != self.path:
             return self.folder.name  # a snapshot is named by its commit
         digest = hashlib.sha256()
-        for file in sorted([*self.folder.glob("*.safetensors"), *self.folder.glob("*.json")]):
+        folders = [self.folder] if self.adapter is None else [self.folder, Path(self.adapter)]
+        for file in sorted(file for one in folders for file in [*one.glob("*.safetensors"), *one.glob("*.json")]):
             digest.update(f"{file.name} {file.stat().st_size}".encode())
             with file.open("rb") as stream:  # of a large file its first 256 MiB
                 while (piece := stream.read(1 << 20)) and stream.tell() <= 1 << 28:
@@ -170,7 +173,8 @@ class Pretrained:
     @cached_property
     def model(self) -> nn.Module:
         """The model with its weights, in evaluation mode. Raises ValueError as `load_pretrained`."""
-        return open_model(self.folder, self.config, self.tensors, self.placing, self.variant)
+        model = open_model(self.folder, self.config, self.tensors, self.placing, self.variant)
+        return model if self.adapter is None else with_adapter(model, self.adapter)
 
     @property
     def predictor(self) -> Any:
@@ -180,7 +184,7 @@ class Pretrained:
         Raises ValueError for an autoregressive model.
         """
         self.check_diffusion()
-        if "model" in vars(self):
+        if "model" in vars(self) or self.adapter is not None:
             return packed(self.model)
         return self._alone
 
@@ -253,6 +257,14 @@ def load_pretrained(
     """
     placing = Placing(dtype, device, attn_implementation, device_map, cuda_graphs, tensor_parallel)
     path = os.fspath(SHIPPED if path is None else path)
+    if (base := base_of(path)) is not None:
+        if placing.bits:
+            raise ValueError(f"{path} holds adapters, and {placing.bits} layers take none: save the merged model first")
+        opened = load_pretrained(
+            base, dtype=dtype, device=device, attn_implementation=attn_implementation, device_map=device_map,
+            variant=variant, cuda_graphs=cuda_graphs, causal=causal, progress=progress,
+        )  # fmt: skip
+        return dataclasses.replace(opened, path=path, adapter=path)
     folder = fetch(path, revision, variant=variant)
     config = read_config(folder, causal=causal)
     tensors = read_tensors(weight_files(folder, variant))

@@ -38,7 +38,7 @@ def test_release(tmp_path, tokenizer, objective):  # noqa: F811
     assert found["perplexity"] == pytest.approx(math.exp(found["nats_per_token"]))
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nlicense: mit\n---\n# m\n") and "> bdf" in card and "Seed 1:" in card
-    assert (tmp_path / "out" / "generation_config.json").exists() is not causal
+    assert ('"dlm"' in (tmp_path / "out" / "generation_config.json").read_text()) is not causal
     before = os.umask(0)
     os.umask(before)
     assert (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o777 == 0o666 & ~before

@@ -69,7 +69,6 @@ def bounds(model, inputs, examples: int, chunk: int | None, factor: Tensor | Non
 
     With `factor` (K * E,): their sum times factor (), whose gradient is taken `chunk` places at a time.
     """
-    model = getattr(model, "predict", model)
     xt, positions, segments, truth, weight = inputs
     scored = weight > 0
     predict = as_predictor(model)

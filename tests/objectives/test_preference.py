@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dlm.data.examples import Example, pack
+from dlm.models.predictor import as_predictor
 from dlm.objectives.noise import NoiseSettings
 from dlm.objectives.preference import Preference, dpo, frozen
 from tests.helpers.toys import MASK, tiny_model
@@ -48,7 +49,7 @@ def exact_bound(model, answer):
         for subset in itertools.combinations(range(len(PROMPT), len(PROMPT) + length), count):
             xt = whole.clone()
             xt[0, list(subset)] = MASK
-            logits = getattr(model, "predict", model)(xt, torch.arange(xt.shape[1])[None])
+            logits = as_predictor(model)(xt, torch.arange(xt.shape[1])[None])
             ce = F.cross_entropy(logits[0, list(subset)].double(), whole[0, list(subset)], reduction="sum")
             total = total + ce / count / math.comb(length, count)
     return total
@@ -61,7 +62,7 @@ def test_of_one_token_answers_it_is_exact_dpo():
     objective, batch = Preference(reference, beta=beta, draws=3), batch_of(pair)
     loss = objective.loss(policy, batch, objective.noise(batch, NoiseSettings(), 0), MASK)
     xt = torch.tensor([[*PROMPT, MASK]])
-    logp, logref = (F.log_softmax(getattr(m, "predict", m)(xt)[0, -1].double(), -1) for m in (policy, reference))
+    logp, logref = (F.log_softmax(as_predictor(m)(xt)[0, -1].double(), -1) for m in (policy, reference))
     expected = -F.logsigmoid(beta * ((logp[7] - logref[7]) - (logp[9] - logref[9])))
     assert float(loss.total.detach()) == pytest.approx(float(expected.detach()), abs=1e-6) and loss.count == 1
     got = torch.autograd.grad(loss.total, policy.model.transformer.wte.weight)[0]

@@ -246,10 +246,10 @@ def asked(args, writer: Pretrained, questions, way: str) -> dict:
                 given.append(example(first + line, candidate, [], number))
                 alone.append(example(first, candidate, [], number))
     values = twin_values if writer.autoregressive else model_bounds
-    told, untold = values(args, writer, given), values(args, writer, alone)
-    gains = np.array([before.nats - after.nats for after, before in zip(told, untold, strict=True)])
+    cond, uncond = values(args, writer, given), values(args, writer, alone)
+    gains = np.array([before.nats - after.nats for after, before in zip(cond, uncond, strict=True)])
     gains = gains.reshape(-1, CHOICES)
-    tokens = np.array([one.tokens for one in told]).reshape(-1, CHOICES)
+    tokens = np.array([one.tokens for one in cond]).reshape(-1, CHOICES)
     right = Measure.of((gains.argmax(axis=1) == 0).astype(float).tolist())
     gain = Measure.of((gains[:, 0] / tokens[:, 0]).tolist())
     return {"accuracy": vars(right), "gain": vars(gain)}

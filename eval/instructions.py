@@ -1,4 +1,4 @@
-"""How far a fine-tuned model does as it is told: the share of the names, words and endings asked for that it writes.
+"""How well a fine-tuned model follows instructions: the share of requested names, words and endings that it writes.
 
 python -m eval.instructions --model my-instruct --data held_out.jsonl     (rows of `dlm train instructions`)
 

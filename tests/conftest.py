@@ -14,6 +14,23 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported, whoever does it
 
 
+# Files whose tests take long together: they start processes, train, or try hundreds of settings.
+SLOW = (
+    "commands/test_bad_runs", "commands/test_bench_", "commands/test_eval_compare", "commands/test_readme",
+    "commands/test_train_", "commands/test_wheel", "kernels/test_triton", "properties/", "training/test_processes",
+    "training/test_stop", "training/test_zero", "objectives/test_estimators", "evaluation/test_lm_eval",
+    "benchmarking/test_sweep",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """Marks the tests of `SLOW`; `make test-fast` leaves them out."""
+    for item in items:
+        name = item.path.relative_to(Path(__file__).parent).with_suffix("").as_posix()
+        if name.startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_configure(config):
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits deafness to Ctrl-C

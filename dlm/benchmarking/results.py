@@ -28,7 +28,7 @@ CSV_COLUMNS = ("method", "question", "block_length", "steps", "latency_s", "perp
 @dataclass(frozen=True)
 class Setting:
     """A cell over all its questions. latency: median over repeats, mean over questions, in seconds; perplexity: the
-    geometric mean (None: nobody judged); accuracy in 0 to 1 and its error; degenerate: at least half of the answers
+    geometric mean (None: not judged); accuracy in 0 to 1 and its error; degenerate: at least half of the answers
     are (None: not known); answers: the cells themselves."""
 
     method: str

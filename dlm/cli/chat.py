@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 def chat(argv: Sequence[str]) -> int:
     """`dlm chat`: talk, turn by turn."""
-    parser = Parser("chat", "[options]", "Talk with an instruct checkpoint: /reset begins anew, /quit or Ctrl-D ends.")
+    parser = Parser("chat", "[options]", "Talk with an instruct checkpoint: /reset starts over, /quit or Ctrl-D ends.")
     parser.add_model()
     parser.add_sampling(shown_defaults(argv))
     parser.add_output()
@@ -46,7 +46,7 @@ def chat(argv: Sequence[str]) -> int:
     if typed:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (history and editing for input())
-        print(live.paint("/reset begins anew, /quit ends", live.QUIET), file=sys.stderr)
+        print(live.paint("/reset starts over, /quit ends", live.QUIET), file=sys.stderr)
     messages: list[dict[str, str]] = []
     while True:
         try:

@@ -85,7 +85,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Glyphs:
-    """What stands for a masked place, for the end of the text, and between the parts of the status line."""
+    """The glyphs for a masked slot, the end of the text, and the separator of the status line."""
 
     mask: str = "░"
     end: str = "∎"
@@ -151,9 +151,9 @@ class RowText:
         confidence: Sequence[float],
         newest: Sequence[bool],
     ) -> list[Piece]:
-        """The row as pieces: given text bold, masked places as a glyph, the rest coloured by confidence.
+        """The row as pieces: given text bold, masked slots as a glyph, the rest coloured by confidence.
 
-        All arguments have one entry per valid place of the row.
+        All arguments have one entry per valid slot of the row.
         """
         found, at, focused = [], 0, False
         while at < len(ids):
@@ -387,7 +387,7 @@ class LiveView:
 
 
 def share(wanted: Sequence[int], budget: int) -> list[int]:
-    """Divide `budget` lines among rows that want so many each: at least one each, nobody more than wanted."""
+    """Divides `budget` lines among rows: at least one each, and none more than it wants."""
     given = [0] * len(wanted)
     while budget > 0 and given != list(wanted):
         for row, want in enumerate(wanted):

@@ -50,7 +50,7 @@ class Result:
 
     @property
     def ids(self) -> list[int]:
-        """The ids at the editable places, in order; an interrupted run holds mask ids."""
+        """The ids at the editable slots, in order; an interrupted run holds mask ids."""
         return [token for token, ours in zip(self.row, self.editable, strict=True) if ours]
 
     @property
@@ -132,7 +132,7 @@ def as_options(message: str) -> str:
 # ---------------------------------------------------------------- denoising and printing
 
 
-RECORDED = 5  # how many of the most probable tokens a recording names at each place
+RECORDED = 5  # how many of the most probable tokens a recording names at each slot
 
 
 def denoise(

@@ -165,6 +165,6 @@ def open_judge(
 def _logits_of(opened: Pretrained):
     """What `Judge` calls: logits (N, V) at the places kept."""
     model = opened.model
-    if is_own(opened.config):  # padding is at the end, which nobody sees
+    if is_own(opened.config):  # padding is at the end, where no token attends
         return lambda tokens, valid, keep: model.predict(tokens, visible=causal, logits_to_keep=keep)
     return lambda tokens, valid, keep: model(input_ids=tokens, attention_mask=valid.long()).logits[keep]

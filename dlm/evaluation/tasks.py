@@ -35,7 +35,7 @@ Check = Callable[[str], bool]
 @dataclass(frozen=True)
 class Question:
     """text: what a person reads, one of its kind in a task. prompt: what is continued, or a text with blanks ___
-    or ids with the mask id in the places to fill (`infill`). check: whether an answer is right; None: nobody knows.
+    or ids with the mask id in the slots to fill (`infill`). check: whether an answer is right; None: no check.
     prose: whether answers are free text, so that repetition in them is a fault."""
 
     text: str
@@ -126,7 +126,7 @@ def by_program(command: Sequence[str], record: dict) -> Check:
 
 
 def prompts(path: str) -> list[Question]:
-    """Questions nobody can check, from a file of prompts (`read_prompts`)."""
+    """Questions without a check, from a file of prompts (`read_prompts`)."""
     return [Question(text, text) for text in read_prompts(path)]
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dlm.kernels.available import triton_kernels
-from dlm.kernels.int8 import FewBits
+from dlm.kernels.int8 import QuantizedLinear
 
 __all__ = ["Float8", "has_kernel", "quantise", "refusal"]
 
@@ -86,7 +86,7 @@ def _one(device: torch.device) -> Tensor:
         return torch.ones((), dtype=torch.float32, device=device)
 
 
-class Float8(FewBits):
+class Float8(QuantizedLinear):
     """A linear layer y = x W^T + b, W (O, K) in float8 with scale (O,), and what it reads in float8 with one a token.
 
     Where `has_kernel` says no, the same numbers are multiplied in fp32: slower than bf16, for tests of quality alone.

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FewBits", "Int8", "joined", "quantise", "refusal"]
+__all__ = ["Int8", "QuantizedLinear", "joined", "quantise", "refusal"]
 
 
 def joined(pieces: Sequence[Tensor | None]) -> Tensor | None:
@@ -27,7 +27,7 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scale).round_().to(torch.int8), scale
 
 
-class FewBits(nn.Module):
+class QuantizedLinear(nn.Module):
     """A linear layer with W = scale q: q (O, I) of eight bits, one scale for each output (O,), b (O,) or None."""
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None):
@@ -37,7 +37,9 @@ class FewBits(nn.Module):
         self.register_buffer("bias", bias)
 
     @classmethod
-    def of(cls, weights: Sequence[Tensor], scales: Sequence[Tensor], biases: Sequence[Tensor | None]) -> FewBits:
+    def of(
+        cls, weights: Sequence[Tensor], scales: Sequence[Tensor], biases: Sequence[Tensor | None]
+    ) -> QuantizedLinear:
         """Several layers that read the same input, one below the other."""
         return cls(joined(weights), joined(scales), joined(biases))
 
@@ -45,7 +47,7 @@ class FewBits(nn.Module):
         return self(x).add_(residual)
 
 
-class Int8(FewBits):
+class Int8(QuantizedLinear):
     """A linear layer with weights of eight bits: W = scale q, one scale for each output (O,), q int8 (O, I).
 
     The input is rounded to eight bits too, with one scale for each token, its largest number over 127, and the

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dlm.kernels import fp8, int8
 from dlm.kernels.fp8 import Float8
-from dlm.kernels.int8 import FewBits, Int8, joined
+from dlm.kernels.int8 import Int8, QuantizedLinear, joined
 from dlm.utils.names import check_name
 
 __all__ = ["QUANTIZED", "Blocked", "Plain", "has_kernels", "kind_for", "quantize_"]
@@ -87,7 +87,7 @@ class Kind:
     """layer: the class of the linear layers; numbers: of their weights; base: of all else; refusal: why a device cannot
     do it."""
 
-    layer: type[FewBits]
+    layer: type[QuantizedLinear]
     numbers: torch.dtype
     base: str
     refusal: Callable[[torch.device], str | None]

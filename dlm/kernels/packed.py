@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dlm.kernels.available import triton_kernels
 from dlm.kernels.cuda_graphs import Graphs
-from dlm.kernels.int8 import FewBits
+from dlm.kernels.int8 import QuantizedLinear
 from dlm.kernels.linear import QUANTIZED, Blocked, Plain, kind_for
 from dlm.models.attention import Visible, attention_mask, visible_of
 from dlm.models.head import Head
@@ -43,7 +43,7 @@ TURNS = 2**17  # slots whose rotary angles are there from the start, where the m
 SAMPLED = 8  # numbers of a weight that are compared before every use
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 WIDEST = 2**24  # scores that attention in bf16 holds at once; beyond it the fused kernel, which holds none
-Linear = Plain | Blocked | FewBits
+Linear = Plain | Blocked | QuantizedLinear
 FEW_BITS = tuple(kind.layer for kind in QUANTIZED.values())
 _COPIES: WeakKeyDictionary[LLaDAModelLM, tuple[_Seen, Packed | Graphs]] = WeakKeyDictionary()
 

@@ -41,7 +41,7 @@ class Summary(NamedTuple):
     entropy: Tensor
 
     def confidence(self, name: str) -> Tensor:
-        """What `unmasking.CONFIDENCES[name]` says at temperature 0, to rounding."""
+        """What `propose.CONFIDENCES[name]` says at temperature 0, to rounding."""
         return self.probability - self.second if name == "margin" else getattr(self, name)
 
 

@@ -35,7 +35,7 @@ Logits = Callable[[Tensor, Tensor, Tensor], Tensor]  # tokens, valid, keep (B, T
 def likelihood(logits: Logits, examples: Sequence[Example], *, device=None, batch_size: int = 16) -> list[Bound]:
     """-log p of the target tokens of each example given all tokens before each of them: exact, one evaluation.
 
-    The first token of an example has nothing before it and is not scored, though it be a target.
+    The first token of an example has no context and is not scored.
     Errors: no numbers (FloatingPointError).
     """
     found = [Bound(0.0, 0.0, 0, 0)] * len(examples)

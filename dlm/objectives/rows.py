@@ -98,8 +98,8 @@ def _forward(model, batch: list[Row], measure: Measure, mask_id: int, cfg_scale:
     logits = as_predictor(model)(xt, valid=valid, logits_to_keep=keep, **rule)  # (N, V), with guidance (2N, V)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if cfg_scale:
-        told, untold = logits.chunk(2)
-        logits = untold + (cfg_scale + 1) * (told - untold)
+        cond, uncond = logits.chunk(2)
+        logits = uncond + (cfg_scale + 1) * (cond - uncond)
     values = measure(logits, truth).double().cpu().numpy()
     if np.isnan(values).any():
         raise FloatingPointError(

@@ -1,4 +1,4 @@
-"""Several processes of one job: which of them this is, what they share, and how they part."""
+"""Several processes of one job: rank, gather, process-group teardown."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LETTING_GO_SECONDS = 0.1  # for threads of a group that DTensor still remembers:
 
 
 class Sharing:
-    """Which of several processes this is, and what they tell each other (`accelerate launch`); alone it is nothing.
+    """Rank and size of this process, and collectives between the processes of a job (`accelerate launch`).
 
     cpu: whether they are to run on a CPU although there are GPUs. device: where this process's model belongs.
     """
@@ -40,7 +40,7 @@ class Sharing:
 
 
 def leave_processes(failed: bool = False) -> None:
-    """Take the process groups down while Python is whole; where there are none, nothing happens.
+    """Destroys the process groups before the interpreter shuts down; without groups it does nothing.
 
     Gloo's threads hold the tensors that they send, and one that lets go of a tensor while the interpreter shuts down
     aborts the process (PyTorch's issue 190489). They end with the last reference to their group.

@@ -74,7 +74,7 @@ def memory_size() -> int | None:
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until the device has done all that was asked of it."""
+    """Waits until all work queued on the device is done."""
     if device.type in ("cuda", "xpu", "mps"):
         import torch
 
@@ -82,7 +82,7 @@ def synchronise(device: torch.device) -> None:
 
 
 class PeakMemory:
-    """Within the block: the most memory in use at any moment, in bytes.
+    """Peak memory inside the `with` block, in bytes.
 
     On a GPU what torch allocated there; on Linux the process's resident set; None where neither can be asked.
     """
@@ -108,7 +108,7 @@ class PeakMemory:
 
 
 def _clear_peak() -> bool:
-    """Have Linux forget the process's peak resident set (proc(5), clear_refs)."""
+    """Resets the process's peak resident set (Linux, proc(5), clear_refs)."""
     try:
         _CLEAR.write_text("5")
     except OSError:

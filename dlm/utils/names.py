@@ -1,4 +1,4 @@
-"""A name that is not known is an error that says which one was probably meant."""
+"""Unknown names are errors that suggest the nearest known name."""
 
 import difflib
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""What a person sees of a training run: one line that moves on a terminal, one line every few seconds elsewhere."""
+"""Progress on standard error: one updated line on a terminal, one line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def duration(seconds: float) -> str:
 
 
 def counted(items: Iterable[T], total: int, name: str, show: bool = True, every: float = 10.0) -> Iterator[T]:
-    """The items, while standard error says how many of `total` there were and how long the rest will take.
+    """Yields the items; standard error shows how many of `total` are done and the time left.
 
     every: seconds between lines where it is no terminal; there the line moves.
     """

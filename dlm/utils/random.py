@@ -1,4 +1,4 @@
-"""Random numbers that belong to an example: independent streams from a counter."""
+"""Counter-based random streams, one per example."""
 
 from __future__ import annotations
 

@@ -39,18 +39,19 @@ class Fit:
 
 
 def fit(y: Sequence[float], *x: Sequence[float]) -> Fit:
-    """Least squares of y on one or several x. Errors: too few measurements, or an x that the others tell already."""
+    """Least squares of y on one or several x. Raises ValueError for too few measurements or a collinear x."""
     table = np.column_stack([np.ones(len(y)), *x])
-    found, _, rank, _ = np.linalg.lstsq(table, np.asarray(y, dtype=float), rcond=None)
+    coefficients, _, rank, _ = np.linalg.lstsq(table, np.asarray(y, dtype=float), rcond=None)
     if rank < table.shape[1]:
-        raise ValueError(f"{len(y)} measurements do not tell {table.shape[1]} unknowns apart: measure more cells")
-    left = np.asarray(y) - table @ found
+        raise ValueError(f"{len(y)} measurements do not determine {table.shape[1]} coefficients: measure more cells")
+    residual = np.asarray(y) - table @ coefficients
     total = float(np.square(np.asarray(y) - np.mean(y)).sum())
-    return Fit(float(found[0]), tuple(map(float, found[1:])), 1 - float(left @ left) / total if total else 1.0)
+    r2 = 1 - float(residual @ residual) / total if total else 1.0
+    return Fit(float(coefficients[0]), tuple(map(float, coefficients[1:])), r2)
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """The indices of the points that no other beats in both numbers, lower being better, by the first number."""
+    """The indices of the Pareto front of points (lower is better in both numbers), in order of the first number."""
     front: list[int] = []
     for index in sorted(range(len(points)), key=lambda i: points[i]):
         if not front or points[index][1] < points[front[-1]][1]:
@@ -70,7 +71,7 @@ class Measure:
 
     @classmethod
     def of(cls, values: Sequence[float | None]) -> Measure:
-        """The mean of the values that there are (NaN for none)."""
+        """The mean of the values that are not None (NaN for none)."""
         there = np.array([value for value in values if value is not None], dtype=float)
         if len(there) == 0:
             return cls(math.nan, math.nan)

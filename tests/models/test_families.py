@@ -125,3 +125,19 @@ def test_every_family_has_a_table():
     assert {"llada", "llada-moe", "Dream", "llada2_moe", "sdar", "Fast_dLLM_Qwen"} <= set(FAMILIES)
     for family in FAMILIES.values():
         assert family.model.config_class is family.config
+
+
+COUNTS = {
+    "LLaDA-8B": ({"model_type": "llada", "d_model": 4096, "n_heads": 32, "n_layers": 32, "vocab_size": 126_464,
+                  "mlp_hidden_size": 12_288}, 8_015_581_184),
+    "Dream-7B": ({"model_type": "Dream", "hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28,
+                  "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152_064}, 7_615_616_512),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "count"), COUNTS.values(), ids=COUNTS.keys())
+def test_released_sizes_have_their_number_of_parameters(fields, count):
+    """Counted on the meta device: no memory is taken."""
+    family = recognise(fields)
+    shapes = expected_tensors(family.model, family.config.from_dict(dict(fields)))
+    assert sum(torch.Size(shape).numel() for shape in shapes.values()) == count

@@ -20,7 +20,7 @@ def parse_json(text: str, where: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}" if "\n" in text.strip() else f"column {error.colno}"
-        raise ValueError(f"{where}: not JSON ({error.msg} at {place})") from None
+        raise ValueError(f"{where}: not JSON ({error.msg}, {place})") from None
     except RecursionError:
         raise ValueError(f"{where}: JSON that is nested too deeply to be read") from None
     except ValueError as error:

@@ -137,7 +137,7 @@ def test_compare_two_grids_and_the_reference(run, grid, tmp_path):
 @pytest.mark.parametrize(
     "name, text, message",
     [
-        ("a.json", '{"none": [{"question": "A", "resu', "damaged or no JSON"),
+        ("a.json", '{"none": [{"question": "A", "resu', "not JSON"),
         ("a.json", "[1]", "is no grid"),
         ("a.json", '{"none": [{"question": "A"}]}', "is no grid"),
         ("a.json", "{}", "holds no cell"),

@@ -34,15 +34,30 @@ def poison(folder, marker, *, family="llada", whole=True):
     return folder
 
 
+ONE_STEP = [
+    "--max-steps",
+    "1",
+    "--batch-size",
+    "1",
+    "--precision",
+    "no",
+    "--tracker",
+    "none",
+    "--sample-every",
+    "0",
+    "--sequence-length",
+    "32",
+]
+TINY = ["--d-model", "16", "--n-layers", "1", "--n-heads", "2", "--mlp-hidden-size", "16"]
 COMMANDS = [
     ["generate", "x", "--gen-length", "2", "--model", "{model}"],
     ["infill", "a ___", "--model", "{model}"],
     ["chat", "--model", "{model}", "--gen-length", "2"],
     ["info", "{model}"],
-    ["train", "sft", "--data", "{data}", "--output", "{out}", "--max-steps", "1", "--model", "{model}"],
-    ["train", "pretrain", "--data", "{data}", "--output", "{out}", "--max-steps", "1", "--tokenizer", "{model}"],
+    ["train", "sft", "--data", "{data}", "--output", "{out}", "--model", "{model}", *ONE_STEP],
+    ["train", "pretrain", "--data", "{data}", "--output", "{out}", "--tokenizer", "{model}", *ONE_STEP, *TINY],
     ["eval", "perplexity", "--data", "{data}", "--draws", "2", "--model", "{model}"],
-    ["eval", "generative", "--model", "{model}", "--judge", "{model}"],
+    ["eval", "generative", "--model", "{model}", "--judge", "{model}", "--num-samples", "1", "--gen-length", "2"],
     [
         "eval",
         "compare",

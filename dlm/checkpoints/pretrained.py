@@ -25,7 +25,7 @@ from dlm.checkpoints.load import Placing, is_own, open_model, read_config
 from dlm.checkpoints.quick import packed_from
 from dlm.kernels.linear import QUANTIZED
 from dlm.kernels.packed import packed, packed_alone
-from dlm.models.families import FamilyConfig, expected_tensors, family_of
+from dlm.models.configuration import LLaDAConfig
 from dlm.sampling.config import as_ids
 from dlm.tokenizer import load_tokenizer, mask_id
 
@@ -101,8 +101,10 @@ class Pretrained:
         """The sampling options that its family's authors use, and over them those that its generation_config.json asks
         for, perhaps "chat": False."""
         found = read_defaults(self.folder / "generation_config.json")
-        if not is_own(self.config):
+        if not is_own(self.config) or type(self.config) is LLaDAConfig:  # neither has options of its own
             return found
+        from dlm.models.families import family_of
+
         family = dict(family_of(self.config).sampling)
         if not self.has_end:
             family.pop("stop_at_eos", None)
@@ -269,7 +271,9 @@ def load_pretrained(
     config = read_config(folder, causal=causal)
     tensors = read_tensors(weight_files(folder, variant))
     check_sizes(folder, config, tensors)
-    if isinstance(config, FamilyConfig):
+    if type(config) is not LLaDAConfig and is_own(config):  # the table of families takes seconds to import
+        from dlm.models.families import expected_tensors, family_of
+
         check_names(folder, expected_tensors(family_of(config).model, config), tensors)
     return Pretrained(path, folder, config, tensors, placing, variant, progress or (lambda word: None))
 

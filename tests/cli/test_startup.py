@@ -62,3 +62,16 @@ def test_help_needs_no_torch_and_little_time(command):
     done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"COLUMNS": "80"})
     assert done.returncode == 0 and done.stdout.startswith("usage: dlm") and not done.stderr, done.stderr[-2000:]
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < SECONDS
+
+
+def test_generate_imports_no_modelling_code_of_transformers():
+    """Was: the table of families, imported for every checkpoint, doubled the time to the first frame."""
+    code = """
+import sys
+from dlm.cli.main import main
+assert main(["generate", "x", "--gen-length", "1"]) == 0
+slow = {"dlm.models.families", "dlm.models.transformer", "transformers.modeling_utils"}
+print(slow & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "set()", done.stdout + done.stderr

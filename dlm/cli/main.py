@@ -36,7 +36,6 @@ commands:
 
 examples:
   dlm generate "Once upon a time"
-  dlm generate --method dual --steps 32 --temperature 0.7 "The old house"
   dlm generate --model GSAI-ML/LLaDA-8B-Base --json --prompts prompts.txt
   dlm infill "The cat ___ on the mat, and then ___{{12}}."
   dlm info path/to/checkpoint

@@ -47,14 +47,15 @@ def test_a_model_that_is_there_is_the_one_that_is_used(tmp_path):
     with torch.no_grad():
         opened.model.model.transformer.ln_f.weight.mul_(2)
     tokens = torch.arange(9)[None]
-    assert opened.predictor is packed(opened.model) and opened._quick is None
+    assert opened.predictor is packed(opened.model)
     assert (opened.predictor(tokens) - load_pretrained(tmp_path, device="cpu").predictor(tokens)).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"attn_implementation": "eager"}, {"device_map": "cpu"}])
 def test_what_is_left_to_the_model(tmp_path, options):
     opened = load_pretrained(saved(tmp_path), **options)
-    assert opened._quick is None and opened.predictor is not None
+    assert quick.packed_from(opened.folder, opened.config, opened.tensors, opened.placing) is None
+    assert opened.predictor is not None
 
 
 def test_damage_is_left_to_the_model_which_names_it(tmp_path):

@@ -27,6 +27,9 @@ def options(folder, output, **changes):
         "valid_every": 2, "valid_rows": 3, "sample_every": 0, "checkpoint_every": 2, "precision": "no", "log_every": 1,
         "optimizer": "adamw", **changes,
     }  # fmt: skip
+    if "model" in changes:  # which has its shape and vocabulary already
+        for name in ("vocab_size", "d_model", "n_layers", "n_heads", "mlp_hidden_size"):
+            del settings[name]
     argv = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items() if not isinstance(value, bool)]
     return argv + [f"--{'' if v else 'no-'}{k.replace('_', '-')}" for k, v in settings.items() if isinstance(v, bool)]
 

@@ -113,5 +113,5 @@ def quantize_(model: nn.Module, name: str) -> nn.Module:
     for block in model.model.transformer.blocks:
         for child, linear in list(block.named_children()):
             if isinstance(linear, nn.Linear):
-                setattr(block, child, kind.layer.from_linear(linear))
+                setattr(block, child, kind.layer.from_linear(linear).train(linear.training))
     return model

@@ -81,7 +81,7 @@ def test_fits_by_hand():
     assert (
         plane.intercept == pytest.approx(3) and plane.slopes == pytest.approx((2, 1)) and plane.r2 == pytest.approx(1)
     )
-    with pytest.raises(ValueError, match="do not tell 2 unknowns apart"):
+    with pytest.raises(ValueError, match="do not determine 2 coefficients"):
         fit([1, 3], [2, 2])
 
 

@@ -188,7 +188,7 @@ def test_the_model_that_ships_in_eight_bits():
 
 
 def test_refusals(monkeypatch):
-    with pytest.raises(ValueError, match="give auto, float32, bfloat16, float16, int8 or fp8"):
+    with pytest.raises(ValueError, match="give auto, float32, bfloat16, float16, int8, fp8"):
         dlm.load(dtype="int9")
     with pytest.raises(ValueError, match="int8"):
         quantize_(tiny_model(), "int7")

@@ -1,5 +1,5 @@
-# make demo: set up, then generate text with the model that ships. make test: set up, then linters and all tests.
-# make test-fast: without the tests that are marked slow.
+# make demo: set up, then generate text with the model that ships. make test: set up, then linters and tests.
+# make test leaves out the tests that are marked slow (kills, hostile inputs, several processes); make test-all runs them too.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -12,7 +12,7 @@ SHOW   := awk -v live="$$(test -t 1 && echo 1)" '/^ *(Collecting|Downloading|Ins
           if (live) printf "\r\033[K%s", text; else if (n % 10 == 1 && n != last) print text; last = n; fflush() } \
           END { if (live) printf "\r\033[K" }'
 
-.PHONY: demo test test-fast lint clean
+.PHONY: demo test test-all lint clean
 
 demo: $(VENV)/.ready
 	@$(RUN) -m dlm generate "Once upon a time" --delay 0.03
@@ -21,10 +21,10 @@ demo: $(VENV)/.ready
 	  '  $(VENV)/bin/dlm --help        (source $(VENV)/bin/activate makes it: dlm)'
 
 test: lint
-	@$(RUN) -m pytest
-
-test-fast: lint
 	@$(RUN) -m pytest -m "not slow"
+
+test-all: lint
+	@$(RUN) -m pytest
 
 lint: $(VENV)/.ready-dev
 	@$(RUN) -m ruff check .

@@ -24,7 +24,7 @@ SLOW = (
 
 
 def pytest_collection_modifyitems(items):
-    """Marks the tests of `SLOW`; `make test-fast` leaves them out."""
+    """Marks the tests of `SLOW`; `make test` leaves them out."""
     for item in items:
         name = item.path.relative_to(Path(__file__).parent).with_suffix("").as_posix()
         if name.startswith(SLOW):

@@ -142,7 +142,7 @@ def test_another_judge_reads_the_answers_that_are_there(bench, tokenizer, tmp_pa
     assert bench(steps="4")[0] == 0
     first = read(tmp_path)[0]
     monkeypatch.setattr(Runner, "measure", lambda self, cell: pytest.fail("a cell was measured again"))
-    other = make_checkpoint(tmp_path / "other", tokenizer, d_model=16)
+    other = make_checkpoint(tmp_path / "other", tokenizer, d_model=16, objective="autoregressive")
     assert bench(steps="4", judge=other)[0] == 0
     second, meta = read(tmp_path)
     assert meta["settings"]["judge"]["id"] == str(other)

@@ -250,7 +250,7 @@ def run(base, tmp_path, name, *options, rows=ROWS):
     data = jsonl(tmp_path / "data.jsonl", rows)
     return main([
         "--model", str(base), "--data", str(data), "--output", str(tmp_path / name), "--max-steps", "3",
-        "--batch-size", "4", "--precision", "no", "--valid-every", "0", "--ema", "0.5", *options,
+        "--batch-size", "4", "--precision", "no", "--ema", "0.5", *options,
     ])  # fmt: skip
 
 
@@ -283,7 +283,7 @@ def test_a_fine_tune_is_a_model_that_answers(base, tmp_path, capsys, options):
         weights(export)["model.transformer.ff_out.weight"], weights(base)["model.transformer.ff_out.weight"]
     )
     notes = json.loads((export / "training.json").read_text())
-    assert notes["command"].startswith("python -m train.sft ") and ("validation" in notes) == bool(valid)
+    assert notes["command"].startswith("dlm train sft ") and ("validation" in notes) == bool(valid)
 
 
 def test_accumulation_does_not_change_padding_or_dropped_prompts(base, tmp_path):

@@ -66,7 +66,7 @@ def this(config_name: str, dtype: str, clock) -> Machine:
 
     from dlm.benchmarking.roofline import best, matmul_rate
     from dlm.kernels.linear import kind_for
-    from dlm.kernels.packed import packed
+    from dlm.kernels.packing import packed
     from dlm.models.kv_cache import KVCache
 
     device, kind = torch.device("cpu"), getattr(torch, dtype)

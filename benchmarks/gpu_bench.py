@@ -19,7 +19,7 @@ import dlm
 from dlm import SamplingConfig
 from dlm.benchmarking.roofline import Pass, limits
 from dlm.kernels.cuda_graphs import Graphs
-from dlm.kernels.packed import packed
+from dlm.kernels.packing import packed
 from dlm.models.shapes import random_model
 from dlm.utils.hardware import synchronise
 

@@ -19,11 +19,10 @@ import dlm
 from benchmarks.gpu_bench import PROMPT, Bench, again, cell, timed
 from dlm import Canvas, SamplingConfig
 from dlm.benchmarking.roofline import limits
-from dlm.kernels import fp8
-from dlm.kernels import packed as packing
+from dlm.kernels import fp8, packing
 from dlm.kernels.cuda_graphs import Graphs
 from dlm.kernels.linear import quantize_
-from dlm.kernels.packed import Packed
+from dlm.kernels.packed import Packed, attention
 from dlm.utils.hardware import synchronise
 
 
@@ -122,7 +121,7 @@ def _attention(bench: Bench) -> None:
             for name, bias in ((backend, None), (f"{backend} masked", mask)):
                 try:
                     if backend == "default":
-                        ours = partial(packing.attention, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias)
+                        ours = partial(attention, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias)
                         found[name] = timed(bench, ours)
                     else:
                         with sdpa_kernel(getattr(SDPBackend, backend)):

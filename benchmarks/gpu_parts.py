@@ -16,10 +16,11 @@ import dlm
 from benchmarks.gpu_bench import Bench, again, cell, run, whole
 from benchmarks.gpu_details import eight_bits, pieces, profile
 from dlm import SamplingConfig
-from dlm.kernels import packed as packing
+from dlm.kernels import packing
 from dlm.kernels.available import triton_kernels
 from dlm.kernels.cuda_graphs import Graphs
-from dlm.kernels.packed import Direct, Packed, packed
+from dlm.kernels.packed import Packed
+from dlm.kernels.packing import Direct, packed
 from dlm.models.shapes import random_model
 from dlm.utils.hardware import commit, hardware, synchronise, versions
 

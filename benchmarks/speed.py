@@ -19,8 +19,6 @@ from typing import TYPE_CHECKING
 from unittest import mock
 
 import dlm
-from dlm.benchmarking.equal import equal_quality
-from dlm.benchmarking.results import read_grid
 from dlm.cli.parser import Parser, check_least
 from dlm.cli.scripts import guarded
 from dlm.cli.workload import open_workload, workload_options
@@ -56,13 +54,13 @@ class Recorder:
 
 def measure(model, prompts, config, warm_up: int, repeats: int, limit: Limits, clock) -> dict:
     """One cell: the median latency of `generate` and what it follows from."""
-    from dlm.kernels import packed as packing
+    from dlm.kernels.packing import packed
     from dlm.models.predictor import as_predictor
 
     device, times, passes = model.device, [], []
     for _ in range(warm_up):
         dlm.generate(model, prompts, config)
-    watched = Recorder(as_predictor(packing.packed(model)), passes)
+    watched = Recorder(as_predictor(packed(model)), passes)
     with PeakMemory(device) as memory:
         for _ in range(repeats):
             passes.clear()
@@ -130,13 +128,13 @@ class _Kernels:
 def profile(model, prompts, config, clock=time.perf_counter) -> dict[str, float]:
     """Shares of one generation's time: body, attention, head, confidence, commit, cache, and host (all the rest); of
     passes that are replayed, which hold attention, head and cache, the pass in their place."""
-    from dlm.kernels import packed as packing
     from dlm.kernels.cuda_graphs import Graphs
+    from dlm.kernels.packing import packed
     from dlm.sampling import step
     from dlm.sampling.commit import COMMITS
 
     watch = Stopwatch(model.device, clock)
-    predictor = packing.packed(model)
+    predictor = packed(model)
     dlm.generate(model, prompts, config)
     commits = {name: watch.around("commit", rule) for name, rule in COMMITS.items()}
     patches = [
@@ -161,24 +159,25 @@ def profile(model, prompts, config, clock=time.perf_counter) -> dict[str, float]
 
 def _inside(model, predictor, watch: Stopwatch) -> list:
     """What times the parts of a pass: patches."""
-    from dlm.kernels import packed as packing
+    from dlm.kernels import packed as copies
+    from dlm.kernels.packing import Direct
     from dlm.models import transformer
     from dlm.models.kv_cache import KVCache
 
     table = _Kernels(transformer.ALL_ATTENTION_FUNCTIONS, watch)
     patches = [
-        mock.patch.object(packing, "attention", watch.around("attention", packing.attention)),
+        mock.patch.object(copies, "attention", watch.around("attention", copies.attention)),
         mock.patch.object(transformer, "ALL_ATTENTION_FUNCTIONS", table),
         mock.patch.object(KVCache, "update", watch.around("cache", KVCache.update)),
     ]
-    if isinstance(predictor, packing.Direct):
+    if isinstance(predictor, Direct):
         table = model.get_output_embeddings()
         if not model.config.weight_tying:
             patches.append(mock.patch.object(table, "forward", watch.around("head", table.forward)))
         patches.append(mock.patch.object(type(model), "forward", watch.around("body", type(model).forward)))
     else:
         patches.append(mock.patch.object(predictor, "head", watch.around("head", predictor.head)))
-        patches.append(mock.patch.object(packing.Packed, "__call__", watch.around("body", packing.Packed.__call__)))
+        patches.append(mock.patch.object(copies.Packed, "__call__", watch.around("body", copies.Packed.__call__)))
     return patches
 
 
@@ -208,6 +207,9 @@ def run(argv: Sequence[str]) -> int:
     args = parser.parse(argv)
     check_least(args, 0, "warm_up")
     if args.equal_quality:
+        from dlm.benchmarking.equal import equal_quality
+        from dlm.benchmarking.results import read_grid
+
         grid = read_grid(args.equal_quality)
         places = max((cell.get("nfe", 0) * cell.get("tokens_per_forward", 0) for cell in grid.cells), default=0)
         print("\n".join(equal_quality(grid).lines(places)))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dlm.checkpoints.pretrained import Pretrained
-from dlm.kernels.packed import packed
+from dlm.kernels.packing import packed
 from dlm.sampling import autoregressive
 from dlm.sampling import choose as options
 from dlm.sampling import denoise as loop
@@ -42,7 +42,7 @@ def generate(model, inputs, config: SamplingConfig | None = None, *, tokenizer=N
 
     inputs: id lists of any lengths, ids (B, P) or (P,), texts (these need `tokenizer`), what a tokenizer or a chat
     template returns (a mapping with `input_ids` and `attention_mask`), or a `Canvas`. A model's packed copy is made at
-    the first call and kept with it (`kernels.packed`).
+    the first call and kept with it (`kernels.packing`).
     Raises ValueError for inputs or settings that do not fit the model, FloatingPointError for NaN logits.
     """
     if isinstance(model, Pretrained):

@@ -24,7 +24,7 @@ from dlm.checkpoints.folder import Tensors, check_names, check_sizes, fetch, rea
 from dlm.checkpoints.load import Placing, is_own, open_model, read_config
 from dlm.checkpoints.quick import packed_from
 from dlm.kernels.linear import QUANTIZED
-from dlm.kernels.packed import packed, packed_alone
+from dlm.kernels.packing import packed, packed_alone
 from dlm.models.configuration import LLaDAConfig
 from dlm.sampling.config import as_ids
 from dlm.tokenizer import load_tokenizer, mask_id

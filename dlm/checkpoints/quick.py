@@ -17,7 +17,8 @@ from torch import Tensor
 
 from dlm.checkpoints.folder import WEIGHTS, Tensors
 from dlm.kernels.linear import kind_for
-from dlm.kernels.packed import LARGEST, Packed
+from dlm.kernels.packed import Packed
+from dlm.kernels.packing import LARGEST
 from dlm.models.configuration import LLaDAConfig
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Linear layers for inference: one interface, and a class for each way a processor is quick at the product.
+"""Linear layers for inference: one interface, one class per GEMM backend.
 
 Shapes: N rows (tokens), I inputs, O outputs.
 
@@ -24,7 +24,7 @@ __all__ = ["QUANTIZED", "Blocked", "Plain", "has_kernels", "kind_for", "quantize
 
 
 def has_kernels(dtype: torch.dtype) -> bool:
-    """Whether this processor has oneDNN, and it is quick at this type."""
+    """Whether this torch has oneDNN, and it is fast for this type."""
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return False
     if dtype == torch.bfloat16:
@@ -34,7 +34,7 @@ def has_kernels(dtype: torch.dtype) -> bool:
 
 @dataclass(frozen=True)
 class Plain:
-    """torch's own product: what a GPU's library is quick at."""
+    """The GEMM of torch, which is the fast one on a GPU."""
 
     weight: Tensor
     bias: Tensor | None

@@ -13,7 +13,8 @@ from dlm.cli.main import main
 from dlm.evaluation.generations import open_writer
 from dlm.evaluation.judge import open_judge
 from dlm.evaluation.perplexity import open_scorer
-from dlm.kernels.packed import Packed, packed
+from dlm.kernels.packed import Packed
+from dlm.kernels.packing import packed
 from tests.helpers import commandline, recipes
 from tests.helpers.commandline import make_checkpoint
 from tests.helpers.toys import tiny_model

@@ -11,7 +11,8 @@ import dlm
 from dlm.checkpoints import quick
 from dlm.checkpoints.pretrained import load_pretrained
 from dlm.kernels.linear import has_kernels
-from dlm.kernels.packed import Packed, packed
+from dlm.kernels.packed import Packed
+from dlm.kernels.packing import packed
 from tests.helpers.toys import tiny_model
 
 SHAPES = [

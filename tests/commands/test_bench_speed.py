@@ -11,7 +11,7 @@ from dlm.benchmarking import roofline
 from dlm.benchmarking.roofline import Limits, Pass
 from dlm.cli.main import main
 from dlm.cli.workload import parse_cell
-from dlm.kernels.packed import packed
+from dlm.kernels.packing import packed
 from dlm.models.flops import block_parameters, pass_bytes, pass_flops
 from dlm.models.shapes import SHAPES, random_model
 from dlm.sampling.propose import BLOCK, largest

@@ -12,7 +12,7 @@ import torch
 import dlm
 from dlm import SamplingConfig
 from dlm.kernels.cuda_graphs import KEPT, Graphs
-from dlm.kernels.packed import packed
+from dlm.kernels.packing import packed
 from dlm.models.kv_cache import KVCache
 from dlm.sampling import denoise
 from dlm.sampling.rows import Batch

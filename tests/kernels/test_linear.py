@@ -13,10 +13,11 @@ from dlm.checkpoints.pretrained import number_type
 from dlm.data.windows import CorpusConfig, load_corpus
 from dlm.evaluation.perplexity import open_scorer, store_folder
 from dlm.kernels import int8
-from dlm.kernels import packed as packing
+from dlm.kernels import packed as copies
 from dlm.kernels.int8 import Int8
 from dlm.kernels.linear import QUANTIZED, Blocked, Plain, has_kernels, quantize_
-from dlm.kernels.packed import Packed, packed
+from dlm.kernels.packed import Packed
+from dlm.kernels.packing import packed
 from dlm.models.kv_cache import KVCache
 from dlm.objectives.likelihood import LikelihoodConfig
 from tests.helpers import commandline
@@ -114,7 +115,7 @@ def made(request, monkeypatch):
     def make(seed, **changes):
         model = tiny_model(seed, dtype=torch.float32, **changes)
         if request.param == "plain":
-            monkeypatch.setattr(packing, "kind_for", lambda *_: Plain)
+            monkeypatch.setattr(copies, "kind_for", lambda *_: Plain)
             return model
         monkeypatch.setitem(QUANTIZED, "fp8", replace(QUANTIZED["fp8"], refusal=lambda device: None))
         return quantize_(model, request.param)

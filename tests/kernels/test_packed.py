@@ -7,9 +7,10 @@ import torch
 
 import dlm
 from dlm import Canvas, SamplingConfig
-from dlm.kernels import packed as packing
+from dlm.kernels import packed as copies
 from dlm.kernels.linear import has_kernels
-from dlm.kernels.packed import Direct, Packed, packed
+from dlm.kernels.packed import Packed
+from dlm.kernels.packing import Direct, packed
 from dlm.models.attention import block_causal
 from dlm.models.kv_cache import KVCache
 from tests.helpers.toys import MASK, tiny_model
@@ -86,7 +87,7 @@ def test_a_cache_needs_positions():
 @pytest.mark.parametrize("widest", [0, 2**24])
 @torch.no_grad()
 def test_bf16_is_as_near_to_fp32_as_the_model_is(changes, widest, monkeypatch):
-    monkeypatch.setattr(packing, "WIDEST", widest)  # 0: attention by the fused kernel
+    monkeypatch.setattr(copies, "WIDEST", widest)  # 0: attention by the fused kernel
     exact, tokens = model_of(3, sharp=0.7, **changes), ids(2)
     want = exact(tokens)
     model = model_of(3, sharp=0.7, **changes).bfloat16()
@@ -151,7 +152,7 @@ def test_a_row_is_what_it_is_alone():
 
 def test_a_model_that_reads_very_many_slots_takes_no_memory_for_them(monkeypatch):
     """A table of rotary angles for each of max_sequence_length slots was gigabytes for 10^9; it grows when needed."""
-    monkeypatch.setattr(packing, "TURNS", 4)
+    monkeypatch.setattr(copies, "TURNS", 4)
     model, far = model_of(4), model_of(4, max_sequence_length=10**9)
     tokens, slots = ids(1), torch.arange(LENGTH)[None] + 60
     copy = packed(far)

@@ -20,7 +20,7 @@ import dlm.kernels
 from dlm import Canvas, SamplingConfig
 from dlm.kernels import fp8
 from dlm.kernels.available import triton_kernels
-from dlm.kernels.packed import packed
+from dlm.kernels.packing import packed
 from dlm.sampling import step
 from dlm.sampling.step import decide
 from tests.helpers.toys import MASK, BreaksAt, tiny_model

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 import dlm
-from dlm.kernels.packed import Packed, packed
+from dlm.kernels.packed import Packed
+from dlm.kernels.packing import packed
 from dlm.models.attention import block_causal, full
 from dlm.models.families import FAMILIES, expected_tensors, family_of, recognise
 from dlm.models.predictor import as_predictor

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 import dlm
-from dlm.kernels.packed import Packed, packed
+from dlm.kernels.packed import Packed
+from dlm.kernels.packing import packed
 from dlm.models.families import expected_tensors, recognise
 from tests.helpers import family_oracle
 

@@ -7,7 +7,7 @@ import torch
 
 import dlm
 from dlm.cli.main import main
-from dlm.kernels.packed import packed
+from dlm.kernels.packing import packed
 from dlm.sampling.choose import choose, read_options
 from tests.helpers.toys import Predictor
 

@@ -160,11 +160,11 @@ def cell(
     length = bench.args.gen_length
     config = SamplingConfig(gen_length=length, block_length=min(block, length), steps=steps, method=method)
     run(bench, predictor, batch, config, warm)
-    found = run(bench, predictor, batch, config, turns)
+    timing = run(bench, predictor, batch, config, turns)
     bench.write(
         name=name, method=method, batch=batch, steps=steps, block=config.block_length, whole=turns is None,
-        **{key: round(value, 4) if isinstance(value, float) else value for key, value in found.items()},
-        **whole(bench, config, found, batch),
+        **{key: round(value, 4) if isinstance(value, float) else value for key, value in timing.items()},
+        **whole(bench, config, timing, batch),
     )  # fmt: skip
 
 

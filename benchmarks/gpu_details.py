@@ -46,7 +46,7 @@ def waits(bench: Bench, predictor, config: SamplingConfig) -> dict:
     canvas = Canvas.from_prompts(
         bench.prompts(1), config.gen_length, bench.model.config.mask_token_id, device=bench.device
     )
-    found = Counter()
+    places = Counter()
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         for state in dlm.denoise(predictor, canvas, config):
@@ -58,8 +58,8 @@ def waits(bench: Bench, predictor, config: SamplingConfig) -> dict:
         torch.cuda.set_sync_debug_mode("default")
     for each in seen:
         if "synchroniz" in str(each.message):
-            found[f"{Path(each.filename).name}:{each.lineno}"] += 1
-    return {"turns": 15, **found}
+            places[f"{Path(each.filename).name}:{each.lineno}"] += 1
+    return {"turns": 15, **places}
 
 
 def profiled(bench: Bench, predictor, config: SamplingConfig) -> dict:
@@ -116,19 +116,19 @@ def _attention(bench: Bench) -> None:
     for rows, queries in ((1, 32), (1, keys), (32, 32), (32, keys)):
         q = _randn(bench, rows, queries, config.n_heads, config.head_dim).transpose(1, 2)
         k, v = (_randn(bench, rows, config.n_kv_heads, keys, config.head_dim) for _ in range(2))
-        mask, found = _randn(bench, rows, 1, queries, keys), {}
+        mask, times = _randn(bench, rows, 1, queries, keys), {}
         for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "default"):
             for name, bias in ((backend, None), (f"{backend} masked", mask)):
                 try:
                     if backend == "default":
                         ours = partial(attention, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias)
-                        found[name] = timed(bench, ours)
+                        times[name] = timed(bench, ours)
                     else:
                         with sdpa_kernel(getattr(SDPBackend, backend)):
-                            found[name] = timed(bench, partial(F.scaled_dot_product_attention, q, k, v, bias))
+                            times[name] = timed(bench, partial(F.scaled_dot_product_attention, q, k, v, bias))
                 except RuntimeError as error:
-                    found[name] = str(error)[:80]
-        bench.write(attention=[rows, queries, keys], microseconds=found)
+                    times[name] = str(error)[:80]
+        bench.write(attention=[rows, queries, keys], microseconds=times)
 
 
 def _products(bench: Bench) -> None:
@@ -138,14 +138,14 @@ def _products(bench: Bench) -> None:
     sizes = {"qkv": (3 * width, width), "out": (width, width), "gate_up": (2 * hidden, width)}
     sizes |= {"down": (width, hidden), "head": (config.embedding_size, width)}
     for rows in (32, PROMPT + bench.args.gen_length, 1024):
-        found = {}
+        times = {}
         for name, (outputs, inputs) in sizes.items():
             copies = max(2, int(2e8 / outputs / inputs))
             ways = [_randn(bench, outputs, inputs) for _ in range(copies)]
             x, turn = _randn(bench, rows, inputs), iter(range(10**9))
             took = timed(bench, partial(_next_product, x, ways, turn))
-            found[name] = [took, round(outputs * inputs * 2 / took / 1e6, 3)]
-        bench.write(products=rows, microseconds_and_tb_per_second=found)
+            times[name] = [took, round(outputs * inputs * 2 / took / 1e6, 3)]
+        bench.write(products=rows, microseconds_and_tb_per_second=times)
 
 
 def _next_product(x, weights, turn):
@@ -160,16 +160,16 @@ def eight_bits(bench: Bench) -> None:
         return
     for outputs, inputs in ((3 * width, width), (width, width), (2 * hidden, width), (width, hidden)):
         weight, scale = fp8.quantise(_randn(bench, outputs, inputs))
-        found = {}
+        times = {}
         for rows in (1, 17, 32, 544, 1024):
             x, x_scale = fp8.quantise(_randn(bench, rows, inputs))
             try:
                 took = timed(bench, partial(fp8._product, x, x_scale, weight, scale[:, 0], None))
-                found[rows] = [took, "scales afterwards" if fp8.REFUSED else "a scale a row"]
+                times[rows] = [took, "scales afterwards" if fp8.REFUSED else "a scale a row"]
             except RuntimeError as error:
-                found[rows] = str(error)[:120]
+                times[rows] = str(error)[:120]
             fp8.REFUSED.clear()
-        bench.write(outputs=outputs, inputs=inputs, microseconds=found)
+        bench.write(outputs=outputs, inputs=inputs, microseconds=times)
         del weight, scale
     packing._COPIES.clear()
     bench.__dict__.pop("replayed", None)

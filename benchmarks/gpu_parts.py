@@ -131,9 +131,9 @@ def grid(bench: Bench) -> None:
                 if steps < length // block:
                     continue
                 ms = kinds[method, block if method != "none" else length]
-                found = {"ms_mean": ms, "ms": ms}
+                timing = {"ms_mean": ms, "ms": ms}
                 config = SamplingConfig(gen_length=length, block_length=block, steps=steps, method=method)
-                ours = whole(bench, config, found, 1)
+                ours = whole(bench, config, timing, 1)
                 total, floor, cells = total + ours["estimated_seconds"], floor + ours["floor_seconds"], cells + 1
     bench.write(cells=cells, estimated_seconds=round(total, 1), floor_seconds=round(floor, 1),
                 ms={f"{method}:{block}": ms for (method, block), ms in kinds.items()})  # fmt: skip
@@ -159,8 +159,8 @@ def peers(bench: Bench) -> None:
     both = {"fast-dllm": samplers["dual"], "ours": ours}
     for steps in (length // 8, length):
         side.compare(both, prompt, length, block, 2 * length // block, 1, time.perf_counter)  # warm, every shape
-        found = side.compare(both, prompt, length, block, steps, 1, time.perf_counter)
-        bench.write(**side.report(("dual", block, steps), found))
+        cells = side.compare(both, prompt, length, block, steps, 1, time.perf_counter)
+        bench.write(**side.report(("dual", block, steps), cells))
 
 
 def training(bench: Bench) -> None:

@@ -168,12 +168,12 @@ def load_peers(given: Sequence[str], ours) -> dict[str, dict[str, Sampler]]:
         if not (Path(path) / PEERS[name][0]).is_file():
             raise ValueError(f"peer {word!r}: {path or 'no path'} has no {PEERS[name][0]}; give the root of a clone")
         paths[name] = Path(path).resolve()
-    found, model = {}, None
+    loaded, model = {}, None
     for name, (_, load) in PEERS.items():
         if name in paths:
-            found[name], theirs = load(paths[name], ours, model) if name == "llada" else load(paths[name], ours)
+            loaded[name], theirs = load(paths[name], ours, model) if name == "llada" else load(paths[name], ours)
             model = model or theirs
-    return found
+    return loaded
 
 
 # ---------------------------------------------------------------- side by side
@@ -249,8 +249,8 @@ def run(argv: Sequence[str]) -> int:
 
         samplers = {name: methods[method] for name, methods in peers.items() if method in methods} | {"ours": sample}
         compare(samplers, work.prompts, block, block, min(2, block), 1, work.clock)  # warm
-        found = compare(samplers, work.prompts, args.gen_length, block, steps, args.repeats, work.clock)
-        rows.append(report((method, block, steps), found))
+        timings = compare(samplers, work.prompts, args.gen_length, block, steps, args.repeats, work.clock)
+        rows.append(report((method, block, steps), timings))
         print(_line(rows[-1]), flush=True)
         if args.json:
             write_json(Path(args.json), rows, indent=1)

@@ -73,11 +73,11 @@ def aup_list(curves: Sequence[dict]) -> str:
 
 def pictures(grid: Grid) -> list[tuple[str, str, list[tuple[str, str]]]]:
     """(heading, remark, [(name, drawing)]) of everything that a grid can show."""
-    found = [("Latency against quality", "", [("front", front_chart([grid], "Latency against quality", [0]))])]
-    found += maps(grid)
+    sections = [("Latency against quality", "", [("front", front_chart([grid], "Latency against quality", [0]))])]
+    sections += maps(grid)
     if drawn := pass_chart(grid):
-        found.append(("What a pass costs", "", [("passes", drawn)]))
-    return found
+        sections.append(("What a pass costs", "", [("passes", drawn)]))
+    return sections
 
 
 def main(argv: Sequence[str]) -> int:

@@ -155,22 +155,22 @@ def mask_id(tokenizer, config) -> int:
 
     Errors: neither names one, or the tokenizer's vocabulary does not hold it.
     """
-    found = getattr(config, "mask_token_id", None)
-    if found is None and tokenizer is not None:
-        found = tokenizer.mask_token_id
-        if found is None:
-            found = tokenizer.get_vocab().get(MASK)
-    if found is None:
+    token_id = getattr(config, "mask_token_id", None)
+    if token_id is None and tokenizer is not None:
+        token_id = tokenizer.mask_token_id
+        if token_id is None:
+            token_id = tokenizer.get_vocab().get(MASK)
+    if token_id is None:
         raise ValueError(
             "no mask token: the checkpoint's config has no mask_token_id and the tokenizer has no mask token; "
             "set mask_token_id in config.json"
         )
-    if tokenizer is not None and tokenizer.convert_ids_to_tokens(int(found)) is None:
+    if tokenizer is not None and tokenizer.convert_ids_to_tokens(int(token_id)) is None:
         raise ValueError(
-            f"the tokenizer lacks the mask token: mask_token_id is {found}, but the tokenizer has "
+            f"the tokenizer lacks the mask token: mask_token_id is {token_id}, but the tokenizer has "
             f"{len(tokenizer)} tokens; use the tokenizer that belongs to this checkpoint"
         )
-    return int(found)
+    return int(token_id)
 
 
 def encode_prompt(tokenizer, text: str, mask: int | None = None, *, beginning: bool = True) -> list[int]:
@@ -187,9 +187,9 @@ def encode_prompt(tokenizer, text: str, mask: int | None = None, *, beginning: b
         ids.pop(0)  # the text, of a chat template perhaps, brought its own
     vocabulary = tokenizer.get_vocab()
     forbidden = {i for i in (mask, tokenizer.mask_token_id, vocabulary.get(MASK)) if i is not None}
-    found = forbidden.intersection(ids)
-    if found:
-        name = tokenizer.convert_ids_to_tokens(found.pop())
+    masks = forbidden.intersection(ids)
+    if masks:
+        name = tokenizer.convert_ids_to_tokens(masks.pop())
         raise ValueError(
             f"the prompt contains the mask token {name}: it is how the model marks what it has still to write; "
             f"remove it, or use infilling (dlm infill) to mark a blank"

@@ -62,20 +62,20 @@ def run(argv: list[str]) -> int:
     held = round(args.held_out * len(judged))
     fit, rest = [judged[i] for i in order[:held]], [judged[i] for i in order[held:]]
     plain = calibration(rest)
-    found = {"file": args.file, "model": opened.name, "questions": len(rest), "as_it_is": asdict(plain)}
+    report = {"file": args.file, "model": opened.name, "questions": len(rest), "as_it_is": asdict(plain)}
     error = f" ± {plain.accuracy_error:.3f}" if plain.accuracy_error is not None else ""
     print(f"accuracy {plain.accuracy:.3f}{error}  ECE {plain.ece:.3f}  Brier {plain.brier:.3f}  nats {plain.nll:.3f}")
     print(diagram(plain.bins))
     if len(fit) >= 2:
         temperature = fit_temperature(fit)
         scaled = calibration(rest, temperature)
-        found |= {"temperature": temperature, "held_out": len(fit), "scaled": asdict(scaled)}
+        report |= {"temperature": temperature, "held_out": len(fit), "scaled": asdict(scaled)}
         print(f"at temperature {temperature:.2f}, from {len(fit)} held-out questions:")
         print(f"accuracy {scaled.accuracy:.3f}  ECE {scaled.ece:.3f}  Brier {scaled.brier:.3f}  nats {scaled.nll:.3f}")
     if args.out:
         from dlm.utils.files import write_json
 
-        write_json(Path(args.out), found)
+        write_json(Path(args.out), report)
     return 0
 
 

@@ -101,7 +101,7 @@ def texts(args, model: Pretrained, twin: Pretrained) -> dict:
     from dlm.evaluation.judge import open_judge
 
     judge = open_judge(args.judge or args.twin)
-    places, found = [float(part) for part in args.temperatures.split(",")], {}
+    places, curves = [float(part) for part in args.temperatures.split(",")], {}
     stories, beginning = list(read_documents(args.stories)), {}
     for writer in (model, twin):
         points, beginning[writer.name] = [], prompt_of(writer)
@@ -110,15 +110,15 @@ def texts(args, model: Pretrained, twin: Pretrained) -> dict:
             ids = write(writer, [prompt_of(writer)] * args.samples, config, batch_size=args.batch_size)
             points.append(quality([writer.tokenizer.decode(row, skip_special_tokens=True) for row in ids], judge))
             tell(f"texts: {writer.name} at {temperature:g}")
-        found[writer.name] = points
+        curves[writer.name] = points
     encoded = [judge.tokenizer(text, add_special_tokens=False)["input_ids"] for text in stories[: args.samples]]
     human = quality([judge.tokenizer.decode(row[: args.gen_length]) for row in encoded], judge)
-    matched = {name: at_entropy(points, human.entropy.value) for name, points in found.items()}
+    matched = {name: at_entropy(points, human.entropy.value) for name, points in curves.items()}
     return {
         "judge": judge.facts,
         "temperatures": places,
         "held_out": human.record(),
-        "frontiers": {name: [point.record() for point in points] for name, points in found.items()},
+        "frontiers": {name: [point.record() for point in points] for name, points in curves.items()},
         "at_the_entropy_of_held_out_text": {name: got and vars(got) for name, got in matched.items()},
     }
 
@@ -160,6 +160,7 @@ def infilling(args, model: Pretrained, twin: Pretrained) -> dict:
     """The middle of held-out passages given both sides, which the twin cannot see: nats a token, and how many tokens
     of the middle are written right at temperature 0."""
     from dlm.data.examples import Example
+    from dlm.evaluation.generations import continue_all, fill
 
     passages, middle = [], 16
     for text in read_documents(args.stories):
@@ -167,7 +168,7 @@ def infilling(args, model: Pretrained, twin: Pretrained) -> dict:
         for start in range(0, len(ids) - 4 * middle, 16 * middle):
             passages.append(ids[start : start + 4 * middle])
     picked = np.random.default_rng(args.seed).permutation(len(passages))[: args.questions]
-    both, left, fill, ahead = [], [], [], []
+    both, left, masked, ahead = [], [], [], []
     first = prompt_of(model)
     for number, place in enumerate(picked.tolist()):
         ids = np.array(first + passages[place])
@@ -175,11 +176,11 @@ def infilling(args, model: Pretrained, twin: Pretrained) -> dict:
         target = (np.arange(len(ids)) >= start) & (np.arange(len(ids)) < start + middle)
         both.append(Example(ids, target, number))
         left.append(Example(ids[: start + middle], target[: start + middle], number))
-        fill.append(np.where(target, model.mask_id, ids).tolist())
+        masked.append(np.where(target, model.mask_id, ids).tolist())
         ahead.append(ids[:start].tolist())
     truth = np.array([example.tokens[example.target] for example in both])
-    wrote = infill(args, model, fill)
-    went_on = write_all(twin, ahead, middle, args.batch_size)
+    wrote = np.array(fill(model, masked, args.batch_size))
+    went_on = np.array(continue_all(twin, ahead, middle, args.batch_size))
     return {
         "passages": len(both),
         "middle": middle,
@@ -204,12 +205,12 @@ def reversal(args, model: Pretrained, twin: Pretrained) -> dict:
     round, how likely the line is after each candidate. Gain: what the line adds for the right candidate, nats a token.
     """
     questions = line_pairs(args, model.tokenizer)
-    found = {}
+    answers = {}
     for way in ("before", "after"):
         for writer in (model, twin):
-            found[f"{writer.name}, the line {way}"] = asked(args, writer, questions, way)
-    found[f"{twin.name}, the line before, by Bayes"] = asked(args, twin, questions, "bayes")
-    return {"questions": len(questions), "choices": CHOICES, "results": found}
+            answers[f"{writer.name}, the line {way}"] = asked(args, writer, questions, way)
+    answers[f"{twin.name}, the line before, by Bayes"] = asked(args, twin, questions, "bayes")
+    return {"questions": len(questions), "choices": CHOICES, "results": answers}
 
 
 def line_pairs(args, tokenizer) -> list[tuple[list[list[int]], list[list[int]]]]:
@@ -292,31 +293,6 @@ def twin_values(args, writer: Pretrained, examples: list[Example]) -> list[Bound
 def per_token(bounds: list[Bound]) -> Measure:
     """The mean nats a token over examples of one length, and its error over them."""
     return Measure.of([one.per_token for one in bounds])
-
-
-def infill(args, writer: Pretrained, rows: list[list[int]]) -> np.ndarray:
-    """What is written on the masked places of each row, most confident first, one a pass."""
-    from dlm.checkpoints.generation import generate
-    from dlm.sampling.canvas import Canvas
-
-    config = SamplingConfig(suppress_eos=bool(writer.end_ids), eos_token_id=writer.end_ids or None)
-    found = []
-    for start in range(0, len(rows), args.batch_size):
-        batch = rows[start : start + args.batch_size]
-        canvas = Canvas.from_templates(batch, writer.mask_id, device=writer.model.device)
-        found += generate(writer.model, canvas, config, tokenizer=writer.tokenizer).sequences.tolist()
-    return np.array(found)
-
-
-def write_all(writer: Pretrained, prompts: list[list[int]], length: int, batch_size: int) -> np.ndarray:
-    """`length` likeliest tokens after each prompt."""
-    from dlm.sampling import autoregressive
-
-    found = []
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
-        found += autoregressive.generate(writer.model, batch, length, forbidden=[writer.mask_id]).sequences.tolist()
-    return np.array(found)
 
 
 def tell(line: str) -> None:

@@ -95,10 +95,10 @@ def run(args, argv: list[str]) -> int:
             frontiers[name].append(point)
             print(line(key, point, header=len(made["results"]) == 1), flush=True)
     if args.reference:
-        found = quality(reference_texts(args, judge.tokenizer), judge, args.prompt)
-        made["results"]["reference"] = found.record()
-        print(line("reference", found, header=False), flush=True)
-        made["matched"] = matched(frontiers, found)
+        measures = quality(reference_texts(args, judge.tokenizer), judge, args.prompt)
+        made["results"]["reference"] = measures.record()
+        print(line("reference", measures, header=False), flush=True)
+        made["matched"] = matched(frontiers, measures)
     save(args.out, made)
     return 0
 
@@ -134,16 +134,16 @@ def matched(frontiers: dict, reference) -> dict:
     """Each model's perplexity where its texts have the reference's entropy, printed and as JSON."""
     from dlm.evaluation.generations import at_entropy
 
-    entropy, found = reference.entropy.value, {"entropy": reference.entropy.value}
+    entropy, matches = reference.entropy.value, {"entropy": reference.entropy.value}
     print(f"\nat the reference's entropy, {entropy:.3f} nats:")
     for name, points in frontiers.items():
         got = at_entropy(points, entropy)
-        found[name] = None if got is None else {"judged": got.value, "error": got.error}
+        matches[name] = None if got is None else {"judged": got.value, "error": got.error}
         text = "outside of its frontier: give other temperatures"
         if got is not None:
             text = f"perplexity {math.exp(got.value):.2f} ± {math.exp(got.value) * got.error:.2f}"
         print(f"  {name:<32} {text}")
-    return found
+    return matches
 
 
 def line(key: str, point, header: bool) -> str:

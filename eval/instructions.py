@@ -68,13 +68,13 @@ def mean(values: list[float]) -> dict:
 def score(answers: list[str], rows: list[dict]) -> dict[str, dict]:
     """For each thing asked for: its share in the answers, and against the demands of the next row."""
     other = rows[1:] + rows[:1]
-    found = {}
+    scores = {}
     for name in ASKED:
         own = [met(answer, row)[name] for answer, row in zip(answers, rows, strict=True)]
         chance = [met(answer, row)[name] for answer, row in zip(answers, other, strict=True)]
-        found[name] = mean([v for v in own if v is not None])
-        found[name]["by_chance"] = mean([v for v in chance if v is not None])["mean"]
-    return found
+        scores[name] = mean([v for v in own if v is not None])
+        scores[name]["by_chance"] = mean([v for v in chance if v is not None])["mean"]
+    return scores
 
 
 def answer_all(model, tokenizer, rows: list[dict], config, batch: int) -> list[str]:

@@ -55,18 +55,18 @@ def settings(orders: list[str], steps: list[int], thresholds: list[float], metho
     """
     from dlm import SamplingConfig
 
-    found = []
+    rows = []
     for order in orders:
         config = SamplingConfig(**{"block_length": ONE_BLOCK} | ORDERS[order])
-        found.append(Setting(order, "one cell a pass", config))
+        rows.append(Setting(order, "one cell a pass", config))
         if config.block_length == ONE_BLOCK:
-            found += [Setting(order, f"{count} passes", replace(config, steps=count)) for count in steps]
+            rows += [Setting(order, f"{count} passes", replace(config, steps=count)) for count in steps]
         elif config.block_length > 1:
-            found += [Setting(order, name, replace(config, method=name)) for name in methods]
+            rows += [Setting(order, name, replace(config, method=name)) for name in methods]
     for threshold in thresholds:
         config = SamplingConfig(block_length=ONE_BLOCK, commit="threshold", threshold=threshold)
-        found.append(Setting("probability", f"all above {threshold:g}", config))
-    return found
+        rows.append(Setting("probability", f"all above {threshold:g}", config))
+    return rows
 
 
 def solve(model, puzzles: np.ndarray, config, batch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -151,13 +151,13 @@ def print_head(count: int) -> None:
 def solve_one(model, text: str, order: str) -> int:
     """Print the answer to one puzzle; exit code 1 where it is wrong."""
     puzzle = sudoku.from_text(text)
-    found = sudoku.solutions(puzzle)
+    solved = sudoku.solutions(puzzle)
     [row] = [row for row in settings([order], [], []) if row.rule == "one cell a pass"]
     answers, passes, _ = solve(model, puzzle[None], row.config, 1)
     right = sudoku.is_solution(answers[0], puzzle)
     print(sudoku.pretty(answers[0]))
-    known = {0: "the puzzle has no solution", 1: "the only solution"}.get(len(found), "one of several solutions")
-    print(f"{known if right or not found else 'not a solution'}, {int(passes[0])} passes, order {order}")
+    known = {0: "the puzzle has no solution", 1: "the only solution"}.get(len(solved), "one of several solutions")
+    print(f"{known if right or not solved else 'not a solution'}, {int(passes[0])} passes, order {order}")
     return 0 if right else 1
 
 

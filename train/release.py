@@ -44,7 +44,7 @@ def measure(model, tokenizer, paths: list[str], length: int, passes: int, rows: 
     parts = [load_documents(path, tokenizer) for path in paths]
     examples = Examples(parts, length)
     settings = TrainingConfig(output=".", max_steps=1, precision="no", sample_every=0)
-    found = validate(
+    losses = validate(
         model,
         examples,
         make_accelerator(settings),
@@ -58,17 +58,17 @@ def measure(model, tokenizer, paths: list[str], length: int, passes: int, rows: 
         rows=rows,
     )
     targets = sum(int((part.tokens != part.bos_id).sum()) for part in parts) - (len(examples) if causal else 0)
-    size = sum(part.bytes for part in parts) * found.tokens / targets  # of the tokens that were scored
+    size = sum(part.bytes for part in parts) * losses.tokens / targets  # of the tokens that were scored
     return {
-        "nats_per_token": found.bound,
-        "standard_error": found.error,
-        "perplexity": math.exp(found.bound),
-        "bits_per_byte": found.bound * found.tokens / size / LN2,
-        "bits_per_byte_error": found.error * found.tokens / size / LN2,
-        "evaluations": found.examples,
+        "nats_per_token": losses.bound,
+        "standard_error": losses.error,
+        "perplexity": math.exp(losses.bound),
+        "bits_per_byte": losses.bound * losses.tokens / size / LN2,
+        "bits_per_byte_error": losses.error * losses.tokens / size / LN2,
+        "evaluations": losses.examples,
         "documents": sum(len(part) for part in parts),
-        "tokens": found.tokens // passes,
-        "cross_entropy_by_mask_rate": found.buckets,
+        "tokens": losses.tokens // passes,
+        "cross_entropy_by_mask_rate": losses.buckets,
     }
 
 

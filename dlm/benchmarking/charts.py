@@ -179,13 +179,13 @@ def ticks(low: float, high: float, log: bool) -> list[float]:
     if log:
         decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
         factors = (1, 2, 5) if high / low < 2000 else (1,)
-        found = [factor * 10.0**decade for decade in decades for factor in factors]
+        candidates = [factor * 10.0**decade for decade in decades for factor in factors]
     else:
         raw = (high - low) / 5 or 1.0
         unit = 10.0 ** math.floor(math.log10(raw))
         step = next(factor * unit for factor in (1, 2, 5, 10) if factor * unit >= raw * 0.999)
-        found = [step * k for k in range(math.floor(low / step), math.ceil(high / step) + 1)]
-    return [tick for tick in found if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)]
+        candidates = [step * k for k in range(math.floor(low / step), math.ceil(high / step) + 1)]
+    return [tick for tick in candidates if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)]
 
 
 def scatter(

@@ -146,10 +146,10 @@ def read_journals(path: Path, settings: dict) -> list[dict]:
             "again (--fresh)"
         )
     for file in journals:
-        found = read_journal(file)
-        if found:
-            _refuse_changes(file, found[0]["settings"], settings)
-            records += found[1:]
+        lines = read_journal(file)
+        if lines:
+            _refuse_changes(file, lines[0]["settings"], settings)
+            records += lines[1:]
     return sorted(records, key=lambda record: record["time"])
 
 

@@ -70,32 +70,32 @@ class Appraiser:
     def appraise(self, records: Sequence[dict]) -> list[dict]:
         """For each cell's record the fields of its judgement."""
         numbers = [record["question"] for record in records]
-        found = [{} for _ in records]
+        columns = [{} for _ in records]
         if self.judge is not None:
             pairs = [
                 ("" if self.questions[q].infill else self.questions[q].prompt, record["answer"])
                 for q, record in zip(numbers, records, strict=True)
             ]
-            for place, score in zip(found, self.judge.score(pairs, self.chat), strict=True):
+            for place, score in zip(columns, self.judge.score(pairs, self.chat), strict=True):
                 place |= {"perplexity": score.perplexity, "judge_tokens": score.tokens}
         if self.draws:
-            for place, nats in zip(found, self._bounds(records), strict=True):
+            for place, nats in zip(columns, self._bounds(records), strict=True):
                 place |= nats
-        for place, q, record in zip(found, numbers, records, strict=True):
+        for place, q, record in zip(columns, numbers, records, strict=True):
             if self.questions[q].check is not None:
                 place["correct"] = bool(self.questions[q].check(record["answer"]))
-        return found
+        return columns
 
     def _bounds(self, records: Sequence[dict]) -> list[dict]:
         """The model's own bound a token."""
-        found = [{"bound_per_token": None, "bound_error": None} for _ in records]
+        bounds = [{"bound_per_token": None, "bound_error": None} for _ in records]
         some = [i for i, record in enumerate(records) if record["token_ids"]]
         examples = [_example(self.canvases[records[i]["question"]], records[i]) for i in some]
         config, mask_id = LikelihoodConfig(draws=self.draws), self.canvases[0].mask_id
         for i, nats in zip(some, bound(self.model, examples, config, mask_id=mask_id), strict=True):
             error = nats.error / nats.tokens
-            found[i] = {"bound_per_token": nats.nats / nats.tokens, "bound_error": error if error == error else None}
-        return found
+            bounds[i] = {"bound_per_token": nats.nats / nats.tokens, "bound_error": error if error == error else None}
+        return bounds
 
 
 def _example(canvas: Canvas, record: dict) -> Example:
@@ -192,11 +192,11 @@ def _relative(records: Sequence[dict]) -> dict[str, float]:
     for record in records:
         if record["kind"] == "reference":
             measured.setdefault(record["launch"], []).append((record["time"], record["latency"]))
-    found = {}
+    relative = {}
     for record in records:
         if record["kind"] == "cell":
-            found.setdefault(record["key"], record["latency"] / _at(measured[record["launch"]], record["time"]))
-    return found
+            relative.setdefault(record["key"], record["latency"] / _at(measured[record["launch"]], record["time"]))
+    return relative
 
 
 def _at(points: list[tuple[float, float]], time: float) -> float:
@@ -219,8 +219,8 @@ def aup_by_curve(settings: Sequence[Setting]) -> list[dict]:
     for setting in scored:
         point = (setting.mean("tokens_per_forward"), 100 * setting.accuracy)
         curves.setdefault((setting.method, setting.block_length), []).append(point)
-    found = [
+    entries = [
         {"method": method, "block_length": block, "aup": aup(points, best)}
         for (method, block), points in curves.items()
     ]
-    return sorted(found, key=lambda entry: -entry["aup"])
+    return sorted(entries, key=lambda entry: -entry["aup"])

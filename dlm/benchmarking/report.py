@@ -177,7 +177,7 @@ def maps(grid: Grid, first: int = 0) -> list[tuple[str, str, list[tuple[str, str
     settings = grid.settings()
     gains = speedups(settings)
     unit, suffix = (1000.0, "ms") if max(s.latency for s in settings) < 10 else (1.0, "s")
-    found = []
+    maps_drawn = []
 
     def add(heading: str, remark: str, of: Callable[[Setting], float | None], shade, say) -> None:
         values = [value for s in settings if (value := of(s)) is not None]
@@ -194,7 +194,7 @@ def maps(grid: Grid, first: int = 0) -> list[tuple[str, str, list[tuple[str, str
             }
             if tiles:
                 drawn.append((method, heat_map(method, sorted(rows), sorted(columns), tiles, colours, say)))
-        found.append((heading, remark, drawn))
+        maps_drawn.append((heading, remark, drawn))
 
     hatched = " Hatched: degenerate." if any(s.degenerate for s in settings) else ""
     add(
@@ -226,7 +226,7 @@ def maps(grid: Grid, first: int = 0) -> list[tuple[str, str, list[tuple[str, str
         about_one,
         lambda value: f"{value:.2f}",
     )
-    return found
+    return maps_drawn
 
 
 def front_chart(

@@ -125,9 +125,9 @@ def _load(path: Path) -> Any:
 
 
 def _from_json(path: Path) -> Iterable[dict]:
-    found = _load(path)
+    by_method = _load(path)
     try:
-        for method, questions in found.items():
+        for method, questions in by_method.items():
             for entry in questions:
                 for block, row in entry["result"].items():
                     for steps, cell in row.items():

@@ -28,8 +28,8 @@ SAID_SECONDS = 10.0  # between lines of progress where there is no terminal
 
 def told_apart(records: Sequence[dict]) -> list[dict]:
     """Records in order of time, each once: processes that share a disk have read the same journals."""
-    found = {json.dumps(record, sort_keys=True): record for record in records}
-    return sorted(found.values(), key=lambda record: record["time"])
+    unique = {json.dumps(record, sort_keys=True): record for record in records}
+    return sorted(unique.values(), key=lambda record: record["time"])
 
 
 class Progress:

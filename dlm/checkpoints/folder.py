@@ -150,17 +150,20 @@ def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 def check_names(folder: Path, expected: Mapping[str, tuple[int, ...]], tensors: Tensors) -> None:
     """Raises ValueError where a tensor is missing, left over or of another shape than `expected` by name, in the names
     of the files and before memory is taken. Frequencies of rotary positions, which old files hold, are no matter."""
-    found = {name: shape for name, shape in tensors.shapes.items() if not name.endswith("rotary_emb.inv_freq")}
+    present = {name: shape for name, shape in tensors.shapes.items() if not name.endswith("rotary_emb.inv_freq")}
     if "lm_head.weight" not in expected:  # tied, and written all the same
-        found.pop("lm_head.weight", None)
+        present.pop("lm_head.weight", None)
     problems = []
-    for kind, names in (("missing", expected.keys() - found.keys()), ("unexpected", found.keys() - expected.keys())):
+    for kind, names in (
+        ("missing", expected.keys() - present.keys()),
+        ("unexpected", present.keys() - expected.keys()),
+    ):
         if names:
             more = f" and {len(names) - 4} more" if len(names) > 4 else ""
             problems.append(f"{kind} {', '.join(sorted(names)[:4])}{more}")
-    for name in sorted(expected.keys() & found.keys()):
-        if tuple(expected[name]) != tuple(found[name]) and len(problems) < 4:
-            problems.append(f"{name} has shape {list(found[name])} and config.json asks for {list(expected[name])}")
+    for name in sorted(expected.keys() & present.keys()):
+        if tuple(expected[name]) != tuple(present[name]) and len(problems) < 4:
+            problems.append(f"{name} has shape {list(present[name])} and config.json asks for {list(expected[name])}")
     if problems:
         raise ValueError(
             f"the weights of {folder} do not fit its config.json: {'; '.join(problems)}. The checkpoint is damaged or "

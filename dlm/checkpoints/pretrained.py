@@ -100,15 +100,15 @@ class Pretrained:
     def defaults(self) -> dict[str, Any]:
         """The sampling options that its family's authors use, and over them those that its generation_config.json asks
         for, perhaps "chat": False."""
-        found = read_defaults(self.folder / "generation_config.json")
+        saved = read_defaults(self.folder / "generation_config.json")
         if not is_own(self.config) or type(self.config) is LLaDAConfig:  # neither has options of its own
-            return found
+            return saved
         from dlm.models.families import family_of
 
         family = dict(family_of(self.config).sampling)
         if not self.has_end:
             family.pop("stop_at_eos", None)
-        return family | found
+        return family | saved
 
     @property
     def blank_defaults(self) -> dict[str, Any]:

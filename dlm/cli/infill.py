@@ -56,12 +56,12 @@ def infill(argv: Sequence[str]) -> int:
 def filled_pieces(opened: Pretrained, result: Result, config) -> list[live.Piece]:
     """The whole text, one piece a blank in the style FILLED; what is still masked as its glyph."""
     rows = row_text(opened, config)
-    found, at = [], 0
+    pieces, at = [], 0
     while at < len(result.row):
         ours, stop = result.editable[at], at + 1
         while stop < len(result.row) and result.editable[stop] == ours:
             stop += 1
         part = rows.plain(result.row[at:stop], result.editable[at:stop], result.masked[at:stop])
-        found.append(live.Piece(text_of(part), (live.FILLED,) if ours else ()))
+        pieces.append(live.Piece(text_of(part), (live.FILLED,) if ours else ()))
         at = stop
-    return found
+    return pieces

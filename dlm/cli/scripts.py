@@ -28,19 +28,19 @@ def scripts(command: str) -> dict[str, Path]:
 
 def run(command: str, argv: Sequence[str], more: str = "") -> int:
     """Run a script's `main`, or list the scripts. more: lines for the list."""
-    found = scripts(command)
+    files = scripts(command)
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: dlm {command} NAME [options]      (dlm {command} NAME --help lists them)\n{more}")
-        for name, file in found.items():
+        for name, file in files.items():
             text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
             print(f"  {name:<12} {text.splitlines()[0] if text else ''}")
         return 0
     name, rest = argv[0], list(argv[1:])
-    if name not in found:
-        near = f": the nearest is {nearest(name, list(found))!r}" if found else ""
+    if name not in files:
+        near = f": the nearest is {nearest(name, list(files))!r}" if files else ""
         raise ValueError(f"no {name!r} in dlm {command}{near} (see dlm {command} --help)")
     label = f"dlm.recipes.{FOLDERS[command]}.{name}"
-    spec = importlib.util.spec_from_file_location(label, found[name])
+    spec = importlib.util.spec_from_file_location(label, files[name])
     module = importlib.util.module_from_spec(spec)
     sys.modules[label] = module
     spec.loader.exec_module(module)

@@ -170,13 +170,13 @@ class StreamedRows:
     def _fill(self) -> list[list[tuple[int, Example]]]:
         """The rows of the next window: its examples in an order drawn from (seed, window)."""
         self._began = [[*r.state, given] for r, given in zip(self._readers, self._given, strict=True)]
-        found = [self._next() for _ in range(self.data.window)]
+        drawn = [self._next() for _ in range(self.data.window)]
         key, counter = [self.seed, WINDOW], [0, 0, 0, self.window]
-        order = np.random.Generator(np.random.Philox(key=key, counter=counter)).permutation(len(found))
+        order = np.random.Generator(np.random.Philox(key=key, counter=counter)).permutation(len(drawn))
         if not self.packing:
-            return [[found[place]] for place in order]
-        lengths = [len(example.tokens) for _, example in found]
-        return [[found[place] for place in row] for row in pack_rows(lengths, order, self.data.length)]
+            return [[drawn[place]] for place in order]
+        lengths = [len(example.tokens) for _, example in drawn]
+        return [[drawn[place] for place in row] for row in pack_rows(lengths, order, self.data.length)]
 
     def _next(self) -> tuple[int, Example]:
         """The next example, from the source that is furthest behind its share."""

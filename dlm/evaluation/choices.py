@@ -52,7 +52,7 @@ def read_questions(path) -> list[tuple[str, tuple[str, ...]]]:
 
     Raises ValueError with the line for one that is none.
     """
-    found = []
+    questions = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
             continue
@@ -69,10 +69,10 @@ def read_questions(path) -> list[tuple[str, tuple[str, ...]]]:
         answers = (answer,) if isinstance(answer, str) else tuple(answer)
         if len(answers) != len(options) or not all(a in o for a, o in zip(answers, options, strict=True)):
             raise ValueError(f"{path}:{number}: the answer {answer!r} is none of the options")
-        found.append((text, answers))
-    if not found:
+        questions.append((text, answers))
+    if not questions:
         raise ValueError(f"{path} has no question: give one JSON object a line")
-    return found
+    return questions
 
 
 def calibration(judged: Sequence[Judged], temperature: float = 1.0) -> Calibration:

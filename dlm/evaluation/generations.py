@@ -18,6 +18,7 @@ from dlm.checkpoints.pretrained import Pretrained, load_pretrained
 from dlm.evaluation.judge import Judge
 from dlm.evaluation.metrics import distinct, is_degenerate, repetition, unigram_entropy
 from dlm.sampling.autoregressive import generate as generate_causal
+from dlm.sampling.canvas import Canvas
 from dlm.sampling.config import SamplingConfig
 from dlm.utils.stats import Measure, ratio
 
@@ -40,7 +41,7 @@ def write(
 
     A causal model reads gen_length, temperature, top_k, top_p and seed of the config. report: told how many are done.
     """
-    found: list[list[int]] = []
+    texts: list[list[int]] = []
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         if writer.autoregressive:
@@ -51,10 +52,31 @@ def write(
         else:
             seeds = replace(config, seed=config.seed + start)
             out = generate(writer.model, batch, seeds, tokenizer=writer.tokenizer)
-        found += [until_end(row, writer.end_ids) for row in out.sequences.tolist()]
+        texts += [until_end(row, writer.end_ids) for row in out.sequences.tolist()]
         if report is not None:
-            report(len(found))
-    return found
+            report(len(texts))
+    return texts
+
+
+def fill(writer: Pretrained, rows: Sequence[Sequence[int]], batch_size: int = 16) -> list[list[int]]:
+    """The rows with their masked slots filled, the most confident one first, one a pass. rows: ids of one length."""
+    config = SamplingConfig(suppress_eos=bool(writer.end_ids), eos_token_id=writer.end_ids or None)
+    filled: list[list[int]] = []
+    for start in range(0, len(rows), batch_size):
+        canvas = Canvas.from_templates(rows[start : start + batch_size], writer.mask_id, device=writer.model.device)
+        filled += generate(writer.model, canvas, config, tokenizer=writer.tokenizer).sequences.tolist()
+    return filled
+
+
+def continue_all(
+    writer: Pretrained, prompts: Sequence[Sequence[int]], length: int, batch_size: int = 16
+) -> list[list[int]]:
+    """The `length` likeliest next tokens after each prompt, left to right, past an end-of-text too: ids."""
+    texts: list[list[int]] = []
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        texts += generate_causal(writer.model, batch, length, forbidden=[writer.mask_id]).sequences.tolist()
+    return texts
 
 
 def until_end(ids: Sequence[int], ends: Sequence[int]) -> list[int]:

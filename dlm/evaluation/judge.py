@@ -100,9 +100,9 @@ class Judge:
         elif chat:
             prompt += "\n\n"
         if tokenizer.is_fast:
-            found = tokenizer(prompt + answer, add_special_tokens=special, return_offsets_mapping=True)
-            ids = found["input_ids"]
-            scored = [end > len(prompt) for _, end in found["offset_mapping"]]
+            encoding = tokenizer(prompt + answer, add_special_tokens=special, return_offsets_mapping=True)
+            ids = encoding["input_ids"]
+            scored = [end > len(prompt) for _, end in encoding["offset_mapping"]]
         else:  # without offsets the two are read apart
             ids, rest = (
                 tokenizer(text, add_special_tokens=own)["input_ids"]

@@ -40,8 +40,8 @@ def ngrams(tokens: Sequence[Hashable], n: int) -> list[tuple]:
 
 def distinct(tokens: Sequence[Hashable], n: int) -> float | None:
     """Different n-grams over n-grams (distinct-n; Li et al., arXiv:1510.03055); None where there is none."""
-    found = ngrams(tokens, n)
-    return len(set(found)) / len(found) if found else None
+    all_grams = ngrams(tokens, n)
+    return len(set(all_grams)) / len(all_grams) if all_grams else None
 
 
 def repetition(tokens: Sequence[Hashable], n: int = 4) -> float | None:

@@ -206,8 +206,8 @@ def score_corpus(
         progress.start(turn, mine)
         for start in range(0, len(mine), config.batch_size):
             chunk = mine[start : start + config.batch_size]
-            found = scorer.score(chunk, config, turn * config.draws)
-            store.add(turn, [(one.index, got) for one, got in zip(chunk, found, strict=True)], rank)
+            chunk_bounds = scorer.score(chunk, config, turn * config.draws)
+            store.add(turn, [(one.index, got) for one, got in zip(chunk, chunk_bounds, strict=True)], rank)
             progress.advance(chunk)
         _share(store, turn, mine, world)
         rounds.append([store.done[turn, example.index] for example in corpus.examples])

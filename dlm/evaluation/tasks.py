@@ -80,9 +80,9 @@ def exact(*accepted: str) -> Check:
 def final_number(text: str) -> Decimal | None:
     """The number after the last ####, as GSM8K's answers end (arXiv:2110.14168), else the last number; None: none."""
     _, mark, tail = text.rpartition("####")
-    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+", (tail if mark else text).replace("$", ""))
+    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+", (tail if mark else text).replace("$", ""))
     try:
-        return Decimal((found[0] if mark else found[-1]).replace(",", "")) if found else None
+        return Decimal((numbers[0] if mark else numbers[-1]).replace(",", "")) if numbers else None
     except InvalidOperation:
         return None
 
@@ -228,8 +228,8 @@ def open_task(name: str, *, limit: int | None = None, command: Sequence[str] | N
 def tell_apart(questions: Sequence[Question]) -> list[Question]:
     """The questions, those with the same text numbered from the second on, so that a text names one of them."""
     seen: dict[str, int] = {}
-    found = []
+    named = []
     for question in questions:
         number = seen[question.text] = seen.get(question.text, 0) + 1
-        found.append(question if number == 1 else replace(question, text=f"{question.text} ({number})"))
-    return found
+        named.append(question if number == 1 else replace(question, text=f"{question.text} ({number})"))
+    return named

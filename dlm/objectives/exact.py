@@ -78,8 +78,8 @@ def exact_likelihood(model, example: Example, *, mask_id: int, cfg_scale: float 
     sets = _sets(length, example.index)  # here: what is written
     rows = [Row.of(example, ~written) for written in sets]
     costs = np.full(sets.shape, np.inf)
-    found = cross_entropies(model, rows, mask_id=mask_id, cfg_scale=cfg_scale, batch_size=batch_size)
-    costs[~sets] = np.concatenate(found)
+    nats = cross_entropies(model, rows, mask_id=mask_id, cfg_scale=cfg_scale, batch_size=batch_size)
+    costs[~sets] = np.concatenate(nats)
     log_p = np.full(len(sets), -np.inf)
     log_p[0] = 0.0
     for s in range(1, len(sets)):

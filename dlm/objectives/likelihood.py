@@ -38,7 +38,7 @@ def likelihood(logits: Logits, examples: Sequence[Example], *, device=None, batc
     The first token of an example has no context and is not scored.
     Errors: no numbers (FloatingPointError).
     """
-    found = [Bound(0.0, 0.0, 0, 0)] * len(examples)
+    bounds = [Bound(0.0, 0.0, 0, 0)] * len(examples)
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i].tokens))
     for start in range(0, len(order), batch_size):
         here = order[start : start + batch_size]
@@ -61,8 +61,8 @@ def likelihood(logits: Logits, examples: Sequence[Example], *, device=None, batc
             raise FloatingPointError("the model's logits are no numbers: its weights are damaged, or overflow")
         counts = scored.sum(dim=1).tolist()
         for i, count, part in zip(here, counts, ce.split(counts), strict=True):
-            found[i] = Bound(float(part.sum()), 0.0, int(count > 0), count)
-    return found
+            bounds[i] = Bound(float(part.sum()), 0.0, int(count > 0), count)
+    return bounds
 
 
 ESTIMATORS = ("count", "uniform", "stratified", "chain", "block")
@@ -254,7 +254,7 @@ def bound(
     _check(model, examples, mask_id)
     values: list[list[float]] = [[] for _ in examples]
     evaluations = [0] * len(examples)
-    found = [Bound(0.0, 0.0, 0, 0)] * len(examples)
+    bounds = [Bound(0.0, 0.0, 0, 0)] * len(examples)
     active = [i for i, example in enumerate(examples) if example.target.any()]
     done = 0
     while active:
@@ -275,9 +275,9 @@ def bound(
         for i in active:
             length = int(examples[i].target.sum())
             mean, error = _estimate(np.array(values[i]), length, settings)
-            found[i] = Bound(mean, error, evaluations[i], length)
-        active = [i for i in active if _goes_on(found[i], examples[i], config, settings, done)]
-    return found
+            bounds[i] = Bound(mean, error, evaluations[i], length)
+        active = [i for i in active if _goes_on(bounds[i], examples[i], config, settings, done)]
+    return bounds
 
 
 def _most(example: Example, settings: Settings) -> int:

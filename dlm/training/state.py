@@ -41,8 +41,8 @@ def checkpoints(output: str | os.PathLike) -> list[tuple[int, Path]]:
     """The checkpoints (step, folder) of a run, oldest first; whether they are whole, `read_state` says."""
     folder = Path(output) / "checkpoints"
     children = folder.iterdir() if folder.is_dir() else ()
-    found = [(STEP_FOLDER.fullmatch(child.name), child) for child in children]
-    return sorted((int(match.group(1)), child) for match, child in found if match and child.is_dir())
+    matches = [(STEP_FOLDER.fullmatch(child.name), child) for child in children]
+    return sorted((int(match.group(1)), child) for match, child in matches if match and child.is_dir())
 
 
 # -------------------------------------------------------------------------------------------------------- writing
@@ -103,8 +103,8 @@ def _seal(folder: Path, state: dict) -> None:
 
 def _files(folder: Path) -> list[str]:
     """Names of all files of a checkpoint but `trainer.json`, relative to it."""
-    found = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
-    return sorted(name for name in found if name != STATE_FILE)
+    names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+    return sorted(name for name in names if name != STATE_FILE)
 
 
 def checksum(path: Path, sync: bool = False) -> str:

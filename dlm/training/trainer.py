@@ -277,8 +277,8 @@ class Run:
             self._refuse_non_finite(step, total, math.nan if bad else 0.0, norm)
         if self.config.max_seconds:
             self.time_share = spent / self.accelerator.num_processes / self.config.max_seconds
-        found = [(s, total / max(s.count, 1), norm) for s, total, norm in zip(steps, totals, norms, strict=True)]
-        return found, stops > 0, took
+        losses = [(s, total / max(s.count, 1), norm) for s, total, norm in zip(steps, totals, norms, strict=True)]
+        return losses, stops > 0, took
 
     def _noted(self) -> dict[str, float]:
         """The means of what the objective noted since the last record, over all processes."""

@@ -8,6 +8,7 @@ import torch
 import dlm
 from dlm import Canvas, SamplingConfig
 from dlm.kernels import packed as copies
+from dlm.kernels import packing
 from dlm.kernels.linear import has_kernels
 from dlm.kernels.packed import Packed
 from dlm.kernels.packing import Direct, packed
@@ -231,3 +232,10 @@ def test_lora_is_seen_and_merged_lora_too():
     assert type(packed(merged)) is Packed
     again = list(dlm.denoise(merged, canvas, SamplingConfig(gen_length=6)))
     assert states[-1].canvas.tokens.tolist() == again[-1].canvas.tokens.tolist()
+
+
+def test_a_second_copy_of_a_large_model_is_announced(monkeypatch):
+    """Was: a 1.17 GB file took 4.68 GB at the first generate, without a word."""
+    monkeypatch.setattr(packing, "TOLD", 0)
+    with pytest.warns(UserWarning, match="packing takes .* GB beside .* keeps the packed weights alone"):
+        packed(model_of())

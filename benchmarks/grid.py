@@ -87,12 +87,13 @@ def sampling_of(args, opened: Pretrained) -> SamplingConfig:
 def configure(args, opened: Pretrained, sampling: SamplingConfig, places: int) -> GridConfig:
     """The GridConfig of the options. places: most that a canvas has to fill, to which the default lists go."""
     from dlm.benchmarking.grid import GridConfig, powers_of_two
-    from dlm.sampling.methods import methods_for
+    from dlm.sampling.methods import METHODS, methods_for
 
+    counting = [name for name in methods_for(opened.config) if not METHODS[name].several]  # suits commit quota
     powers, trained = powers_of_two(places), opened.block_length
     try:
         return GridConfig(
-            methods=tuple((args.methods or ",".join(methods_for(opened.config))).split(",")),
+            methods=tuple((args.methods or ",".join(counting)).split(",")),
             commits=tuple(args.commits.split(",")),
             block_lengths=numbers(args.block_lengths, "--block-lengths", powers if trained is None else (trained,)),
             steps=numbers(args.passes, "--steps", powers),

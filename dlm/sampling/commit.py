@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["COMMITS", "Step", "coarse_block"]
+__all__ = ["COMMITS", "Step", "by_blocks", "coarse_block"]
 
 
 # ---------------------------------------------------------------- commit: confidence -> which places
@@ -16,14 +16,15 @@ __all__ = ["COMMITS", "Step", "coarse_block"]
 
 @dataclass(frozen=True)
 class Step:
-    """What a commit rule may know of the pass: the rows' quotas (B,), the rule's own parameter, and drawn (B, M): the
-    places that an ancestral step draws."""
+    """What a commit rule may know of the pass: the rows' quotas (B,), the rule's own parameter, drawn (B, M): the
+    places that an ancestral step draws, and stable (B, M): those whose prediction has settled."""
 
     quota: Tensor
     threshold: float = 0.9
     factor: float = 1.0
     entropy_bound: float = 0.1
     drawn: Tensor | None = None
+    stable: Tensor | None = None
 
 
 def _sorted(confidence: Tensor, eligible: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,7 +55,10 @@ def by_quota(confidence: Tensor, eligible: Tensor, step: Step) -> Tensor:
 
 def by_threshold(confidence: Tensor, eligible: Tensor, step: Step) -> Tensor:
     """Every place with confidence >= tau, else the best one (Fast-dLLM, arXiv:2505.22618, alg. 1)."""
-    sure = eligible & (confidence >= step.threshold)
+    return _sure_or_best(confidence, eligible, eligible & (confidence >= step.threshold))
+
+
+def _sure_or_best(confidence: Tensor, eligible: Tensor, sure: Tensor) -> Tensor:
     _, order = _sorted(confidence, eligible)
     return torch.where(sure.any(dim=-1, keepdim=True), sure, _first(sure.sum(dim=-1), order, eligible))
 
@@ -108,6 +112,31 @@ def by_uniform(confidence: Tensor, eligible: Tensor, step: Step) -> Tensor:
     return eligible & (confidence < step.quota[:, None])
 
 
+def by_stability(confidence: Tensor, eligible: Tensor, step: Step) -> Tensor:
+    """Every place with confidence >= tau whose prediction has settled, else the best one (KLASS, arXiv:2511.05664,
+    alg. 1; `stability`)."""
+    return _sure_or_best(confidence, eligible, sure_places(confidence, eligible, step))
+
+
+def sure_places(confidence: Tensor, eligible: Tensor, step: Step) -> Tensor:
+    """bool (B, M): the places that a rule with a threshold commits by themselves, without the best where none is."""
+    sure = eligible & (confidence >= step.threshold)
+    return sure if step.stable is None else sure & step.stable
+
+
+def by_blocks(confidence: Tensor, eligible: Tensor, step: Step, block: Tensor, forced: Tensor, rule: str) -> Tensor:
+    """bool (B, M): the rule in each of several open blocks, the best place only where `forced` (B, M) holds.
+
+    block (B, M): the block of every place. A block commits what passes the threshold, and at least one token a pass
+    once its predecessor is mostly done (D2F, arXiv:2508.09192; d3LLM, arXiv:2601.07568).
+    """
+    chosen = sure_places(confidence, eligible, step)
+    for number in block[eligible].unique().tolist():
+        here = eligible & (block == number)
+        chosen = chosen | (COMMITS[rule](confidence, here, step) & forced)
+    return chosen
+
+
 COMMITS: dict[str, Callable[[Tensor, Tensor, Step], Tensor]] = {
     "quota": by_quota,
     "threshold": by_threshold,
@@ -118,6 +147,7 @@ COMMITS: dict[str, Callable[[Tensor, Tensor, Step], Tensor]] = {
     "dynamic": by_dynamic,
     "capped": by_cap,
     "origin": by_uniform,
+    "stable": by_stability,
 }
 
 

@@ -6,6 +6,7 @@ from functools import cached_property
 from numbers import Integral, Real
 from pathlib import Path
 
+from dlm.sampling.contradictions import SEVERAL, refuse_contradictions
 from dlm.utils.names import check_name
 
 __all__ = [
@@ -25,10 +26,12 @@ __all__ = [
 ]
 
 # Names of the choices. The functions are in tables that need torch; a test holds the names to their keys.
-METHOD_NAMES = ("none", "prefix", "dual", "vicinity", "c2f", "block_causal")  # methods.METHODS
+# methods.METHODS
+METHOD_NAMES = ("none", "prefix", "dual", "vicinity", "c2f", "block_causal", "pipeline", "pipeline_causal")
 # commit.COMMITS
 COMMIT_NAMES = (
     "quota", "threshold", "factor", "entropy_bound", "ancestral", "sequential", "dynamic", "capped", "origin",
+    "stable",
 )  # fmt: skip
 REMASK_NAMES = ("cap", "rescale", "confidence", "loop")  # remask.REMASKS
 NOISE_NAMES = ("linear", "cosine", "polynomial", "geometric")  # objectives.noise.NOISE_SCHEDULES
@@ -62,11 +65,15 @@ SAMPLING: dict[str, tuple[Callable, str]] = {
     "whole_blocks": (bool, "fill the last block up with masks, and cut the text"),
     "align": (str, "start or prompt: where the blocks of a block-causal model count from"),
     "commit_first": (bool, "the first pass of a block commits its first place alone (Fast-dLLM, shifted logits)"),
-    "method": (str, "none, prefix, dual, vicinity, c2f or block_causal: order and cache"),
+    "method": (str, f"{', '.join(METHOD_NAMES[:-1])} or {METHOD_NAMES[-1]}: order and cache"),
     "commit": (str, f"{', '.join(COMMIT_NAMES[:-1])} or {COMMIT_NAMES[-1]}: how many tokens a pass"),
-    "threshold": (float, "for --commit threshold: least confidence"),
+    "threshold": (float, "for --commit threshold, dynamic, capped and stable: least confidence"),
     "factor": (float, "for --commit factor"),
     "entropy_bound": (float, "for --commit entropy_bound, in nats"),
+    "kl_bound": (float, "for --commit stable: most nats by which a prediction may change from pass to pass"),
+    "kl_passes": (int, "for --commit stable: passes for which it must not change more"),
+    "open_share": (float, "for --method pipeline: part of a block that is written before the next one opens"),
+    "force_share": (float, "for --method pipeline: part after which the next one commits in every pass"),
     "revise": (str, "none, edit, remask or verify: which tokens a pass changes that were committed before"),
     "edit_threshold": (float, "for --revise edit: probability above which another token is written"),
     "max_post_passes": (int, "for --revise edit: most passes over a block that has no mask left"),
@@ -99,9 +106,13 @@ SAMPLING: dict[str, tuple[Callable, str]] = {
 
 # Field: (other field, its values with which this one has an effect (None: any but 0 and nothing), advice).
 NEEDS: dict[str, tuple[str, tuple | None, str]] = {
-    "steps": ("commit", ("quota", "ancestral"), "add --commit quota"),
-    "split": ("commit", ("quota",), "add --commit quota"),
-    "threshold": ("commit", ("threshold",), "add --commit threshold"),
+    "steps": ("commit", (*SCHEDULED, "ancestral"), "add --commit quota"),
+    "split": ("commit", ("quota", "sequential", "dynamic", "capped"), "add --commit quota"),
+    "threshold": ("commit", ("threshold", "dynamic", "capped", "stable"), "add --commit threshold"),
+    "kl_bound": ("commit", ("stable",), "add --commit stable"),
+    "kl_passes": ("commit", ("stable",), "add --commit stable"),
+    "open_share": ("method", SEVERAL, "add --method pipeline"),
+    "force_share": ("method", SEVERAL, "add --method pipeline"),
     "factor": ("commit", ("factor",), "add --commit factor"),
     "entropy_bound": ("commit", ("entropy_bound",), "add --commit entropy_bound"),
     "edit_threshold": ("revise", ("edit",), "add --revise edit"),
@@ -132,7 +143,10 @@ class SamplingConfig:
         `start`, or from the end of each row's prompt, `prompt` (dllm). commit_first: a block's first pass commits its
         first place alone, whose guess comes from the block before (Fast-dLLM, models with shifted logits).
     method: the order and what is recomputed at each pass, a row of `methods.METHODS`. window: vicinity's reach.
-    commit: which places are committed at a pass (`commit.COMMITS`), with threshold, factor or entropy_bound.
+        open_share, force_share: how much of a block is written before `pipeline` opens the next one, and before that
+        one commits at least one token in every pass.
+    commit: which places are committed at a pass (`commit.COMMITS`), with threshold, factor or entropy_bound; kl_bound
+        and kl_passes for `stable`.
     revise: what is changed after the commit (`revise.REVISIONS`), with edit_threshold and max_post_passes for `edit`;
         remask (`remask.REMASKS`), remask_eta and noise_schedule for `remask`; verify_threshold for `verify`.
     split: how a block's tokens are shared over its passes (`schedule.SPLITS`); time_eps: where Dream's time ends.
@@ -163,6 +177,10 @@ class SamplingConfig:
     method: str = "none"
     commit: str = "quota"
     threshold: float = 0.9
+    kl_bound: float = 0.01
+    kl_passes: int = 2
+    open_share: float = 0.5
+    force_share: float = 0.95
     factor: float = 1.0
     entropy_bound: float = 0.1
     revise: str = "none"
@@ -202,14 +220,20 @@ class SamplingConfig:
         check_name("align", self.align, ALIGNMENTS)
         check_name("revise", self.revise, REVISION_NAMES)
         check_name("grow", self.grow, GROW_NAMES)
-        if self.grow == "block" and self.method == "c2f":
-            raise ValueError("grow 'block' adds blocks from left to right, and method 'c2f' has none: leave one out")
         check_name("constraint_search", self.constraint_search, SEARCH_NAMES)
         if self.confidence is not None:
             check_name("confidence", self.confidence, CONFIDENCE_NAMES)
-        for name in ("gen_length", "steps", "steps_per_block", "block_length", "sub_block_length", "top_k"):
+        for name in (
+            "gen_length",
+            "steps",
+            "steps_per_block",
+            "block_length",
+            "sub_block_length",
+            "top_k",
+            "kl_passes",
+        ):
             value = getattr(self, name)
-            optional = value is None and name != "gen_length"
+            optional = value is None and name not in ("gen_length", "kl_passes")
             if not optional and (not _whole(value) or value < 1):
                 raise ValueError(f"{name} is {value!r}: it counts tokens or passes; give a whole number, 1 or more")
         for name, what in (("window", "slots"), ("max_post_passes", "passes")):
@@ -221,12 +245,11 @@ class SamplingConfig:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: it is a switch; give True or False")
         self._check_numbers()
-        self._check_commit()
         for name in ("seed", "eos_token_id", "choices"):
             value = getattr(self, name)
             if isinstance(value, Sequence) and not isinstance(value, str):
                 object.__setattr__(self, name, tuple(value))  # lists, as JSON has them
-        self._check_constraint()
+        refuse_contradictions(self)
         if not all(_whole(token) and token >= 0 for token in self.eos_ids):
             raise ValueError(f"eos_token_id is {self.eos_token_id!r}: give a token id, 0 or more, or several")
         seeds = self.seed if isinstance(self.seed, tuple) else (self.seed,)
@@ -238,6 +261,9 @@ class SamplingConfig:
             "threshold": (lambda x: -1e9 < x <= 1, "a confidence, at most 1"),
             "factor": (lambda x: x > 0, "above 0"),
             "entropy_bound": (lambda x: x >= 0, "nats, 0 or more"),
+            "kl_bound": (lambda x: x >= 0, "nats, 0 or more"),
+            "open_share": (lambda x: 0 <= x <= 1, "a part of a block, from 0 to 1"),
+            "force_share": (lambda x: 0 <= x <= 1, "a part of a block, from 0 to 1"),
             "verify_threshold": (lambda x: 0 <= x <= 1, "a probability, from 0 to 1"),
             "remask_eta": (lambda x: 0 <= x <= 1, "a probability, from 0 to 1"),
             "edit_threshold": (lambda x: 0 <= x <= 1, "a probability, from 0 to 1"),
@@ -252,56 +278,6 @@ class SamplingConfig:
             optional = value is None and name in ("top_p", "remask_eta")
             if not optional and (not isinstance(value, Real) or isinstance(value, bool) or not holds(value)):
                 raise ValueError(f"{name} is {value!r}: it must be {wanted}")
-
-    def _check_commit(self) -> None:
-        if self.revise == "remask" and self.remask == "confidence" and self.ordering != "probability":
-            raise ValueError(
-                f"remask 'confidence' reads confidence as a probability, but confidence is {self.ordering!r}: use "
-                "probability, or another remask"
-            )
-        if self.revise == "verify" and (self.method != "none" or self.cfg_scale):
-            what = f"method {self.method!r}" if self.method != "none" else f"cfg_scale {self.cfg_scale}"
-            raise ValueError(
-                f"revise 'verify' computes the whole canvas, without guidance, and {what} does not: drop it"
-            )
-        if self.steps is not None and self.steps_per_block is not None:
-            raise ValueError(f"steps is {self.steps} and steps_per_block {self.steps_per_block}: give one of them")
-        if self.sub_block_cache and self.sub_block_length is None:
-            raise ValueError("sub_block_cache is for sub-blocks, and none were asked for: give sub_block_length")
-        if self.sub_block_length is not None and self.revise != "none":
-            raise ValueError("sub_block_length splits a block that revise goes over as a whole: leave one of them out")
-        if self.commit == "origin" and self.confidence not in (None, "random"):
-            raise ValueError(
-                f"commit origin draws places whatever their confidence, but confidence is {self.confidence!r}: "
-                "leave confidence out, or take another commit rule"
-            )
-        if self.commit == "entropy_bound" and self.confidence not in (None, "entropy"):
-            raise ValueError(
-                f"commit entropy_bound adds up entropies, but confidence is {self.confidence!r}: "
-                "leave confidence out, or take another commit rule"
-            )
-        if self.commit == "factor" and self.confidence in ("entropy", "random"):
-            raise ValueError(
-                f"commit factor reads confidence as a probability, but confidence is {self.confidence!r}: "
-                "use probability or margin, or another commit rule"
-            )
-
-    def _check_constraint(self) -> None:
-        given = [name for name in ("regex", "json_schema", "choices") if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} are given: the text can match one of them; leave the others out")
-        for name in ("regex", "json_schema"):
-            if getattr(self, name) is not None and not isinstance(getattr(self, name), str):
-                raise ValueError(f"{name} is {str(getattr(self, name))[:40]!r}: give a text")
-        if self.choices is not None:
-            wrong = not isinstance(self.choices, tuple) or not all(isinstance(text, str) for text in self.choices)
-            if wrong or not self.choices or not all(self.choices):
-                raise ValueError(f"choices is {self.choices!r}: give one or more texts, none of them empty")
-        if self.constraint_search == "viterbi" and self.temperature > 0:
-            raise ValueError(
-                f"constraint_search is 'viterbi', which takes the most probable text, but temperature is "
-                f"{self.temperature}: leave one of them out"
-            )
 
     @property
     def ordering(self) -> str:

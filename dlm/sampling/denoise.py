@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dlm.models.attention import Visible, block_causal_from
 from dlm.sampling.canvas import Canvas
-from dlm.sampling.commit import COMMITS, Step, coarse_block
+from dlm.sampling.commit import COMMITS, Step, by_blocks, coarse_block
 from dlm.sampling.config import SamplingConfig
 from dlm.sampling.constraints import Constraint, allowed_tokens, best_words, change_in_order, commit_in_order
 from dlm.sampling.planning import Plan, alike, plan_pass, request_of, shifted
@@ -24,6 +24,7 @@ from dlm.sampling.propose import drawn_order
 from dlm.sampling.remask import draw_steps
 from dlm.sampling.revise import REVISIONS, Slate
 from dlm.sampling.rows import Batch, Row
+from dlm.sampling.stability import stable_places
 from dlm.sampling.step import Check, Request, branches, compute, compute_shadows, decide_all, guided, held_probability
 
 __all__ = ["DenoiseState", "denoise", "turn"]
@@ -206,10 +207,17 @@ def commit(
     drawn = None
     if config.commit == "ancestral" or config.revise == "remask":
         drawn = draw_steps(rows, eligible, revisable, batch.certain[where])
-    rule = Step(
-        quota, config.threshold, config.factor, config.entropy_bound, drawn=None if drawn is None else drawn.take
-    )
-    chosen = COMMITS[config.commit](certain, eligible, rule)
+    stable = None
+    if config.commit == "stable":
+        stable = stable_places(rows, request.slots, eligible, prediction(logits, config), config)
+    take = None if drawn is None else drawn.take
+    rule = Step(quota, config.threshold, config.factor, config.entropy_bound, drawn=take, stable=stable)
+    if rows[0].method.several:
+        block = batch.layout[where]
+        forced = torch.stack([torch.isin(b, b.new_tensor(row.forced)) for b, row in zip(block, rows, strict=True)])
+        chosen = by_blocks(certain, eligible, rule, block, forced, config.commit)
+    else:
+        chosen = COMMITS[config.commit](certain, eligible, rule)
     if bound:
 
         def again(row: int, place: int, allowed: np.ndarray) -> tuple[int, float]:
@@ -256,7 +264,7 @@ def without_hidden(canvas: Canvas, request: Request, *, cached: bool) -> tuple[C
 
 def note_likely(batch: Batch, rows: list[Row], request: Request, logits: Tensor, pages: Pages) -> None:
     """Writes the most probable tokens at the places asked about into `pages`."""
-    log_p = guided(*branches(logits, rows[0].config), rows[0].config).log_softmax(dim=-1)
+    log_p = prediction(logits, rows[0].config)
     most = log_p.topk(min(batch.likely, log_p.shape[-1]), dim=-1)
     probabilities, ids = most.values.exp().tolist(), most.indices.tolist()
     for i, (row, slots) in enumerate(zip(rows, request.slots.tolist(), strict=True)):
@@ -265,12 +273,17 @@ def note_likely(batch: Batch, rows: list[Row], request: Request, logits: Tensor,
             pages.likely[row.index, slot] = [(token, round(p, 5)) for token, p in found]
 
 
+def prediction(logits: Tensor, config: SamplingConfig) -> Tensor:
+    """log p (R, M, V) of the model's whole prediction, guided where it is."""
+    return guided(*branches(logits, config), config).log_softmax(dim=-1)
+
+
 # ---------------------------------------------------------------- after a pass
 
 
 def advance(batch: Batch, active: list[Row], pages: Pages) -> None:
     """Moves every row on to its next pass, its next block, or its end."""
-    counted = [row for row in active if row.quota is None or row.revision is not None]
+    counted = [row for row in active if not row.method.several and (row.quota is None or row.revision is not None)]
     committed = revised = masked = [0] * len(batch.rows)
     if counted:
         committed = pages.committed.sum(dim=1).tolist()
@@ -278,12 +291,20 @@ def advance(batch: Batch, active: list[Row], pages: Pages) -> None:
         again = pages.revised & batch.canvas.masked
         revised, masked = pages.revised.sum(dim=1).tolist(), again.sum(dim=1).tolist()
     for row in active:
-        if row in counted:
+        if row.method.several:
+            row.advance_several(masks_of(batch, row))
+        elif row in counted:
             row.advance(committed[row.index], masked[row.index], revised[row.index])
         else:
             row.advance(row.quota)
         if row.config.grow == "block" and row.turn == 0 and not row.done:
             batch.open_block(row)
+
+
+def masks_of(batch: Batch, row: Row) -> list[int]:
+    """The masked places of each block of a row."""
+    masked = batch.canvas.masked[row.index]
+    return torch.bincount(batch.layout[row.index][masked], minlength=len(row.sizes)).tolist()
 
 
 def stop_ended(batch: Batch, rows: list[Row]) -> None:

@@ -22,8 +22,8 @@ __all__ = ["METHODS", "Method", "methods_for", "visibility"]
 
 @dataclass(frozen=True)
 class Signals:
-    """What a planner may know beside the span: the span of the block before (all False at a row's first block),
-    and vicinity's window."""
+    """What a planner may know beside the span: the blocks that were done since their slots were computed (the block
+    before, all False at a row's first pass), and vicinity's window."""
 
     before: Tensor
     window: int
@@ -60,6 +60,11 @@ def the_vicinity(span: Tensor, signals: Signals) -> Tensor | None:
     return _hull(span, left=signals.window, right=signals.window)
 
 
+def the_open_blocks(span: Tensor, signals: Signals) -> Tensor | None:
+    """The blocks that are written and what is given between them."""
+    return _hull(span)
+
+
 def since_the_block_before(span: Tensor, signals: Signals) -> Tensor | None:
     """This block and the one before, whose stored keys still saw masks; for a first block, all before it."""
     started = signals.before.any(dim=1, keepdim=True)
@@ -74,6 +79,7 @@ class Method:
     later: Planner
     coarse: bool = False  # the block is chosen by confidence anywhere in the region, not left to right
     block_causal: bool = False  # exact for block-causal models and for those alone
+    several: bool = False  # the next block opens when the one before is half done, and both are written
 
     @property
     def cached(self) -> bool:
@@ -87,6 +93,10 @@ METHODS: dict[str, Method] = {
     "vicinity": Method(everything, the_vicinity),
     "c2f": Method(everything, the_block, coarse=True),
     "block_causal": Method(since_the_block_before, the_block, block_causal=True),  # BD3-LM, arXiv:2503.09573
+    # Several blocks at once: D2F, arXiv:2508.09192; d3LLM, arXiv:2601.07568. The first has no cache and suits every
+    # model; the second keeps the keys of finished blocks, which is exact for block-causal models.
+    "pipeline": Method(everything, everything, several=True),
+    "pipeline_causal": Method(since_the_block_before, the_open_blocks, block_causal=True, several=True),
 }
 DEFAULT_BLOCK_LENGTH = 32
 

@@ -56,7 +56,7 @@ def alike(rows: Sequence[Row]) -> list[list[Row]]:
 def plan_pass(batch: Batch, rows: Sequence[Row]) -> Plan:
     """The plan of these rows' next pass; kept, since later passes of a block have the same."""
     planner = planner_of(rows[0])
-    kind, key = (planner, rows[0].config), tuple((row.serial, row.block) for row in rows)
+    kind, key = (planner, rows[0].config), tuple((row.serial, row.block, row.ahead, row.done_before) for row in rows)
     kept = batch.plans.get(kind)
     alone = rows[0].config.sub_block_cache and rows[0].turn > 0
     if not alone and kept is not None and kept[0] == key and kept[1].span.shape[1] == batch.layout.shape[1]:
@@ -64,8 +64,12 @@ def plan_pass(batch: Batch, rows: Sequence[Row]) -> Plan:
     device = batch.layout.device
     index = torch.tensor([row.index for row in rows], device=device)
     block = torch.tensor([row.block for row in rows], device=device)[:, None]
+    front, since = (
+        torch.tensor(blocks, device=device)[:, None]
+        for blocks in ([row.block + row.ahead for row in rows], [row.done_before for row in rows])
+    )
     layout = batch.layout[index]
-    span, before = layout == block, (layout == block - 1) & (block > 0)
+    span, before = (layout >= block) & (layout <= front), (layout >= since) & (layout < block) & (layout >= 0)
     computed = planner(span, Signals(before, rows[0].config.window))
     if computed is None:
         positions, counts = None, [row.length for row in rows]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import torch
@@ -21,6 +21,7 @@ from dlm.sampling.constraints import Constraint, Written
 from dlm.sampling.methods import METHODS, Method, visibility
 from dlm.sampling.revise import REVISIONS, Revision
 from dlm.sampling.schedule import lay_out, quotas_of
+from dlm.sampling.stability import Past
 
 __all__ = ["Batch", "Row"]
 
@@ -36,6 +37,8 @@ class Row:
     alone. block_length: slots of a block; offset: slots before slot 0 at which its blocks begin. block: the block it is
     at; turn: passes spent on it; left: places still masked in it; post: passes over it that began without one. nfe:
     forward passes so far; computed: slots that they computed.
+    ahead: blocks that are written beside it (`pipeline`), and then left counts theirs too; lefts: places still masked
+    in each block; since: the block of the last pass. past: what the last pass predicted (commit `stable`).
     """
 
     index: int
@@ -60,6 +63,10 @@ class Row:
     post: int = 0
     nfe: int = 0
     computed: int = 0
+    ahead: int = 0
+    since: int = 0
+    lefts: list[int] = field(default_factory=list)
+    past: Past | None = None
 
     @property
     def method(self) -> Method:
@@ -137,7 +144,35 @@ class Row:
     @property
     def most_asked(self) -> int:
         """The most places that any pass of this kind proposes for."""
-        return sum(self.sizes) if self.choosing else self.sizes[self.block]
+        return sum(self.sizes) if self.choosing or self.method.several else self.sizes[self.block]
+
+    @property
+    def done_before(self) -> int:
+        """The first of the blocks whose slots were not computed since they were done."""
+        return self.since if self.method.several else self.block - 1
+
+    @property
+    def forced(self) -> list[int]:
+        """The blocks that are written whose predecessor is mostly done."""
+        share, every = self.config.force_share, range(self.block, self.block + self.ahead + 1)
+        return [b for b in every if b == self.block or self._written(b - 1) >= share * self.sizes[b - 1]]
+
+    def _written(self, block: int) -> int:
+        return self.sizes[block] - self.lefts[block]
+
+    def advance_several(self, lefts: list[int]) -> None:
+        """Goes on to the next pass after one over several blocks, which left so many masks in each; opens the next
+        block where the last one is half done."""
+        assert sum(lefts) < sum(self.lefts), f"a pass committed nothing in row {self.index}"
+        front, self.lefts, self.since = self.block + self.ahead, lefts, self.block
+        while not self.done and not lefts[self.block]:
+            self.block += 1
+        self.turn = self.turn + 1 if self.block == self.since else 0
+        front = max(front, self.block)
+        if front + 1 < len(lefts) and self._written(front) >= self.config.open_share * self.sizes[front]:
+            front += 1
+        self.ahead = front - self.block
+        self.left = sum(lefts[self.block : front + 1])
 
     def advance(self, committed: int, masked: int = 0, revised: int = 0) -> None:
         """Goes on to the next pass, the next block or the end, after a pass that committed some places and revised
@@ -161,7 +196,7 @@ class Row:
 
     def end(self) -> None:
         """Nothing more is written to this row."""
-        self.block, self.left = len(self.sizes), 0
+        self.block, self.left, self.ahead = len(self.sizes), 0, 0
 
 
 class Batch:
@@ -283,6 +318,7 @@ class Batch:
                 offsets[i],
                 written[i],
                 left=masked[0] if masked else 0,
+                lefts=masked,
             )
             joined.append(row)
             self._serial += 1

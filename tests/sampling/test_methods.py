@@ -130,6 +130,8 @@ def test_a_cache_needs_positions(tiny):
 
 
 def test_every_method_of_the_settings_is_a_row_of_the_table():
-    assert set(METHODS) == {"none", "prefix", "dual", "vicinity", "c2f", "block_causal"}
+    rows = {"none", "prefix", "dual", "vicinity", "c2f", "block_causal", "pipeline", "pipeline_causal"}
+    assert set(METHODS) == rows
     for name in METHODS:
-        assert dlm.SamplingConfig(method=name).method == name
+        commit = "threshold" if METHODS[name].several else "quota"
+        assert dlm.SamplingConfig(method=name, commit=commit).method == name

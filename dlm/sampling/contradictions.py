@@ -1,0 +1,93 @@
+"""Settings that are each well-formed and contradict each other: one line with the reason and the fix."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dlm.sampling.config import SamplingConfig
+
+__all__ = ["refuse_contradictions"]
+
+
+def refuse_contradictions(config: SamplingConfig) -> None:
+    """Raises ValueError for settings that cannot be together."""
+    _check_rules(config)
+    _check_blocks(config)
+    _check_constraint(config)
+
+
+def _check_rules(config: SamplingConfig) -> None:
+    if config.revise == "remask" and config.remask == "confidence" and config.ordering != "probability":
+        raise ValueError(
+            f"remask 'confidence' reads confidence as a probability, but confidence is {config.ordering!r}: use "
+            "probability, or another remask"
+        )
+    if config.revise == "verify" and (config.method != "none" or config.cfg_scale):
+        what = f"method {config.method!r}" if config.method != "none" else f"cfg_scale {config.cfg_scale}"
+        raise ValueError(f"revise 'verify' computes the whole canvas, without guidance, and {what} does not: drop it")
+    if config.steps is not None and config.steps_per_block is not None:
+        raise ValueError(f"steps is {config.steps} and steps_per_block {config.steps_per_block}: give one of them")
+    if config.sub_block_cache and config.sub_block_length is None:
+        raise ValueError("sub_block_cache is for sub-blocks, and none were asked for: give sub_block_length")
+    if config.sub_block_length is not None and config.revise != "none":
+        raise ValueError("sub_block_length splits a block that revise goes over as a whole: leave one of them out")
+    if config.commit == "origin" and config.confidence not in (None, "random"):
+        raise ValueError(
+            f"commit origin draws places whatever their confidence, but confidence is {config.confidence!r}: "
+            "leave confidence out, or take another commit rule"
+        )
+    if config.commit == "entropy_bound" and config.confidence not in (None, "entropy"):
+        raise ValueError(
+            f"commit entropy_bound adds up entropies, but confidence is {config.confidence!r}: "
+            "leave confidence out, or take another commit rule"
+        )
+    if config.commit == "factor" and config.confidence in ("entropy", "random"):
+        raise ValueError(
+            f"commit factor reads confidence as a probability, but confidence is {config.confidence!r}: "
+            "use probability or margin, or another commit rule"
+        )
+
+
+def _check_constraint(config: SamplingConfig) -> None:
+    given = [name for name in ("regex", "json_schema", "choices") if getattr(config, name) is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} are given: the text can match one of them; leave the others out")
+    for name in ("regex", "json_schema"):
+        if getattr(config, name) is not None and not isinstance(getattr(config, name), str):
+            raise ValueError(f"{name} is {str(getattr(config, name))[:40]!r}: give a text")
+    if config.choices is not None:
+        wrong = not isinstance(config.choices, tuple) or not all(isinstance(text, str) for text in config.choices)
+        if wrong or not config.choices or not all(config.choices):
+            raise ValueError(f"choices is {config.choices!r}: give one or more texts, none of them empty")
+    if config.constraint_search == "viterbi" and config.temperature > 0:
+        raise ValueError(
+            f"constraint_search is 'viterbi', which takes the most probable text, but temperature is "
+            f"{config.temperature}: leave one of them out"
+        )
+
+
+def _check_blocks(config: SamplingConfig) -> None:
+    """Order and length."""
+    if config.grow == "block" and config.method == "c2f":
+        raise ValueError("grow 'block' adds blocks from left to right, and method 'c2f' has none: leave one out")
+    if config.method in SEVERAL:
+        _check_several(config)
+
+
+SEVERAL = ("pipeline", "pipeline_causal")  # methods that write several blocks at once
+
+
+def _check_several(config: SamplingConfig) -> None:
+    name = f"method {config.method!r}"
+    if config.commit not in ("threshold", "stable"):
+        raise ValueError(
+            f"{name} commits in each open block what is certain enough, and commit {config.commit!r} counts: use "
+            "commit threshold or stable"
+        )
+    if config.revise != "none":
+        raise ValueError(f"revise {config.revise!r} goes over one block at a time, and {name} writes several: drop one")
+    if config.grow != "none":
+        raise ValueError(f"grow {config.grow!r} adds to the block that is written, and {name} writes several: drop one")
+    if config.sub_block_length is not None or config.commit_first:
+        raise ValueError(f"sub_block_length and commit_first are for one block at a time, and {name} writes several")

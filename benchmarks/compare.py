@@ -18,8 +18,9 @@ if __package__ in (None, ""):  # run as a file from a clone: find dlm/ beside be
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dlm.benchmarking.charts import significant
+from dlm.benchmarking.findings import REFERENCE, noise_sentences, sentences, speedups
 from dlm.benchmarking.page import listed, page, quiet, table
-from dlm.benchmarking.report import REFERENCE, front_chart, sentences, speedups, tips
+from dlm.benchmarking.report import front_chart, tips
 from dlm.benchmarking.results import Grid, Setting, read_grid
 from dlm.cli.parser import Parser
 from dlm.utils.stats import geometric_mean
@@ -113,6 +114,7 @@ def main(argv: Sequence[str]) -> int:
         )
     grids, starts = (first, second), (0, len(first.settings()))
     said, base = differences(first, second), [slowest(grid) for grid in grids]
+    said += [f"{grid.name}: {warning}" for grid in grids for warning in noise_sentences(grid)]
 
     def relative(grid: Grid, setting: Setting) -> float:
         return setting.latency / base[0 if grid is first else 1]

@@ -18,8 +18,9 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file from a clone: find dlm/ beside benchmarks/
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dlm.benchmarking.findings import sentences
 from dlm.benchmarking.page import listed, page, quiet
-from dlm.benchmarking.report import front_chart, maps, pass_chart, sentences, table_of, tips
+from dlm.benchmarking.report import front_chart, maps, pass_chart, table_of, tips
 from dlm.benchmarking.results import Grid, read_grid
 from dlm.cli.parser import Parser
 
@@ -33,7 +34,7 @@ def facts(grid: Grid) -> str:
         said.insert(0, f"{settings['model']} in {settings['dtype']}")
         said.append(f"median of {settings['repeats']} repeats")
         judge = settings["judge"]
-        said.append(f"judge {Path(judge['id']).name} ({judge['revision']})" if judge else "no judge")
+        said.append(f"judge {Path(str(judge.get('id'))).name} ({judge.get('revision')})" if judge else "no judge")
     for launch in grid.meta.get("launches", [])[:1]:
         said += [launch["hardware"], f"torch {launch['versions']['torch']}", f"commit {launch['commit']}"]
     remarks = quiet(" · ".join(said))

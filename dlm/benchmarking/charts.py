@@ -6,11 +6,13 @@ An element that stands for a measurement carries data-i, its number; a page may 
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
 FONT = 'font-family="system-ui, -apple-system, Segoe UI, DejaVu Sans, sans-serif"'
+LETTER, LEGEND_ROW = 6.8, 20  # the mean width of a letter at 12 pixels (a little above it), and a row of a legend
 INK, QUIET, RULE = "#1a1a1a", "#5f6368", "#dadce0"
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7a5195", "#555555")  # Okabe and Ito's
 BLUES = ("#f2f7fc", "#c3dbee", "#7fb3d8", "#3a7fb8", "#0b4f8a")
@@ -112,10 +114,17 @@ def heat_map(
     tiles: dict[tuple[int, int], Tile],
     shade: Shade,
     say: Callable[[float], str],
+    colour: str = INK,
 ) -> str:
-    """Block lengths (rows, the largest above) by steps (columns); a place without a tile could not be measured."""
-    wide, high, left, top = 54, 28, 58, 40
-    body = [text(left, 18, title, size=14, anchor="start", more='font-weight="600"')]
+    """Block lengths (rows, the largest above) by steps (columns); a place without a tile could not be measured.
+
+    colour: of the dot before the title, by which the same method is found in a scatter plot.
+    """
+    wide, high, left, top = 48, 28, 58, 40
+    body = [
+        f'<circle cx="{left + 5}" cy="13" r="5" fill="{colour}"/>',
+        text(left + 16, 18, title, size=14, anchor="start", more='font-weight="600"'),
+    ]
     for r, row in enumerate(reversed(rows)):
         y = top + r * high
         body.append(text(left - 8, y + high / 2 + 4, str(row), anchor="end", ink=QUIET))
@@ -125,19 +134,20 @@ def heat_map(
             if tile is None:
                 body.append(f'<rect {box} fill="#fafafa" stroke="{RULE}" stroke-dasharray="2 3"/>')
                 continue
-            colour = shade.colour(tile.value)
+            ground = shade.colour(tile.value)
             mark = f'<rect {box} fill="url(#hatch)"/>' if tile.marked else ""
-            halo = f'paint-order="stroke" stroke="{colour}" stroke-width="4"' if tile.marked else ""
+            halo = f'paint-order="stroke" stroke="{ground}" stroke-width="4"' if tile.marked else ""
             number = "" if tile.index is None else f' data-i="{tile.index}"'
-            label = text(x + wide / 2 - 1, y + high / 2 + 3, say(tile.value), ink=ink_on(colour), more=halo)
-            body.append(f'<g{number}><rect {box} fill="{colour}"/>{mark}{label}</g>')
+            label = text(x + wide / 2 - 1, y + high / 2 + 3, say(tile.value), ink=ink_on(ground), more=halo)
+            body.append(f'<g{number}><rect {box} fill="{ground}"/>{mark}{label}</g>')
     bottom = top + len(rows) * high
     for c, column in enumerate(columns):
         body.append(text(left + c * wide + wide / 2 - 1, bottom + 14, str(column), ink=QUIET))
     body.append(text(left + len(columns) * wide / 2, bottom + 32, "steps", ink=QUIET))
     middle = top + len(rows) * high / 2
     body.append(text(14, middle, "block length", ink=QUIET, more=f'transform="rotate(-90 14 {middle})"'))
-    return svg(left + len(columns) * wide + 10, bottom + 42, "".join(body), title)
+    width = max(left + len(columns) * wide, left + 16 + LETTER * 14 / 12 * len(title)) + 10
+    return svg(width, bottom + 42, "".join(body), title)
 
 
 # ---------------------------------------------------------------- scatter
@@ -189,49 +199,72 @@ def ticks(low: float, high: float, log: bool) -> list[float]:
 
 
 def scatter(
-    title: str, series: Sequence[Series], x: Axis, y: Axis, *, width: float = 720, height: float = 440, note: str = ""
+    title: str, series: Sequence[Series], x: Axis, y: Axis, *, width: float = 600, height: float = 420, note: str = ""
 ) -> str:
-    """Points and lines on two axes, a legend at the right. note: a line beneath the title."""
-    left, right, top, bottom = 70, 170, 56, 52
+    """Points and lines on two axes, the legend beneath them in as many rows as it needs. note: under the title."""
+    left, right, below = 70, 16, 48
+    remarks = _broken(note, (width - left - right) / LETTER) if note else []
+    top = 30 + 17 * len(remarks)
+    names: list[tuple[str, Series | None]] = [(line.name, line) for line in series]
+    if any(p.marked for line in series for p in line.points):
+        names.append(("degenerate", None))
+    places, rows = _legend([name for name, _ in names], left, width - right)
     xs = [p.x for s in series for p in s.points] + [a for s in series for a, _ in s.path]
     ys = [p.y for s in series for p in s.points] + [b for s in series for _, b in s.path]
     across, x_low, x_high = _scale(xs, x.log, left, width - right)
-    upward, y_low, y_high = _scale(ys, y.log, height - bottom, top)
+    upward, y_low, y_high = _scale(ys, y.log, height - below, top)
     body = [text(left, 20, title, size=14, anchor="start", more='font-weight="600"')]
-    if note:
-        body.append(text(left, 40, note, anchor="start", ink=QUIET))
+    body += [text(left, 38 + 17 * row, words, anchor="start", ink=QUIET) for row, words in enumerate(remarks)]
     for tick in ticks(x_low, x_high, x.log):
         at = across(tick)
-        body.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{top}" y2="{height - bottom}" stroke="{RULE}"/>')
-        body.append(text(at, height - bottom + 17, _tick(tick), ink=QUIET))
+        body.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{top}" y2="{height - below}" stroke="{RULE}"/>')
+        body.append(text(at, height - below + 17, _tick(tick), ink=QUIET))
     for tick in ticks(y_low, y_high, y.log):
         at = upward(tick)
         body.append(f'<line x1="{left}" x2="{width - right}" y1="{at:.1f}" y2="{at:.1f}" stroke="{RULE}"/>')
         body.append(text(left - 8, at + 4, _tick(tick), anchor="end", ink=QUIET))
-    middle = (top + height - bottom) / 2
-    body.append(text((left + width - right) / 2, height - 12, x.title))
+    middle = (top + height - below) / 2
+    body.append(text((left + width - right) / 2, height - 10, x.title))
     body.append(text(18, middle, y.title, more=f'transform="rotate(-90 18 {middle})"'))
-    for number, line in enumerate(series):
-        colour = line.colour or SERIES[number % len(SERIES)]
-        body += [
-            _path(line, colour, across, upward),
-            *(_dot(p, colour, across, upward, line.hollow) for p in line.points),
-        ]
-        level = top + 10 + 22 * number
-        sample = Point(width - right + 18, level)
-        if line.points:
-            body.append(_dot(sample, colour, float, float, line.hollow))
+    for number, ((name, line), (start, row, shown)) in enumerate(zip(names, places, strict=True)):
+        sample, label = Point(start + 9, height + 12 + LEGEND_ROW * row), f"<title>{escape(name)}</title>"
+        if line is None:
+            body.append(_dot(Point(sample.x, sample.y, True), QUIET, float, float))
         else:
-            body.append(
-                f'<line x1="{sample.x - 9}" x2="{sample.x + 9}" y1="{level}" y2="{level}" stroke="{colour}" '
-                f'stroke-width="2" stroke-dasharray="{line.dash}"/>'
-            )
-        body.append(text(sample.x + 14, level + 4, line.name, anchor="start"))
-    if any(p.marked for line in series for p in line.points):
-        level = top + 10 + 22 * len(series)
-        body.append(_dot(Point(width - right + 18, level, True), QUIET, float, float))
-        body.append(text(width - right + 32, level + 4, "degenerate", anchor="start"))
-    return svg(width, height, "".join(body), title)
+            colour = line.colour or SERIES[number % len(SERIES)]
+            body.append(_path(line, colour, across, upward))
+            body += [_dot(p, colour, across, upward, line.hollow) for p in line.points]
+            if line.points:
+                body.append(_dot(sample, colour, float, float, line.hollow))
+            else:
+                body.append(
+                    f'<line x1="{start}" x2="{start + 18}" y1="{sample.y}" y2="{sample.y}" stroke="{colour}" '
+                    f'stroke-width="2" stroke-dasharray="{line.dash}"/>'
+                )
+        body.append(f"<g>{label}{text(start + 23, sample.y + 4, shown, anchor='start')}</g>")
+    return svg(width, height + 4 + LEGEND_ROW * rows, "".join(body), title)
+
+
+def _legend(names: Sequence[str], left: float, right: float) -> tuple[list[tuple[float, int, str]], int]:
+    """Where each name of a legend stands: (x of its sample, row, the name as it is shown), and how many rows there are.
+
+    A name that is longer than a row loses its middle.
+    """
+    places, x, row = [], left, 0
+    most = int((right - left - 23) / LETTER)
+    for name in names:
+        shown = name if len(name) <= most else f"{name[: most // 2]}…{name[-(most - most // 2 - 1) :]}"
+        wide = 23 + LETTER * len(shown)
+        if x > left and x + wide > right:
+            x, row = left, row + 1
+        places.append((x, row, shown))
+        x += wide + 14
+    return places, row + 1
+
+
+def _broken(words: str, most: float) -> list[str]:
+    """A remark in lines of at most so many letters."""
+    return textwrap.wrap(words, max(10, int(most)))
 
 
 def _scale(values: Sequence[float], log: bool, start: float, end: float):

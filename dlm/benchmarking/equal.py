@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dlm.benchmarking.report import REFERENCE, Quality, named, quality, seconds
+from dlm.benchmarking.findings import REFERENCE, Quality, named, quality, seconds
 from dlm.benchmarking.results import Grid, Setting
 
 __all__ = ["EqualQuality", "equal_quality"]

@@ -9,11 +9,13 @@ from html import escape
 
 STYLE = """
 body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; color: #1a1a1a; background: #fff;
-  max-width: 1280px; margin: 2rem auto; padding: 0 1rem; }
+  max-width: 1280px; margin: 2rem auto; padding: 0 1rem; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .3rem; }
 p.quiet, .facts { color: #5f6368; margin: .2rem 0 .8rem; } li { margin: .25rem 0; }
-.charts { display: flex; flex-wrap: wrap; gap: .5rem 1rem; } [data-i] { cursor: help; }
+.charts { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: flex-start; }
+.charts svg { max-width: 100%; height: auto; } [data-i] { cursor: help; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
+table { overflow-wrap: normal; }
 th, td { padding: .2rem .45rem; text-align: right; border-bottom: 1px solid #eceff1; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } tr.degenerate td { color: #b00020; }
 th { position: sticky; top: 0; background: #fff; cursor: pointer; border-bottom: 2px solid #9aa0a6; }

@@ -1,9 +1,10 @@
-"""What a grid says, in words, pictures and a table."""
+"""A grid in pictures and a table."""
 
 from __future__ import annotations
 
+import re
+import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from dlm.benchmarking.charts import (
     BLUES,
@@ -18,152 +19,37 @@ from dlm.benchmarking.charts import (
     Tile,
     about_one,
     heat_map,
+    mix,
     scatter,
     significant,
 )
+from dlm.benchmarking.findings import (
+    ACCURACY,
+    LEAST_R2,
+    a_pass,
+    counted,
+    front,
+    named,
+    pass_fit,
+    quality,
+    seconds,
+    speedups,
+)
 from dlm.benchmarking.page import table
 from dlm.benchmarking.results import Grid, Setting
-from dlm.utils.stats import Fit, fit, geometric_mean, pareto
 
-REFERENCE = "none"  # the method that others are compared with
-
-
-def seconds(value: float) -> str:
-    """A time for a person: 12 ms, 3.4 s."""
-    return f"{significant(1000 * value, 2)} ms" if value < 1 else f"{significant(value, 3)} s"
+METHOD_COLOURS = dict(zip(("none", "prefix", "dual", "vicinity", "c2f", "block_causal"), SERIES, strict=False))
 
 
-# ---------------------------------------------------------------- what the numbers say
-
-
-@dataclass(frozen=True)
-class Quality:
-    """What is weighed against latency: its name, where a setting has it (None: nowhere), whether less is better."""
-
-    name: str
-    of: Callable[[Setting], float | None]
-    less: bool
-
-    def say(self, value: float) -> str:
-        return f"{100 * value:.1f}%" if self.name == "accuracy" else significant(value)
-
-
-ACCURACY = Quality("accuracy", lambda setting: setting.accuracy, less=False)
-PERPLEXITY = Quality("perplexity", lambda setting: setting.perplexity, less=True)
-
-
-def quality(*grids: Grid) -> Quality:
-    """Accuracy where all of the grids have it, else perplexity."""
-    having = [any(setting.accuracy is not None for setting in grid.settings()) for grid in grids]
-    return ACCURACY if all(having) else PERPLEXITY
-
-
-def front(settings: Sequence[Setting], by: Quality) -> list[Setting]:
-    """The settings that no other beats in latency and quality both; degenerate ones do not count."""
-    sound = [s for s in settings if not s.degenerate and by.of(s) is not None]
-    return [sound[i] for i in pareto([(s.latency, by.of(s) if by.less else -by.of(s)) for s in sound])]
-
-
-def speedups(settings: Sequence[Setting]) -> dict[tuple[str, int, int], float]:
-    """Latency of `none` over that of each other method at the same block length and steps."""
-    slow = {s.place: s.latency for s in settings if s.method == REFERENCE}
-    return {
-        (s.method, *s.place): slow[s.place] / s.latency for s in settings if s.method != REFERENCE and s.place in slow
-    }
-
-
-def a_pass(cell: dict, name: str) -> float:
-    """A cell's number for each of its passes: milliseconds (of the fastest repeat, the least disturbed), or a count."""
-    value = 1000 * cell.get("latency_min", cell["latency"]) if name == "milliseconds" else cell[name]
-    return value / cell["nfe"]
-
-
-def counted(grid: Grid, *names: str) -> list[dict]:
-    """The cells that say how many passes there were, and these counts."""
-    return [cell for cell in grid.cells if all(cell.get(name) for name in ("nfe", *names))]
-
-
-def pass_fit(grid: Grid, *names: str) -> Fit | None:
-    """Milliseconds a pass over all cells as a linear function of these counts a pass; None where it cannot be told."""
-    cells = counted(grid, *names)
-    try:
-        counts = [[a_pass(cell, name) for cell in cells] for name in names]
-        return fit([a_pass(cell, "milliseconds") for cell in cells], *counts)
-    except ValueError:
-        return None
-
-
-def named(setting: Setting) -> str:
-    """A setting in words."""
-    steps = "1 step" if setting.steps == 1 else f"{setting.steps} steps"
-    return f"{setting.method}, block {setting.block_length}, {steps}"
-
-
-def sentences(grid: Grid) -> list[str]:
-    """What the numbers support, in sentences: the best settings, the methods against `none`, what is degenerate."""
-    settings, by = grid.settings(), quality(grid)
-    said, marked = _best(settings, by), [s for s in settings if s.degenerate]
-    gains = speedups(settings)
-    place = {(s.method, *s.place): s for s in settings}
-    for method in grid.methods:
-        keys = [key for key in gains if key[0] == method]
-        if not keys:
-            continue
-        rate = geometric_mean([gains[key] for key in keys])
-        pairs = [(by.of(place[key]), by.of(place[REFERENCE, *key[1:]])) for key in keys]
-        pairs = [(a, b) for a, b in pairs if a is not None and b is not None]
-        change = ""
-        if pairs and by.less:
-            change = f"; its perplexity is {geometric_mean([a / b for a, b in pairs]):.2f} times that of none"
-        elif pairs:
-            change = f"; its accuracy differs by {100 * sum(a - b for a, b in pairs) / len(pairs):+.1f} points"
-        low, high = min(gains[key] for key in keys), max(gains[key] for key in keys)
-        said.append(
-            f"{method} is {rate:.2f} times as fast as none (geometric mean of {len(keys)} settings with the same block "
-            f"length and steps, from {low:.2f} to {high:.2f}){change}."
-        )
-    if marked:
-        told = f"{len(marked)} of {len(settings)} settings are degenerate"
-        lowest = min((s for s in settings if s.perplexity is not None), key=lambda s: s.perplexity, default=None)
-        if lowest is not None and lowest.degenerate:
-            told += f", among them the one with the lowest perplexity of all ({named(lowest)}: {lowest.perplexity:.2f})"
-        said.append(f"{told}; their perplexity says nothing.")
-    counted = [cell for cell in grid.cells if "nfe" in cell]
-    if counted:
-        equal = sum(cell["nfe"] == cell["steps"] for cell in counted)
-        said.append(f"The number of forward passes is the number of steps in {equal} of {len(counted)} cells.")
-    if line := pass_fit(grid, "positions_computed"):
-        said.append(
-            f"A pass takes {line.intercept:.2f} ms and {1000 * line.slopes[0]:.1f} µs for each position it computes "
-            f"(least squares over all cells' fastest repeats, R² {line.r2:.3f})."
-        )
-    if plane := pass_fit(grid, "positions_computed", "places_asked"):
-        position, place = (1000 * slope for slope in plane.slopes)
-        said.append(
-            f"With the masked places it is asked about: {plane.intercept:.2f} ms, {position:.1f} µs a position, "
-            f"{place:.1f} µs a place for logits and their sampling (R² {plane.r2:.3f})."
-        )
-    if aup := grid.meta.get("aup"):
-        told = "Largest accuracy under parallelism (AUP, arXiv:2601.07568): {aup:.1f} ({method}, block {block_length})."
-        said.append(told.format(**aup[0]))
-    return said
-
-
-def _best(settings: Sequence[Setting], by: Quality) -> list[str]:
-    """The best setting, and the fastest that is nearly as good; degenerate ones do not count."""
-    sound = front(settings, by)
-    if not sound:
-        return []
-    best = sound[-1]
-    near = "perplexity at most 1.25 times that" if by.less else "at most 5 points less"
-    enough = 1.25 * by.of(best) if by.less else by.of(best) - 0.05
-    fast = next(s for s in sound if (by.of(s) <= enough if by.less else by.of(s) >= enough))
-    told = f"The best {by.name} is {by.say(by.of(best))} ({named(best)}: {seconds(best.latency)})"
-    if fast is best:
-        return [f"{told}; no faster setting has {near}."]
-    return [
-        f"{told}; the fastest setting with {near} takes {seconds(fast.latency)} ({named(fast)}: {by.say(by.of(fast))})."
-    ]
+def colour_of(method: str) -> str:
+    """A method's colour, the same wherever it is drawn; `dual threshold:0.9` has a shade of that of `dual`."""
+    name = re.split(r"[^A-Za-z0-9_]", method, maxsplit=1)[0]
+    colour = METHOD_COLOURS.get(name, SERIES[6 + zlib.crc32(name.encode()) % (len(SERIES) - 6)])
+    if name == method:
+        return colour
+    number = zlib.crc32(method.encode())
+    ground, share = ("#ffffff", "#000000")[number % 2], 0.25 + 0.4 * (number // 2 % 97) / 97
+    return mix((colour, ground), share)
 
 
 # ---------------------------------------------------------------- pictures
@@ -193,7 +79,9 @@ def maps(grid: Grid, first: int = 0) -> list[tuple[str, str, list[tuple[str, str
                 if s.method == method and of(s) is not None
             }
             if tiles:
-                drawn.append((method, heat_map(method, sorted(rows), sorted(columns), tiles, colours, say)))
+                drawn.append(
+                    (method, heat_map(method, sorted(rows), sorted(columns), tiles, colours, say, colour_of(method)))
+                )
         maps_drawn.append((heading, remark, drawn))
 
     hatched = " Hatched: degenerate." if any(s.degenerate for s in settings) else ""
@@ -243,7 +131,6 @@ def front_chart(
     by = quality(*grids)
     axis = Axis("accuracy (%)", log=False) if by is ACCURACY else Axis("perplexity under the judge")
     scale = 100.0 if by is ACCURACY else 1.0
-    methods = list(dict.fromkeys(method for grid in grids for method in grid.methods))
     series = []
     for number, grid in enumerate(grids):
         settings = grid.settings()
@@ -254,15 +141,13 @@ def front_chart(
                 if s.method == method and by.of(s) is not None
             ]
             label = method if len(grids) == 1 else f"{method} · {grid.name}"
-            colour = SERIES[methods.index(method) % len(SERIES)]
             if points:
-                series.append(Series(label, points, colour=colour, hollow=number > 0))
+                series.append(Series(label, points, colour=colour_of(method), hollow=number > 0))
         path = [(latency(grid, s), scale * by.of(s)) for s in front(settings, by)]
         label = "front" if len(grids) == 1 else f"front · {grid.name}"
         series.append(Series(label, (), path, stairs=True, dash="" if number == 0 else "5 4", colour="#333333"))
     note = "The front: no other setting is faster and better. Degenerate settings are not on it."
-    width = 760 if len(grids) == 1 else 900
-    return scatter(title, series, Axis(across), axis, note=note, width=width, height=480)
+    return scatter(title, series, Axis(across), axis, note=note)
 
 
 def pass_chart(grid: Grid) -> str | None:
@@ -273,11 +158,15 @@ def pass_chart(grid: Grid) -> str | None:
     points: dict[str, list[Point]] = {method: [] for method in grid.methods}
     for cell in counted(grid, "positions_computed"):
         points[cell["method"]].append(Point(a_pass(cell, "positions_computed"), a_pass(cell, "milliseconds")))
-    series = [Series(method, points[method]) for method in grid.methods]
-    reach = max(point.x for one in series for point in one.points)
-    path = [(0.0, line.intercept), (reach, line.intercept + line.slopes[0] * reach)]
-    series.append(Series("least squares", (), path, dash="5 4", colour=QUIET))
-    note = f"{line.intercept:.2f} ms + {1000 * line.slopes[0]:.1f} µs a position, R² {line.r2:.3f}; a point is a cell"
+    series = [Series(method, points[method], colour=colour_of(method)) for method in grid.methods]
+    if line.r2 < LEAST_R2:
+        note = f"A point is a cell. No line: positions explain too little of the time (R² {line.r2:.2f})"
+    else:
+        reach = max(point.x for one in series for point in one.points)
+        path = [(0.0, line.intercept), (reach, line.intercept + line.slopes[0] * reach)]
+        series.append(Series("least squares", (), path, dash="5 4", colour=QUIET))
+        cost = f"{line.intercept:.2f} ms + {1000 * line.slopes[0]:.1f} µs a position"
+        note = f"{cost}, R² {line.r2:.3f}; a point is a cell"
     x, y = Axis("positions computed in a pass", log=False), Axis("milliseconds a pass", log=False)
     return scatter("Latency of a pass", series, x, y, note=note)
 

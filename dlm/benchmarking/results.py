@@ -15,10 +15,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dlm.benchmarking.journal import meta_path
+from dlm.benchmarking.journal import journal_paths, meta_path
+from dlm.utils.errors import shortened
 from dlm.utils.jsonio import read_json
 from dlm.utils.stats import geometric_mean
 
+ABOVE_ZERO = ("latency", "latency_min", "latency_median", "latency_max", "perplexity")  # of a cell
+NUMBERS = (  # of a cell; any of them may be missing
+    *ABOVE_ZERO, "latency_relative", "tokens_per_s", "tokens_per_forward", "nfe", "positions_computed", "places_asked",
+    "bound_per_token", "unigram_entropy", "distinct_2", "repetition", "accuracy", "accuracy_error",
+)  # fmt: skip
+NUMBER = (int, float)
+META: dict[str, Any] = {  # what stands beside a grid: the type of an entry, [that of its items], {those of its entries}
+    "cells": int, "measured": int, "degenerate_rule": str,
+    "settings": {
+        "model": str, "dtype": str, "repeats": int, "judge": (dict, type(None)), "sampling": {"gen_length": int},
+    },
+    "launches": [{"hardware": str, "versions": {"torch": str}, "commit": (str, type(None))}],
+    "reference": [{"latency": NUMBER}],
+    "infeasible": [{"method": str, "block_length": int, "steps": (int, type(None)), "reason": str}],
+    "aup": [{"method": str, "block_length": int, "aup": NUMBER}],
+}  # fmt: skip
 CSV_COLUMNS = ("method", "question", "block_length", "steps", "latency_s", "perplexity")
 
 
@@ -104,11 +121,42 @@ def read_grid(path: str | os.PathLike) -> Grid:
     if not cells:
         raise ValueError(f"{path} holds no cell: run dlm bench grid first")
     for cell in cells:
-        if not isinstance(cell.get("latency"), int | float) or not 0 < cell["latency"] < math.inf:
-            raise ValueError(f"{path}: {_where(cell)} has latency {cell.get('latency')!r}: it must be seconds, above 0")
+        _check_cell(path, cell)
     beside = meta_path(path)
     meta = _load(beside) if path.suffix == ".json" and beside.is_file() else {}
+    if (wrong := _misfit(meta, META, "it", required=False)) is not None:
+        raise ValueError(
+            f"{beside}: {wrong}, so the file is damaged: take it away, or run the same dlm bench grid again"
+        )
     return Grid(path.stem, cells, meta)
+
+
+def _check_cell(path: Path, cell: dict) -> None:
+    for name in NUMBERS:
+        value = cell.get(name)
+        if value is None and name != "latency":
+            continue
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or (name in ABOVE_ZERO and value <= 0):
+            what = "seconds, above 0" if name.startswith("latency") else "a number" + " above 0" * (name in ABOVE_ZERO)
+            raise ValueError(f"{path}: {_where(cell)} has {name} {shortened(repr(value), 60)}: it must be {what}")
+
+
+def _misfit(value: Any, shape: Any, name: str, required: bool = True) -> str | None:
+    """Where a value does not have the shape, in words; None where it does. required: each entry has to be there."""
+    if isinstance(shape, dict):
+        if not isinstance(value, dict):
+            return f"{name} is no object {{...}}"
+        entries = [key for key in shape if required or key in value]
+        misfits = (_misfit(value.get(key), shape[key], key) for key in entries)
+    elif isinstance(shape, list):
+        if not isinstance(value, list):
+            return f"{name} is no list [...]"
+        misfits = (_misfit(item, shape[0], f"an entry of {name}") for item in value)
+    else:
+        fits = isinstance(value, shape) and not isinstance(value, bool)
+        return None if fits else f"{name} is {shortened(repr(value), 60)}"
+    return next((one for one in misfits if one is not None), None)
 
 
 def _where(cell: dict) -> str:
@@ -119,9 +167,11 @@ def _load(path: Path) -> Any:
     try:
         return read_json(path)
     except ValueError as error:
-        raise ValueError(
-            f"{error}; where it was a grid, run dlm bench grid again, which makes it anew from its journal"
-        ) from None
+        if journal_paths(path):
+            raise ValueError(
+                f"{error}: run the same dlm bench grid again, which makes it anew from its journal"
+            ) from None
+        raise ValueError(f"{error}, so it is no grid: give the file that dlm bench grid wrote (--out)") from None
 
 
 def _from_json(path: Path) -> Iterable[dict]:
@@ -135,7 +185,8 @@ def _from_json(path: Path) -> Iterable[dict]:
                         yield cell | place | {"block_length": int(block), "steps": int(steps)}
     except (AttributeError, KeyError, TypeError, ValueError):
         raise ValueError(
-            f"{path} is no grid: it should be {{method: [{{question, result: {{block: {{steps: cell}}}}}}]}}"
+            f"{path} is no grid, {{method: [{{question, result: {{block: {{steps: cell}}}}}}]}}: give the file that "
+            "dlm bench grid wrote (--out)"
         ) from None
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -9,7 +10,8 @@ import pytest
 
 from dlm.benchmarking import charts
 from dlm.benchmarking.charts import Axis, Point, Series, Shade, Tile, about_one, heat_map, scatter, significant, ticks
-from dlm.benchmarking.report import front, pass_fit, quality, sentences, speedups
+from dlm.benchmarking.findings import LEAST_R2, front, pass_fit, quality, sentences, speedups
+from dlm.benchmarking.report import METHOD_COLOURS, colour_of, front_chart, maps, pass_chart
 from dlm.benchmarking.results import read_grid
 from tests.helpers import commandline
 
@@ -62,7 +64,8 @@ def test_the_front_leaves_degenerate_settings_out(grid):
 
 def test_sentences(grid):
     said = "\n".join(sentences(read_grid(grid)))
-    assert "The best perplexity is 4.00 (none, block 8, 8 steps: 800 ms); no faster setting" in said
+    assert "For quality use none, block 8, 8 steps: perplexity 4.00, 800 ms an answer (the best perplexity" in said
+    assert "For speed use none, block 8, 4 steps: perplexity 6.00, 400 ms an answer (2.0 times as fast; nothing" in said
     assert "dual is 2.00 times as fast as none (geometric mean of 2 settings" in said and "from 2.00 to 2.00" in said
     assert (
         "1 of 4 settings are degenerate, among them the one with the lowest perplexity of all (dual, block 8, 4" in said
@@ -85,7 +88,7 @@ def test_reference_csv(tmp_path):
     best = grid.settings()[1]
     assert (best.method, best.accuracy, best.degenerate) == ("none", 0.5, None)
     assert grid.settings()[3].accuracy is None and pass_fit(grid, "positions_computed") is None
-    assert "The best accuracy is 50.0%" in sentences(grid)[0]
+    assert "For quality use none, block 8, 8 steps: accuracy 50.0%, 8.00 s an answer" in sentences(grid)[0]
 
 
 class Tags(HTMLParser):
@@ -138,6 +141,10 @@ def test_compare_two_grids_and_the_reference(run, grid, tmp_path):
     "name, text, message",
     [
         ("a.json", '{"none": [{"question": "A", "resu', "not JSON"),
+        ("a.md", "# A file that never was a grid", "so it is no grid: give the file that dlm bench grid wrote"),
+        ("a.json", '{"d_model": 32}', "is no grid"),
+        ("a.json", '{"none": [{"question": "A", "result": {"8": {"4": {"latency": 1, "nfe": "x"}}}}]}', "has nfe 'x'"),
+        ("a.json", '{"none": [{"question": "A", "result": {"8": {"4": {"latency": 1, "perplexity": 0}}}}]}', "above 0"),
         ("a.json", "[1]", "is no grid"),
         ("a.json", '{"none": [{"question": "A"}]}', "is no grid"),
         ("a.json", "{}", "holds no cell"),
@@ -200,3 +207,75 @@ def test_accuracy_under_parallelism_is_told(run, grid, tmp_path):
         in run("bench", "plot", grid)[1]
     )
     assert "<li>60.0: none, block 8</li>" in (tmp_path / "grid.html").read_text()
+
+
+# ---------------------------------------------------------------- one look, and what is no finding
+
+
+def test_a_method_has_one_colour_in_every_picture(run, grid, tmp_path):
+    """Fault: a colour came from the place in the list of methods, so that a grid without `prefix` had others."""
+    found = read_grid(grid)
+    both = front_chart([found, replace(found, name="other")], "t", [0, 4])
+    assert pass_chart(found).count(f'fill="{colour_of("dual")}"') == 4 + 1  # cells, and the legend
+    assert both.count(f'fill="{colour_of("dual")}"') == 1 + 1 and both.count(f'stroke="{colour_of("dual")}"') == 2 + 2
+    assert all(
+        f'fill="{colour_of("dual")}"' in drawn for _, _, maps_ in maps(found) for name, drawn in maps_ if name == "dual"
+    )
+    shades = {colour_of(name) for name in (*METHOD_COLOURS, "dual threshold:0.9", "dual factor:1.0")}
+    assert len(shades) == len(METHOD_COLOURS) + 2
+
+
+def test_a_legend_is_not_clipped():
+    """Fault: the names of a comparison ran out of the picture at its right."""
+    names = [f"{method} · a_grid_with_a_very_long_name_{'x' * 90}" for method in ("none", "dual")] + ["front"]
+    root = ElementTree.fromstring(
+        scatter("t", [Series(name, [Point(1, 1), Point(2, 2)]) for name in names], Axis("x"), Axis("y"), note="w " * 99)
+    )
+    width, height = float(root.get("width")), float(root.get("height"))
+    for node in root.iter():
+        if node.tag.endswith("}text") and node.get("text-anchor") == "start":
+            assert float(node.get("x")) + 6.6 * len(node.text) <= width and float(node.get("y")) < height, node.text
+    titles = [node.text for node in root.iter() if node.tag.endswith("}title")]
+    assert titles == names  # the whole name, under the mouse
+
+
+def test_a_fit_that_explains_little_is_no_finding(grid, tmp_path):
+    """Fault: the line of a fit with R² 0.1 was drawn, and its slope stated."""
+    results = json.loads(grid.read_text())
+    for number, row in enumerate(results["none"][0]["result"]["8"].values()):
+        row["latency"] = (5.0, 0.01)[number]
+    grid.write_text(json.dumps(results))
+    found = read_grid(grid)
+    assert pass_fit(found, "positions_computed").r2 < LEAST_R2
+    said = "\n".join(sentences(found))
+    assert "does not follow from the positions" in said and "A pass takes" not in said and "µs" not in said
+    assert "least squares" not in pass_chart(found) and "No line" in pass_chart(found)
+
+
+@pytest.mark.parametrize(("latencies", "noisy"), [((1.0, 1.05, 1.02), False), ((1.0, 1.4, 1.6), True)])
+def test_a_noisy_run_is_marked(grid, latencies, noisy):
+    """By its reference generation, which is measured again and again while a run lasts."""
+    records = [{"launch": "a", "rank": 0, "latency": latency} for latency in latencies]
+    found = replace(read_grid(grid), meta={"reference": records})
+    said = sentences(found)
+    assert said[0].startswith("This run is noisy: its reference generation took") is noisy
+
+
+def test_repeats_that_differ_mark_a_run(grid):
+    found = read_grid(grid)
+    cells = [cell | {"latency_min": 1.0, "latency_max": 1.3} for cell in found.cells]
+    assert "the repeats of a cell differ by 30% (median)" in sentences(replace(found, cells=cells))[0]
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        [], 7, {"settings": 7}, {"settings": {}}, {"launches": [7]}, {"launches": {}}, {"aup": [{}]},
+        {"reference": [{"latency": "x"}]}, {"infeasible": [3]}, {"cells": "x"}, {"degenerate_rule": []},
+    ],
+)  # fmt: skip
+def test_what_stands_beside_a_grid_may_be_damaged(run, grid, tmp_path, meta):
+    """Fault: a traceback."""
+    (tmp_path / "grid.meta.json").write_text(json.dumps(meta))
+    code, out, error = run("bench", "plot", grid)
+    assert (code, out) == (2, "") and error.count("\n") == 1 and "grid.meta.json: " in error and "damaged" in error

@@ -1,31 +1,14 @@
 """Shapes of the families that no recorded folder has, against a second implementation in float64."""
 
-import json
-
 import pytest
 import torch
-from safetensors.torch import save_file
 
 import dlm
 from dlm.kernels.packed import Packed
 from dlm.kernels.packing import packed
-from dlm.models.families import expected_tensors, recognise
 from tests.helpers import family_oracle
+from tests.helpers.families import BASE, checkpoint
 
-BASE = {
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 50,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500.0,
-    "mask_token_id": 49,
-    "eos_token_id": 48,
-    "tie_word_embeddings": False,
-}
 LLADA2 = {
     "model_type": "llada2_moe",
     "num_experts": 8,
@@ -118,24 +101,6 @@ SHAPES = {
         "tie_word_embeddings": True,
     },
 }
-
-
-def checkpoint(folder, fields, seed=0):
-    """A folder with random weights of these fields, by the authors' names; the tensors too."""
-    config = recognise(fields).config.from_dict(dict(fields))
-    generator, state = torch.Generator().manual_seed(seed), {}
-    for name, shape in expected_tensors(recognise(fields).model, config).items():
-        noise = torch.randn(shape, generator=generator)
-        if name.endswith("expert_bias"):
-            state[name] = 0.1 * noise
-        elif len(shape) == 1:
-            state[name] = 0.3 * noise if name.endswith("bias") else 1 + 0.2 * noise
-        else:
-            state[name] = noise * (1.0 if "embed" in name else 1.5 / shape[-1] ** 0.5)
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(fields))
-    save_file(state, folder / "model.safetensors", {"format": "pt"})
-    return state
 
 
 @pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES.keys())

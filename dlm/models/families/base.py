@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from dlm.models.moe import Experts
 from dlm.models.rotary import Rotary, rotary_of
 
-__all__ = ["REFUSED", "Family", "FamilyConfig"]
+__all__ = ["REFUSED", "BiasedConfig", "Family", "FamilyConfig"]
 
 # Field of any config.json -> what it would do: fields that change the result, and that no family here reads. One that
 # is null, false or 0 (1 for a multiplier) does nothing.
@@ -242,6 +242,20 @@ class FamilyConfig(PretrainedConfig):
             fields["rope_parameters"] = {"rope_theta": fields.pop("rope_theta"), **scaling}
         fields["architectures"] = self._written_as
         return fields
+
+
+class BiasedConfig(FamilyConfig):
+    """A family whose `attention_bias` gives all four projections of attention a bias."""
+
+    attention_bias: bool = False
+
+    @property
+    def qkv_bias(self) -> bool:
+        return self.attention_bias
+
+    @property
+    def out_bias(self) -> bool:
+        return self.attention_bias
 
 
 @dataclass(frozen=True)

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from dlm.models.families.base import Family, FamilyConfig
+from dlm.models.families.base import BiasedConfig, Family
 from dlm.models.families.names import EXPERTS, USUAL, layer_names, register_names
 from dlm.models.moe import Experts
 from dlm.models.transformer import LLaDAModelLM
 
 
-class LLaDAMoEConfig(FamilyConfig):
+class LLaDAMoEConfig(BiasedConfig):
     """`model_type` llada with `num_experts`. `norm_topk_prob`, `moe_router_score_function`, `routed_scaling_factor` and
     groups are not read, as in the authors' code; a router bias enters weights too."""
 
     model_type = "llada"
     written_as: ClassVar[str] = "LLaDAMoEModelLM"
     natural: ClassVar = {"mask_token_id": 156_895, "eos_token_id": 156_892}
-    attribute_map = {**FamilyConfig.attribute_map, "mlp_hidden_size": "dense_intermediate_size"}
+    attribute_map = {**BiasedConfig.attribute_map, "mlp_hidden_size": "dense_intermediate_size"}
 
     rms_norm_eps: float = 1e-5
     max_position_embeddings: int = 4096
@@ -31,7 +31,6 @@ class LLaDAMoEConfig(FamilyConfig):
     moe_router_enable_expert_bias: bool | None = False
     qk_layernorm: bool | None = False
     partial_rotary_factor: float | None = 1.0
-    attention_bias: bool = False
 
     @classmethod
     def label(cls) -> str:
@@ -44,14 +43,6 @@ class LLaDAMoEConfig(FamilyConfig):
     @property
     def qk_norm(self) -> str | None:
         return "head" if self.qk_layernorm else None
-
-    @property
-    def qkv_bias(self) -> bool:
-        return self.attention_bias
-
-    @property
-    def out_bias(self) -> bool:
-        return self.attention_bias
 
     @property
     def experts(self) -> Experts:

@@ -7,28 +7,19 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from dlm.models.families.base import Family, FamilyConfig
+from dlm.models.families.base import BiasedConfig, Family, FamilyConfig
 from dlm.models.families.names import USUAL, layer_names, register_names
 from dlm.models.transformer import LLaDAModelLM
 
 
-class LlamaConfig(FamilyConfig):
+class LlamaConfig(BiasedConfig):
     """`model_type` llama: next-token prediction; biases by `attention_bias` and `mlp_bias`."""
 
     model_type = "llama"
     written_as: ClassVar[str] = "LlamaForCausalLM"
     attention: ClassVar[str] = "causal"
 
-    attention_bias: bool = False
     mlp_bias: bool = False
-
-    @property
-    def qkv_bias(self) -> bool:
-        return self.attention_bias
-
-    @property
-    def out_bias(self) -> bool:
-        return self.attention_bias
 
 
 class Qwen2Config(FamilyConfig):
@@ -41,7 +32,7 @@ class Qwen2Config(FamilyConfig):
     qkv_bias: ClassVar[bool] = True
 
 
-class Qwen3Config(FamilyConfig):
+class Qwen3Config(BiasedConfig):
     """`model_type` qwen3: next-token prediction; queries and keys normed in each head."""
 
     model_type = "qwen3"
@@ -50,42 +41,33 @@ class Qwen3Config(FamilyConfig):
     reads_sliding_window: ClassVar[bool] = True
     qk_norm: ClassVar[str] = "head"
 
-    attention_bias: bool = False
 
-    @property
-    def qkv_bias(self) -> bool:
-        return self.attention_bias
+class Converted:
+    """An autoregressive family as dllm turns it: bidirectional, or block-causal where `block_length` is set."""
 
-    @property
-    def out_bias(self) -> bool:
-        return self.attention_bias
+    attention = FamilyConfig.attention
+    block_lengths: ClassVar[str] = "any"
 
 
-class A2DLlamaConfig(LlamaConfig):
-    """dllm's bidirectional Llama, `model_type` a2d-llama; block-causal where `block_length` is set."""
+class A2DLlamaConfig(Converted, LlamaConfig):
+    """dllm's bidirectional Llama."""
 
     model_type = "a2d-llama"
     written_as: ClassVar[str] = "A2DLlamaLMHeadModel"
-    attention = FamilyConfig.attention
-    block_lengths: ClassVar[str] = "any"
 
 
-class A2DQwen2Config(Qwen2Config):
-    """dllm's bidirectional Qwen2, `model_type` a2d-qwen2; block-causal where `block_length` is set."""
+class A2DQwen2Config(Converted, Qwen2Config):
+    """dllm's bidirectional Qwen2."""
 
     model_type = "a2d-qwen2"
     written_as: ClassVar[str] = "A2DQwen2LMHeadModel"
-    attention = FamilyConfig.attention
-    block_lengths: ClassVar[str] = "any"
 
 
-class A2DQwen3Config(Qwen3Config):
-    """dllm's bidirectional Qwen3, `model_type` a2d-qwen3; block-causal where `block_length` is set."""
+class A2DQwen3Config(Converted, Qwen3Config):
+    """dllm's bidirectional Qwen3."""
 
     model_type = "a2d-qwen3"
     written_as: ClassVar[str] = "A2DQwen3LMHeadModel"
-    attention = FamilyConfig.attention
-    block_lengths: ClassVar[str] = "any"
 
 
 class LlamaLM(LLaDAModelLM):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from dlm.models.families.base import Family, FamilyConfig
+from dlm.models.families.base import BiasedConfig, Family
 from dlm.models.families.names import USUAL, layer_names, register_names
 from dlm.models.transformer import LLaDAModelLM
 
 
-class SDARConfig(FamilyConfig):
+class SDARConfig(BiasedConfig):
     """`model_type` sdar. `block_size` is the trained block length; queries and keys are normed in each head."""
 
     model_type = "sdar"
@@ -17,18 +17,9 @@ class SDARConfig(FamilyConfig):
     reads_sliding_window: ClassVar[bool] = True
     qk_norm: ClassVar[str] = "head"
     natural: ClassVar = {"block_length": 4, "mask_token_id": 151_669}
-    attribute_map = {**FamilyConfig.attribute_map, "block_length": "block_size"}
+    attribute_map = {**BiasedConfig.attribute_map, "block_length": "block_size"}
 
-    attention_bias: bool = False
     block_size: int | None = None
-
-    @property
-    def qkv_bias(self) -> bool:
-        return self.attention_bias
-
-    @property
-    def out_bias(self) -> bool:
-        return self.attention_bias
 
 
 class SDARLM(LLaDAModelLM):

@@ -150,7 +150,7 @@ def test_folders_that_are_not_ours_stay(tmp_path, capsys):
 
 
 def test_the_shipped_twin_is_converted_trained_and_writes(tmp_path, capsys):
-    """Fifty steps on one sentence: the loss falls, and what is written has no masks."""
+    """A few steps on one sentence: the loss falls, and what is written has no masks."""
     out = tmp_path / "out"
     assert main(["--from", str(TWIN), "--to", str(out), "--block-length", "4"]) == 0
     assert "block-causal with blocks of 4" in capsys.readouterr().out
@@ -158,7 +158,7 @@ def test_the_shipped_twin_is_converted_trained_and_writes(tmp_path, capsys):
     ids = tokenizer("Once upon a time there was a fox. It saw the sea, and went home.").input_ids[:16]
     document = Documents(np.array(ids * 4, np.uint16), np.arange(0, 65, 16), None, ids[0], 256)
     config = TrainingConfig(
-        output=str(tmp_path / "run"), max_steps=50, batch_size=1, learning_rate=1e-3, optimizer="adamw", warmup_steps=2,
+        output=str(tmp_path / "run"), max_steps=24, batch_size=1, learning_rate=1e-3, optimizer="adamw", warmup_steps=2,
         objective="block_diffusion", block_length=4, precision="no", valid_every=0, sample_every=0, ema=0.0,
         checkpoint_every=100, log_every=1, log_seconds=1e9,
     )  # fmt: skip
@@ -166,7 +166,7 @@ def test_the_shipped_twin_is_converted_trained_and_writes(tmp_path, capsys):
     fit(model, None, data, None, config, mask_id=tokenizer.mask_token_id, report=lambda line: None)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     losses = [record["loss"] for record in map(json.loads, lines) if record["kind"] == "train"]
-    assert len(losses) == 50 and sum(losses[-10:]) < 0.5 * sum(losses[:10])
+    assert len(losses) == 24 and sum(losses[-6:]) < 0.7 * sum(losses[:6])
     settings = dlm.SamplingConfig(gen_length=8, method="block_causal")
     written = dlm.generate(model.eval(), ["Once"], settings, tokenizer=tokenizer).sequences[0].tolist()
     assert tokenizer.mask_token_id not in written and len(written) == 8

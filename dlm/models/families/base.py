@@ -211,7 +211,7 @@ class FamilyConfig(PretrainedConfig):
     @property
     def rotary(self) -> Rotary:
         size = int(self.head_dim * self.partial_rotary)
-        return rotary_of(size, self.rope_theta, self.rope_scaling, self.max_position_embeddings)
+        return rotary_of(size, self.rope_theta, self.rope_scaling or None, self.max_position_embeddings)
 
     @property
     def experts(self) -> Experts | None:

@@ -101,7 +101,7 @@ def route(x: Tensor, router: Tensor, bias: Tensor | None, experts: Experts) -> t
     """The experts of each token of x (N, D): which, int64 (N, K), and their weights (N, K) in fp32 (fp64 for fp64).
 
     Sigmoid scores with a choosing bias and groups: DeepSeek-V3 (arXiv:2412.19437, section 2.1.2) and LLaDA2. Softmax
-    scores whose chosen ones are not renormalised: OLMoE (arXiv:2409.02060) and LLaDA-MoE.
+    scores: OLMoE (arXiv:2409.02060) and LLaDA-MoE, not renormalised; Qwen3 (arXiv:2505.09388) and RND1, renormalised.
     """
     wide = x.dtype if x.dtype == torch.float64 else torch.float32
     with torch.autocast(x.device.type, enabled=False):
@@ -117,7 +117,7 @@ def route(x: Tensor, router: Tensor, bias: Tensor | None, experts: Experts) -> t
         choosing = grouped.masked_fill(~open_groups[..., None], -torch.inf).flatten(-2)
     chosen = choosing.topk(experts.chosen, dim=-1).indices
     weights = scores.gather(-1, chosen)
-    if experts.normalise and experts.chosen > 1:
+    if experts.normalise and (experts.chosen > 1 or experts.score == "softmax"):  # LLaDA2 leaves a single one as it is
         weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
     return chosen, weights * experts.scale
 

@@ -39,7 +39,7 @@ CONFIDENCE_NAMES = ("probability", "margin", "entropy", "random")  # propose.CON
 REVISION_NAMES = ("none", "edit", "remask", "verify")  # revise.REVISIONS
 GROW_NAMES = ("none", "block")
 SEARCH_NAMES = ("greedy", "viterbi")
-SPLIT_NAMES = ("remainder_first", "rounded", "time")  # schedule.SPLITS
+SPLIT_NAMES = ("remainder_first", "rounded", "floored", "time")  # schedule.SPLITS
 ALIGNMENTS = ("start", "prompt")
 SCHEDULED = ("quota", "sequential", "dynamic", "capped", "origin")  # commit rules that read a quota
 
@@ -81,7 +81,7 @@ SAMPLING: dict[str, tuple[Callable, str]] = {
     "remask_eta": (float, "for --revise remask: how often a token is masked again (default: the paper's)"),
     "verify_threshold": (float, "for --revise verify: probability below which a token is masked again"),
     "noise_schedule": (str, "for --commit ancestral and --revise remask: linear, cosine, polynomial or geometric"),
-    "split": (str, "remainder_first, rounded or time: how a block's tokens are shared over its passes"),
+    "split": (str, "remainder_first, rounded, floored or time: how a block's tokens are shared over its passes"),
     "time_eps": (float, "for --split time and --commit origin: where time ends"),
     "confidence": (str, "probability, margin, entropy or random: which tokens come first"),
     "temperature": (float, "above 0: draws from the sharpened or flattened prediction; 0: the most probable token"),

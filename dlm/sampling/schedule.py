@@ -4,6 +4,7 @@ Shapes: B rows, T slots of the canvas.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -83,6 +84,13 @@ def rounded(masked: int, passes: int) -> list[int]:
     return shares
 
 
+def floored(masked: int, passes: int) -> list[int]:
+    """What stays masked is the share of the passes that are left, rounded down, as RND1 splits: 8 over 5 is 2, 2, 1, 2,
+    1. The product is taken in fp32, as there."""
+    left = [masked, *(int(torch.tensor(masked) * (now / passes)) for now in range(passes - 1, 0, -1)), 0]
+    return [before - after for before, after in pairwise(left)]
+
+
 def timed(masked: int, passes: int, *, eps: float = 1e-3, start: int = 0) -> list[int]:
     """As Dream splits: time goes from 1 to `eps` in equal steps, a pass from t to s commits the share 1 - s / t of what
     is masked, rounded down, and the last pass all of it. start: passes that were spent before."""
@@ -103,6 +111,7 @@ def chances(passes: int, *, eps: float = 1e-3) -> list[float]:
 SPLITS: dict[str, Callable[[int, int], list[int]]] = {
     "remainder_first": remainder_first,
     "rounded": rounded,
+    "floored": floored,
     "time": timed,
 }
 

@@ -141,6 +141,8 @@ class Network:
                 w = float(weight[e])
                 if self.llada2:
                     w = (w / total if k > 1 else w) * config["routed_scaling_factor"]
+                elif self.kind == "rnd1" and config["norm_topk_prob"]:
+                    w = w / total
                 out[t] += w * self.feed(token[None], f"{layer}.mlp.experts.{e}")[0]
         shared = f"{layer}.mlp.shared_experts" if self.llada2 else f"{layer}.shared_expert"
         return out + self.feed(x, shared) if f"{shared}.gate_proj.weight" in self.state else out

@@ -123,7 +123,7 @@ def test_windows_that_a_family_does_not_read_are_no_matter(tmp_path):
 
 
 def test_every_family_has_a_table():
-    assert {"llada", "llada-moe", "Dream", "llada2_moe", "sdar", "Fast_dLLM_Qwen"} <= set(FAMILIES)
+    assert {"llada", "llada-moe", "Dream", "llada2_moe", "sdar", "Fast_dLLM_Qwen", "rnd1"} <= set(FAMILIES)
     for family in FAMILIES.values():
         assert family.model.config_class is family.config
 

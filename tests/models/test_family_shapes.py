@@ -31,6 +31,15 @@ MOE = {
     "dense_intermediate_size": 40,
     "qk_layernorm": True,
 }
+RND1 = {
+    "model_type": "rnd1",
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 16,
+    "norm_topk_prob": True,
+    "head_dim": 8,
+    "rope_scaling": False,
+}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -86,6 +95,9 @@ SHAPES = {
         **LLADA2,
         "rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32},
     },
+    "rnd1": RND1,
+    "rnd1, not renormalised, biases": {**RND1, "norm_topk_prob": False, "attention_bias": True},
+    "rnd1, one chosen": {**RND1, "num_experts_per_tok": 1},
     "llada-moe": MOE,
     "llada-moe, dense first": {**MOE, "moe_layer_freq": [0, 1]},
     "llada-moe, shared expert": {**MOE, "shared_expert_intermediate_size": 20},

@@ -168,6 +168,12 @@ def fast_dllm(case, settings) -> dict[str, Any]:
     }
 
 
+def rnd1(case, settings) -> dict[str, Any]:
+    """RND1's diffusion_sample: the region as one block, the places of least entropy first."""
+    length = settings["max_new_tokens"]
+    return {"block_length": length, "steps": settings["num_steps"], "split": "floored", "confidence": "entropy"}
+
+
 # The end of a source's function (and file) -> its mapping.
 MAPPINGS: dict[str, Callable] = {
     "DreamGenerationMixin.diffusion_generate": dream,
@@ -181,6 +187,7 @@ MAPPINGS: dict[str, Callable] = {
     "LLaDA2Sampler.sample": llada2,
     "LLaDA2MoeModelLM.generate (LLaDA2.1)": llada21,
     "block_diffusion_generate": sdar,
+    "diffusion_sample": rnd1,
     "Fast_dLLM_QwenForCausalLM.generate": fast_dllm,
     "Fast_dLLM_QwenForCausalLM.batch_sample": fast_dllm,
 }

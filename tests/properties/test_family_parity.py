@@ -29,7 +29,7 @@ def test_ids_and_forward_calls(models, name, case):
 
 
 def test_all_cases_of_all_samplers_are_mapped():
-    assert len(CASES) == 143
+    assert len(CASES) == 153
 
 
 def test_the_command_says_what_differs(tmp_path, capsys):

@@ -22,6 +22,7 @@ from dlm.sampling.constraints import Constraint
 from dlm.sampling.denoise import DenoiseState
 from dlm.sampling.generate import GenerationOutput
 from dlm.sampling.prompts import rows_of
+from dlm.sampling.telemetry import Telemetry
 from dlm.tokenizer import mask_id
 
 __all__ = ["choose", "denoise", "generate", "generate_ids"]
@@ -37,17 +38,24 @@ INSTEAD = {
 }
 
 
-def generate(model, inputs, config: SamplingConfig | None = None, *, tokenizer=None) -> GenerationOutput:
+def generate(
+    model,
+    inputs,
+    config: SamplingConfig | None = None,
+    *,
+    tokenizer=None,
+    telemetry: Telemetry | None = None,
+) -> GenerationOutput:
     """Generates for a batch with a model, an open checkpoint (`Pretrained`) or any mask predictor.
 
     inputs: id lists of any lengths, ids (B, P) or (P,), texts (these need `tokenizer`), what a tokenizer or a chat
     template returns (a mapping with `input_ids` and `attention_mask`), or a `Canvas`. A model's packed copy is made at
-    the first call and kept with it (`kernels.packing`).
+    the first call and kept with it (`kernels.packing`). telemetry: watches the passes (`sampling.telemetry`).
     Raises ValueError for inputs or settings that do not fit the model, FloatingPointError for NaN logits.
     """
     if isinstance(model, Pretrained):
         tokenizer = model.optional_tokenizer if tokenizer is None else tokenizer
-    return whole.generate(_predictor(model), inputs, config, tokenizer=tokenizer)
+    return whole.generate(_predictor(model), inputs, config, tokenizer=tokenizer, telemetry=telemetry)
 
 
 def generate_ids(
@@ -107,13 +115,14 @@ def denoise(
     eos_token_ids: Sequence[int] = (),
     constraints: Sequence[Sequence[Constraint]] | None = None,
     likely: int = 0,
+    telemetry: Telemetry | None = None,
 ) -> Iterator[DenoiseState]:
     """Fills the masked places of a canvas with a model or any mask predictor, and yields a state after every turn.
 
     Arguments and errors are those of `sampling.denoise.denoise`.
     """
-    known = {"vocab_size": vocab_size, "eos_token_ids": eos_token_ids, "constraints": constraints, "likely": likely}
-    return loop.denoise(_predictor(model), canvas, config, **known)
+    known = {"vocab_size": vocab_size, "eos_token_ids": eos_token_ids, "constraints": constraints}
+    return loop.denoise(_predictor(model), canvas, config, **known, likely=likely, telemetry=telemetry)
 
 
 def _predictor(model):

@@ -33,7 +33,7 @@ COMMIT_NAMES = (
     "quota", "threshold", "factor", "entropy_bound", "ancestral", "sequential", "dynamic", "capped", "origin",
     "stable",
 )  # fmt: skip
-REMASK_NAMES = ("cap", "rescale", "confidence", "loop")  # remask.REMASKS
+REMASK_NAMES = ("cap", "rescale", "confidence", "loop", "forward_backward")  # remask.REMASKS
 NOISE_NAMES = ("linear", "cosine", "polynomial", "geometric")  # objectives.noise.NOISE_SCHEDULES
 CONFIDENCE_NAMES = ("probability", "margin", "entropy", "random")  # propose.CONFIDENCES
 REVISION_NAMES = ("none", "edit", "remask", "verify")  # revise.REVISIONS
@@ -77,7 +77,7 @@ SAMPLING: dict[str, tuple[Callable, str]] = {
     "revise": (str, "none, edit, remask or verify: which tokens a pass changes that were committed before"),
     "edit_threshold": (float, "for --revise edit: probability above which another token is written"),
     "max_post_passes": (int, "for --revise edit: most passes over a block that has no mask left"),
-    "remask": (str, "for --revise remask: cap, rescale, confidence or loop"),
+    "remask": (str, f"for --revise remask: {', '.join(REMASK_NAMES[:-1])} or {REMASK_NAMES[-1]}"),
     "remask_eta": (float, "for --revise remask: how often a token is masked again (default: the paper's)"),
     "verify_threshold": (float, "for --revise verify: probability below which a token is masked again"),
     "noise_schedule": (str, "for --commit ancestral and --revise remask: linear, cosine, polynomial or geometric"),

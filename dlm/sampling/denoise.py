@@ -9,6 +9,7 @@ alike share one forward pass.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from dlm.sampling.revise import REVISIONS, Slate
 from dlm.sampling.rows import Batch, Row
 from dlm.sampling.stability import stable_places
 from dlm.sampling.step import Check, Request, branches, compute, compute_shadows, decide_all, guided, held_probability
+from dlm.sampling.telemetry import Telemetry
 
 __all__ = ["DenoiseState", "denoise", "turn"]
 
@@ -60,18 +62,19 @@ def denoise(
     eos_token_ids: Sequence[int] = (),
     constraints: Sequence[Sequence[Constraint]] | None = None,
     likely: int = 0,
+    telemetry: Telemetry | None = None,
 ) -> Iterator[DenoiseState]:
     """Fills the masked places of `canvas` and yields a state after every turn.
 
     `predictor` is a mask predictor (`models.predictor`) or a model, which is called as it is (`dlm.denoise` packs it
     first). vocab_size: ids from there on are never proposed (embeddings beyond the tokenizer). eos_token_ids: what
     ends a text, unless the config says. constraints: each row's. likely: how many of the most probable tokens each
-    state names. Raises ValueError for settings that do not fit the model or the canvas, FloatingPointError for NaN
-    logits.
+    state names. telemetry: watches the passes. Raises ValueError for settings that do not fit the model or the
+    canvas, FloatingPointError for NaN logits.
     """
     batch = Batch(predictor, vocab_size=vocab_size, eos_token_ids=eos_token_ids)
     batch.join(canvas, config or SamplingConfig(), constraints)
-    batch.likely = likely
+    batch.likely, batch.telemetry = likely, telemetry
     try:
         while batch.active:
             yield turn(batch)
@@ -215,9 +218,12 @@ def commit(
     if rows[0].method.several:
         block = batch.layout[where]
         forced = torch.stack([torch.isin(b, b.new_tensor(row.forced)) for b, row in zip(block, rows, strict=True)])
-        chosen = by_blocks(certain, eligible, rule, block, forced, config.commit)
+        choose = partial(by_blocks, eligible=eligible, step=rule, block=block, forced=forced, rule=config.commit)
     else:
-        chosen = COMMITS[config.commit](certain, eligible, rule)
+        choose = partial(COMMITS[config.commit], eligible=eligible, step=rule)
+    chosen = choose(certain)
+    if batch.telemetry is not None:
+        batch.telemetry.note(batch, rows, request, visible_to(rows), logits, certain, chosen, choose, allowed)
     if bound:
 
         def again(row: int, place: int, allowed: np.ndarray) -> tuple[int, float]:

@@ -11,6 +11,7 @@ from dlm.sampling.config import SamplingConfig, as_ids
 from dlm.sampling.constraints import constraint_of
 from dlm.sampling.denoise import denoise
 from dlm.sampling.prompts import rows_of
+from dlm.sampling.telemetry import Telemetry
 from dlm.tokenizer import mask_id
 
 __all__ = ["GenerationOutput", "generate", "prepare"]
@@ -34,17 +35,24 @@ class GenerationOutput(ModelOutput):
 # ---------------------------------------------------------------- the whole
 
 
-def generate(predictor, inputs, config: SamplingConfig | None = None, *, tokenizer=None) -> GenerationOutput:
+def generate(
+    predictor,
+    inputs,
+    config: SamplingConfig | None = None,
+    *,
+    tokenizer=None,
+    telemetry: Telemetry | None = None,
+) -> GenerationOutput:
     """Generates for a batch with any mask predictor: `prepare`, then `denoise` to the end.
 
     inputs: id lists of any lengths, ids (B, P) or (P,), texts (these need `tokenizer`), what a tokenizer or a chat
-    template returns (a mapping with `input_ids` and `attention_mask`), or a `Canvas`. Raises ValueError for inputs or
-    settings that do not fit the model, FloatingPointError for NaN logits.
+    template returns (a mapping with `input_ids` and `attention_mask`), or a `Canvas`. telemetry: watches the passes.
+    Raises ValueError for inputs or settings that do not fit the model, FloatingPointError for NaN logits.
     """
     config = config or SamplingConfig()
     canvas, settings = prepare(predictor, inputs, config, tokenizer)
     state, committed = None, torch.zeros(len(canvas.tokens), dtype=torch.int64, device=canvas.tokens.device)
-    for state in denoise(predictor, canvas, config, **settings):
+    for state in denoise(predictor, canvas, config, **settings, telemetry=telemetry):
         committed += state.committed.sum(dim=1)
     if state is None:
         raise ValueError("the canvas has no masked place: there is nothing to generate")

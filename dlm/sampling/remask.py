@@ -22,9 +22,15 @@ if TYPE_CHECKING:
     from dlm.sampling.config import SamplingConfig
     from dlm.sampling.rows import Row
 
-__all__ = ["REMASKS", "Chances", "Drawn", "chances", "draw_steps"]
+__all__ = ["REMASKS", "Chances", "Drawn", "chances", "draw_steps", "looped", "shares"]
 
-ETA = {"cap": 0.008, "rescale": 0.015, "confidence": 1.0, "loop": 0.02}  # the paper's, where none is given
+ETA = {
+    "cap": 0.008,
+    "rescale": 0.015,
+    "confidence": 1.0,
+    "loop": 0.02,
+    "forward_backward": 1.0,
+}  # the paper's, where none is given
 
 
 @dataclass(frozen=True)
@@ -69,16 +75,26 @@ def by_confidence(t: float, s: float, alpha: Callable[[float], float], eta: floa
     return Chances(take, eta * _largest(alpha(t), alpha(s)), shared=True)
 
 
-ON, OFF, ALPHA_ON = 0.55, 0.05, 0.9  # of the loop, as in the paper's scripts
+def forward_backward(t: float, s: float, alpha: Callable[[float], float], eta: float) -> Chances:
+    """eta times the sigma that a step back and then forward again makes (DFM, arXiv:2407.15595; ReMDM, sec. 4.3)."""
+    alpha_t, alpha_s = alpha(t), alpha(s)
+    sigma = (alpha_s - alpha_t) / alpha_t if alpha_t > 0 else 1.0
+    return _chances(alpha_t, alpha_s, min(eta * sigma, _largest(alpha_t, alpha_s)))
+
+
+def looped(t: float, s: float, eta: float, on: float, off: float, alpha_on: float) -> Chances:
+    """A step of a loop: until time `on` a share alpha_on is written, until `off` that share is kept, then the rest."""
+    if t > on:
+        return _chances((1 - t) * alpha_on / (1 - on), (1 - s) * alpha_on / (1 - on), 0.0)
+    if t > off:
+        return Chances(min(1.0, alpha_on * eta / (1 - alpha_on)), eta)
+    return _chances(1 - t * (1 - alpha_on) / off, 1 - s * (1 - alpha_on) / off, 0.0)
 
 
 def loop(t: float, s: float, alpha: Callable[[float], float], eta: float) -> Chances:
-    """Writes most of the text, then masks and writes again at a fixed share, then writes the rest."""
-    if t > ON:
-        return _chances((1 - t) * ALPHA_ON / (1 - ON), (1 - s) * ALPHA_ON / (1 - ON), 0.0)
-    if t > OFF:
-        return Chances(ALPHA_ON * eta / (1 - ALPHA_ON), eta)
-    return _chances(1 - t * (1 - ALPHA_ON) / OFF, 1 - s * (1 - ALPHA_ON) / OFF, 0.0)
+    """Writes most of the text, then masks and writes again at a fixed share, then writes the rest; times and share as
+    in the paper's scripts."""
+    return looped(t, s, eta, on=0.55, off=0.05, alpha_on=0.9)
 
 
 REMASKS: dict[str, Callable[[float, float, Callable[[float], float], float], Chances]] = {
@@ -86,6 +102,7 @@ REMASKS: dict[str, Callable[[float, float, Callable[[float], float], float], Cha
     "rescale": rescale,
     "confidence": by_confidence,
     "loop": loop,
+    "forward_backward": forward_backward,
 }
 
 
@@ -95,6 +112,15 @@ def chances(config: SamplingConfig, t: float, s: float) -> Chances:
     rule = REMASKS[config.remask] if config.revise == "remask" else never
     eta = ETA[config.remask] if config.remask_eta is None else config.remask_eta
     return rule(t, s, lambda time: 1 - rate(time), eta)
+
+
+def shares(chance: Chances, certain: Tensor, revisable: Tensor) -> Tensor:
+    """(M,) the chance that each place is masked again, of those where `revisable` (M,) is True; certain (M,): how sure
+    each was when it was committed."""
+    if not chance.shared:
+        return torch.full(certain.shape, chance.again, dtype=torch.float64, device=certain.device)
+    unsure = (-certain.double()).masked_fill(~revisable, -torch.inf)
+    return chance.again * unsure.softmax(dim=0).nan_to_num(0.0)
 
 
 @dataclass(frozen=True)
@@ -118,10 +144,7 @@ def draw_steps(rows: Sequence[Row], eligible: Tensor, revisable: Tensor, certain
             chance = chances(row.config, *row.times)
             uniform = torch.ones(eligible.shape[1], dtype=torch.float64, device=eligible.device)
             uniform[:asked].uniform_(generator=row.generator)
-            back = torch.full_like(uniform, chance.again)
-            if chance.shared:
-                unsure = (-certain[i].double()).masked_fill(~revisable[i], -torch.inf)
-                back = chance.again * unsure.softmax(dim=0).nan_to_num(0.0)
+            back = shares(chance, certain[i], revisable[i])
             again[i] = revisable[i] & (uniform < back) & (not row.last_step)
             take[i] = eligible[i] & ((uniform < chance.take) | row.last_step)
             if row.last_step or row.config.commit != "ancestral" or bool((take[i] | again[i]).any()):

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from dlm.sampling.methods import METHODS, Method, visibility
 from dlm.sampling.revise import REVISIONS, Revision
 from dlm.sampling.schedule import lay_out, quotas_of
 from dlm.sampling.stability import Past
+
+if TYPE_CHECKING:
+    from dlm.sampling.telemetry import Telemetry
 
 __all__ = ["Batch", "Row"]
 
@@ -219,6 +223,7 @@ class Batch:
         self.branches = 1  # of the cache: guidance needs two for each row
         self.turns = self._serial = self.width = 0
         self.extra: Tensor | None = None
+        self.telemetry: Telemetry | None = None
         self.likely = 0  # how many of the most probable tokens a state names
         self.plans: dict = {}
         self.unchecked: deque = deque()

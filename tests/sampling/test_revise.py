@@ -2,30 +2,54 @@
 
 import dataclasses
 import itertools
+import json
 import math
 import random
+from pathlib import Path
 
 import pytest
 import torch
 
 from dlm import Canvas, SamplingConfig, denoise
-from dlm.sampling.remask import chances
+from dlm.sampling.remask import chances, looped, shares
 from tests.helpers.toys import MASK, Predictor, Table, tiny_model
 
-# (remask, eta, t, dt, chance of masking again, chance of staying masked): ReMDM's own update function, from t and
-# s = t - dt with alpha = 1 - t.
-RECORDED = [
-    ("cap", 0.008, 1.0, 0.062499375, 0.008, 0.9375006),
-    ("rescale", 0.1, 0.9, 0.007812421875, 0.1, 0.9802084),
-]
+RECORDED = json.loads((Path(__file__).parents[1] / "fixtures" / "remdm" / "expected.json").read_text())
+NAMES = {  # the authors' samplers -> our settings
+    "mdlm": {},
+    "forward-backward": {"revise": "remask", "remask": "forward_backward"},
+    "remdm-cap": {"revise": "remask", "remask": "cap"},
+    "remdm-rescale": {"revise": "remask", "remask": "rescale"},
+    "remdm-conf": {"revise": "remask", "remask": "confidence"},
+    "remdm-loop": {"revise": "remask", "remask": "loop"},
+}
 
 
-@pytest.mark.parametrize(("kind", "eta", "t", "dt", "again", "stay"), RECORDED)
-def test_chances_are_those_of_the_papers_code(kind, eta, t, dt, again, stay):
-    config = SamplingConfig(commit="ancestral", revise="remask", remask=kind, remask_eta=eta)
-    chance = chances(config, t, t - dt)
-    assert chance.again == pytest.approx(again, abs=1e-5)
-    assert 1 - chance.take == pytest.approx(stay, abs=1e-5)
+@pytest.mark.parametrize(
+    "case", RECORDED["cases"], ids=lambda case: f"{case['sampler']}-{case['steps']}-{case['t']:.3f}"
+)
+def test_a_step_draws_from_what_the_papers_code_draws_from(case):
+    """ReMDM's own update function on three committed and three masked places: chances of masking again, of staying
+    masked, and of each token at the first masked place."""
+    eta = case.get("eta")
+    config = SamplingConfig(
+        commit="ancestral", **NAMES[case["sampler"]], **({} if eta is None else {"remask_eta": eta})
+    )
+    t, s = case["t"], case["t"] - case["dt"]
+    chance = chances(config, t, s)
+    if "t_on" in case and (case["t_on"], case["t_off"], case["alpha_on"]) != (0.55, 0.05, 0.9):
+        chance = looped(t, s, eta, case["t_on"], case["t_off"], case["alpha_on"])
+    sure = -torch.tensor(RECORDED["conf_of_committed"] + [0.0] * 3)
+    back = shares(chance, sure, torch.tensor([True] * 3 + [False] * 3))[:3].tolist()
+    tolerance = 2e-3 if case["sampler"] == "remdm-conf" else 2e-6  # whose confidences are kept in bfloat16
+    assert back == pytest.approx(case["remask_probability_of_committed"], abs=tolerance)
+    assert [1 - chance.take] * 3 == pytest.approx(case["stay_masked_probability_of_masked"], abs=2e-6)
+    tokens = [chance.take * p for p in RECORDED["p_x0_of_masked"][0][:-1]]
+    assert tokens == pytest.approx(case["probability_of_each_token_at_masked_place_0"][:-1], abs=2e-6)
+
+
+def test_all_recorded_steps_are_compared():
+    assert len(RECORDED["cases"]) == 71 and {case["sampler"] for case in RECORDED["cases"]} == set(NAMES)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "polynomial", "geometric"])
@@ -67,26 +91,38 @@ class Perfect(Predictor):
 
 
 def exact(config, steps):
-    """The law of the canvas after all steps, by multiplying out every transition of every canvas."""
-    law = {(HIDDEN,) * 3: 1.0}
+    """The law of the canvas after all steps, by multiplying out every transition of every canvas; a state holds how
+    sure each token was when it was committed, too."""
+    law = {((HIDDEN,) * 3, (1.0,) * 3): 1.0}
     for i in range(steps):
         chance, after = chances(config, 1 - i / steps, 1 - (i + 1) / steps), {}
         last = i == steps - 1
-        for canvas, weight in law.items():
+        for (canvas, sure), weight in law.items():
             p, options = guess(canvas), []
+            held = [math.exp(-c) if token != HIDDEN else 0.0 for token, c in zip(canvas, sure, strict=True)]
             for place, token in enumerate(canvas):
                 if token == HIDDEN:
                     take = 1.0 if last else chance.take
-                    options.append([(HIDDEN, 1 - take), (0, take * p[place][0]), (1, take * p[place][1])])
+                    options.append(
+                        [
+                            (HIDDEN, 1.0, 1 - take),
+                            *((v, p[place][v] if chance.shared else 1.0, take * p[place][v]) for v in (0, 1)),
+                        ]
+                    )
                 else:
-                    again = 0.0 if last else chance.again
-                    options.append([(HIDDEN, again), (token, 1 - again)])
+                    share = held[place] / sum(held) if chance.shared else 1.0
+                    again = 0.0 if last else chance.again * share
+                    options.append([(HIDDEN, 1.0, again), (token, sure[place], 1 - again)])
             for found in itertools.product(*options):
-                share = weight * math.prod(part for _, part in found)
-                name = tuple(token for token, _ in found)
-                after[name] = after.get(name, 0.0) + share
+                part = weight * math.prod(part for *_, part in found)
+                if part > 1e-12:
+                    name = tuple(token for token, *_ in found), tuple(round(sure, 9) for _, sure, _ in found)
+                    after[name] = after.get(name, 0.0) + part
         law = after
-    return law
+    words = {}
+    for (canvas, _), part in law.items():
+        words[canvas] = words.get(canvas, 0.0) + part
+    return words
 
 
 def sampled(config, rows):
@@ -109,6 +145,10 @@ def distance(a, b):
         ({"revise": "remask", "remask": "cap", "remask_eta": 0.3}, 6),
         ({"revise": "remask", "remask": "rescale", "remask_eta": 0.5}, 6),
         ({"revise": "remask", "remask": "loop", "remask_eta": 0.05}, 20),
+        ({"revise": "remask", "remask": "confidence"}, 6),
+        ({"revise": "remask", "remask": "forward_backward", "remask_eta": 0.5}, 6),
+        ({"noise_schedule": "polynomial"}, 4),
+        ({"noise_schedule": "geometric"}, 4),
     ],
 )
 def test_the_law_is_the_exact_one(options, steps):
@@ -137,7 +177,7 @@ def test_many_small_steps_with_cap_give_the_data():
 def test_random_settings_with_revision_end_and_hold_what_is_given():
     rng, models = random.Random(3), [tiny_model(5, sharp=3.0), tiny_model(6, sharp=1.0)]
     kinds, done = set(), 0
-    while done < 150:
+    while done < 100 or len(kinds) < 15:
         try:
             config = SamplingConfig(
                 block_length=rng.randint(1, 5),
@@ -149,7 +189,7 @@ def test_random_settings_with_revision_end_and_hold_what_is_given():
                 revise=rng.choice(["edit", "remask", "verify"]),
                 edit_threshold=rng.choice([0.0, 0.3]),
                 max_post_passes=rng.choice([0, 1, 4]),
-                remask=rng.choice(["cap", "rescale", "confidence", "loop"]),
+                remask=rng.choice(["cap", "rescale", "confidence", "loop", "forward_backward"]),
                 remask_eta=rng.choice([None, 0.5, 1.0]),
                 verify_threshold=rng.choice([0.3, 1.0]),
                 noise_schedule=rng.choice(["linear", "cosine", "geometric"]),

@@ -24,6 +24,7 @@ if __package__ in (None, ""):  # `accelerate launch benchmarks/grid.py` from a c
 
 import dlm
 from dlm.benchmarking.journal import Journal, check_output, journal_path, read_journals, remove_results
+from dlm.cli.asked import judge_of, questions_of
 from dlm.cli.parser import Parser, shown_defaults
 from dlm.cli.session import as_options, open_checkpoint, settings
 from dlm.sampling.config import SamplingConfig
@@ -32,7 +33,6 @@ from dlm.utils.distributed import Sharing, leave_processes
 if TYPE_CHECKING:
     from dlm.benchmarking.grid import GridConfig
     from dlm.checkpoints.pretrained import Pretrained
-    from dlm.evaluation.judge import Judge
     from dlm.evaluation.tasks import Question
 
 PROMPTS = Path(__file__).parent / "prompts.txt"
@@ -104,39 +104,6 @@ def configure(args, opened: Pretrained, sampling: SamplingConfig, places: int) -
         raise ValueError(as_options(str(error))) from error
 
 
-def questions_of(args) -> list[Question]:
-    """The questions of --task or --prompts."""
-    from dlm.evaluation.tasks import open_task, prompts, tell_apart
-
-    if args.limit is not None and args.limit < 1:
-        raise ValueError(f"--limit is {args.limit}: give 1 or more questions")
-    if args.task is None:
-        if args.checker is not None:
-            raise ValueError("--checker checks the answers of a task: give --task FILE.jsonl, in place of --prompts")
-        return tell_apart(prompts(args.prompts or str(PROMPTS)))[: args.limit]
-    if args.prompts is not None:
-        raise ValueError("--prompts and --task both say what is asked: give one of them")
-    command = shlex.split(args.checker) if args.checker else None
-    return open_task(args.task, limit=args.limit, command=command)
-
-
-def judge_of(args, opened: Pretrained) -> Judge | None:
-    """The judge, None for `none`. Errors: no judge given for a model other than the one that ships."""
-    from dlm.checkpoints.files import TWIN
-    from dlm.evaluation.judge import open_judge
-
-    if args.judge == "none":
-        return None
-    if args.judge is None and args.model is not None:
-        raise ValueError(
-            "this model has no judge of its own: give --judge with a causal language model, or --judge none"
-        )
-    return open_judge(
-        args.judge or str(TWIN), revision=args.judge_revision, device=opened.model.device,
-        tokenizer=opened.tokenizer, vocab_size=opened.config.vocab_size,
-    )  # fmt: skip
-
-
 def fixed_settings(args, opened: Pretrained, config: GridConfig, questions: list[Question]) -> dict:
     """What was measured: a run that goes on must have the same."""
     model = opened.model
@@ -162,7 +129,7 @@ def main(argv: Sequence[str]) -> int:
     from dlm.benchmarking.sweep import sweep, told_apart, write_results
 
     out = check_output(args.out)
-    questions = questions_of(args)
+    questions = questions_of(args, PROMPTS)
     sharing = Sharing(cpu=args.device == "cpu")
     args.device = args.device or sharing.device
     opened = open_checkpoint(args, model=True)

@@ -71,6 +71,7 @@ def parse(argv: list[str]):
     add("--batch-size", type=int, default=16, metavar="N", help="windows of a forward pass (default: 16)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: a GPU where there is one)")
     add("--dtype", default="auto", help="float32, bfloat16, float16, int8, fp8 (default: as saved)")
+    add("--also-dtype", metavar="NAME", help="score in this type too: what rounding alone changes")
     return parser.parse(argv)
 
 
@@ -93,7 +94,8 @@ def run(args, argv: list[str]) -> int:
     state = PartialState(cpu=args.device == "cpu")
     device = args.device or str(state.device)
     report = None if not state.is_main_process else lambda line: print(line, file=sys.stderr, flush=True)
-    scorers = [open_scorer(path, device=device, dtype=args.dtype) for path in args.model]
+    types = [args.dtype] if args.also_dtype is None else [args.dtype, args.also_dtype]
+    scorers = [open_scorer(path, device=device, dtype=dtype) for path in args.model for dtype in types]
     length = args.length or min([LENGTH, *(scorer.limit for scorer in scorers if scorer.limit)])
     rows, folders = [], []
     for path in args.data:
@@ -117,6 +119,9 @@ def run(args, argv: list[str]) -> int:
             folders.append(store.folder)
             if state.is_main_process:
                 print(line(rows[-1], header=len(rows) == 1), flush=True)
+                if args.also_dtype is not None and len(rows) % 2 == 0:
+                    rows[-1]["change"] = rows[-1]["nats_per_token"]["value"] - rows[-2]["nats_per_token"]["value"]
+                    print(f"{rows[-1]['dtype']} for {rows[-2]['dtype']}: {rows[-1]['change']:+.2e} nats a token")
     if args.out and state.is_main_process:
         write(args.out, argv, {"length": length} | {"likelihood": asdict(config)} | vars(args), rows)
         shutil.rmtree(f"{args.out}.parts", ignore_errors=True)

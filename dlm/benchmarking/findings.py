@@ -194,6 +194,31 @@ def advice(settings: Sequence[Setting], by: Quality) -> list[str]:
     return said
 
 
+def error_of_logits(value: float) -> str:
+    """A difference of logits; below a millionth it is rounding."""
+    return "0" if value < 1e-6 else significant(value, 2)
+
+
+def rounding_sentences(settings: Sequence[Setting]) -> list[str]:
+    """How much of the answers other hardware could change, and how much each method's cache does."""
+    said, tied = [], [s.known("ties") for s in settings if s.known("ties") is not None]
+    if tied:
+        mean, most = 100 * sum(tied) / len(tied), 100 * max(tied)
+        said.append(f"{mean:.2f}% of the commits lie within rounding of a tie ({most:.2f}% at most in a setting).")
+    errors: dict[str, list[tuple[float, float]]] = {}
+    for setting in settings:
+        if (rms := setting.known("cache_rms")) is not None:
+            errors.setdefault(setting.method, []).append((rms, setting.known("cache_same")))
+    if errors:
+        parts = [
+            f"{method} {error_of_logits(sum(r for r, _ in found) / len(found))} "
+            f"({100 * sum(same for _, same in found) / len(found):.1f}% the same first token)"
+            for method, found in errors.items()
+        ]
+        said.append(f"What a cache changes in the logits, root mean square: {', '.join(parts)}.")
+    return said
+
+
 def sentences(grid: Grid) -> list[str]:
     """What the numbers support, in sentences: which setting to use, the methods against `none`, what is degenerate."""
     settings, by = grid.settings(), quality(grid)
@@ -217,6 +242,7 @@ def sentences(grid: Grid) -> list[str]:
             f"{method} is {rate:.2f} times as fast as none (geometric mean of {len(keys)} settings with the same block "
             f"length and steps, from {low:.2f} to {high:.2f}){change}."
         )
+    said += rounding_sentences(settings)
     if marked:
         told = f"{len(marked)} of {len(settings)} settings are degenerate"
         lowest = min((s for s in settings if s.perplexity is not None), key=lambda s: s.perplexity, default=None)

@@ -22,6 +22,7 @@ from dlm.sampling.config import SamplingConfig, as_ids
 from dlm.sampling.generate import GenerationOutput
 from dlm.sampling.methods import METHODS, visibility
 from dlm.sampling.schedule import lay_out, schedule
+from dlm.sampling.telemetry import Telemetry
 from dlm.tokenizer import EOT, mask_id
 from dlm.utils.hardware import PeakMemory, synchronise
 from dlm.utils.names import check_name
@@ -195,10 +196,15 @@ class Runner:
     def __init__(self, model, tokenizer, questions: Sequence[Question], canvases: Sequence[Canvas], config: GridConfig):
         self.model, self.tokenizer, self.questions, self.config = model, tokenizer, questions, config
         self.canvases, self.device = canvases, canvases[0].tokens.device
-        ends = {tokenizer.eos_token_id, tokenizer.get_vocab().get(EOT), *config.sampling.eos_ids}
-        self.ends = ends | set(as_ids(getattr(model.config, "eos_token_id", None)))
+        self.ends = self.ends_of(tokenizer, model, config.sampling)
         self.mask = mask_id(tokenizer, model.config)
         self._warm: set = set()
+
+    @staticmethod
+    def ends_of(tokenizer, model, sampling: SamplingConfig) -> set[int | None]:
+        """The ids that end an answer."""
+        ends = {tokenizer.eos_token_id, tokenizer.get_vocab().get(EOT), *sampling.eos_ids}
+        return ends | set(as_ids(getattr(model.config, "eos_token_id", None)))
 
     def measure(self, cell: Cell) -> dict:
         """What one cell is: latency over the repeats, passes, positions computed, memory, the answer and its ids."""
@@ -227,7 +233,15 @@ class Runner:
             "peak_memory": memory.bytes,
             "repeatable": same,
             "token_ids": ids,
+            **(self.watched(cell) if cell.question == 0 else {}),
         }
+
+    def watched(self, cell: Cell) -> dict:
+        """Ties and the cache's error, of one more generation without a clock (`sampling.telemetry`)."""
+        telemetry = Telemetry()
+        canvas, sampling = self.canvases[cell.question], self.config.sampling_of(cell)
+        generate(self.model, canvas, sampling, tokenizer=self.tokenizer, telemetry=telemetry)
+        return telemetry.facts()
 
     def asked(self, cell: Cell) -> int:
         """`places_asked` of a cell that takes the passes that were planned."""

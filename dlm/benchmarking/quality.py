@@ -42,6 +42,13 @@ FIELDS = {  # what the results file holds for each cell: name -> meaning
     "peak_memory": "bytes: most that was allocated on the GPU, or the process's largest resident set on a CPU, "
     "during the first repeat",
     "repeatable": "whether all repeats wrote the same tokens",
+    "ties": "share of the commits within rounding of a tie: their token, or that they came now and not later; of the "
+    "first question, as all that follows up to cache_places; null where there was nothing to compare",
+    "cache_rms": "root mean square of the logits of passes that read a cache minus those of the same passes without "
+    "one, each with mean 0 over the vocabulary; one such pass in four is compared",
+    "cache_nats": "mean KL divergence of their prediction from that without a cache, nats",
+    "cache_same": "share of places where both have the same most probable token",
+    "cache_places": "places that were compared",
     "unigram_entropy": "nats, of the answer's own distribution of tokens",
     "distinct_1": "different tokens over tokens",
     "distinct_2": "different pairs over pairs",

@@ -23,7 +23,8 @@ from dlm.utils.stats import geometric_mean
 ABOVE_ZERO = ("latency", "latency_min", "latency_median", "latency_max", "perplexity")  # of a cell
 NUMBERS = (  # of a cell; any of them may be missing
     *ABOVE_ZERO, "latency_relative", "tokens_per_s", "tokens_per_forward", "nfe", "positions_computed", "places_asked",
-    "bound_per_token", "unigram_entropy", "distinct_2", "repetition", "accuracy", "accuracy_error",
+    "bound_per_token", "unigram_entropy", "distinct_2", "repetition", "accuracy", "accuracy_error", "ties", "cache_rms",
+    "cache_same",
 )  # fmt: skip
 NUMBER = (int, float)
 META: dict[str, Any] = {  # what stands beside a grid: the type of an entry, [that of its items], {those of its entries}
@@ -66,6 +67,11 @@ class Setting:
         """The mean of a field over the questions; None where a cell lacks it."""
         values = [cell.get(name) for cell in self.answers]
         return None if not values or None in values else sum(values) / len(values)
+
+    def known(self, name: str) -> float | None:
+        """The mean of a field over the questions that have it; None where none has."""
+        values = [cell[name] for cell in self.answers if cell.get(name) is not None]
+        return sum(values) / len(values) if values else None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from dlm.sampling.choose import read_options
 from dlm.utils.stats import proportion
 
-__all__ = ["Calibration", "Judged", "calibration", "fit_temperature", "read_questions"]
+__all__ = ["Calibration", "Judged", "Spread", "calibration", "fit_temperature", "read_questions", "spread"]
 
 BINS = 10
 
@@ -92,6 +92,53 @@ def calibration(judged: Sequence[Judged], temperature: float = 1.0) -> Calibrati
     nll = -sum(math.log(max(p[q.right], 1e-300)) for p, q in zip(rows, judged, strict=True))
     accuracy, error = proportion(right)
     return Calibration(len(judged), accuracy, error, gap, brier / len(judged), nll / len(judged), tuple(bins))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The same questions judged twice, which differ in rounding alone. accuracy: the change; flipped: share of the
+    questions with another choice; mean, largest: of the changes of an option's probability; near: share of the
+    questions whose two best options are closer than the largest change of a difference of logs, which further rounding
+    may flip."""
+
+    questions: int
+    accuracy: float
+    flipped: float
+    mean: float
+    largest: float
+    near: float
+
+    def __str__(self) -> str:
+        return (
+            f"accuracy {self.accuracy:+.4f}, {100 * self.flipped:.2f}% of {self.questions} choices differ, "
+            f"{100 * self.near:.2f}% lie within rounding of a tie, probabilities by {self.mean:.1e} "
+            f"(at most {self.largest:.1e})"
+        )
+
+
+def spread(judged: Sequence[Judged], again: Sequence[Judged]) -> Spread:
+    """The Spread between two judgements of the same questions, the options of each in the same order."""
+    best = [[q.logs.index(max(q.logs)) for q in questions] for questions in (judged, again)]
+    right = [sum(b == q.right for b, q in zip(row, judged, strict=True)) / len(judged) for row in best]
+    changes = [
+        abs(p - r)
+        for a, b in zip(judged, again, strict=True)
+        for p, r in zip(a.probabilities(), b.probabilities(), strict=True)
+    ]
+    moved, gaps = 0.0, []
+    for a, b in zip(judged, again, strict=True):
+        away = [x - y for x, y in zip(a.logs, b.logs, strict=True)]
+        moved = max(moved, max(away) - min(away))
+        first, second = sorted(a.logs, reverse=True)[:2] if len(a.logs) > 1 else (math.inf, -math.inf)
+        gaps.append(first - second)
+    return Spread(
+        len(judged),
+        right[1] - right[0],
+        sum(a != b for a, b in zip(*best, strict=True)) / len(judged),
+        sum(changes) / len(changes),
+        max(changes),
+        sum(gap <= moved for gap in gaps) / len(gaps),
+    )
 
 
 def fit_temperature(judged: Sequence[Judged]) -> float:

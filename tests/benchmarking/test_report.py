@@ -57,6 +57,25 @@ def test_settings_take_questions_together(grid):
     assert speedups(settings) == {("dual", 8, 4): pytest.approx(2), ("dual", 8, 8): pytest.approx(2)}
 
 
+def test_sentences_say_what_rounding_and_caches_decide(tmp_path):
+    """Of the questions that were watched: ties over all settings, each method's error of the logits."""
+    row = {"ties": 0.02, "cache_rms": None, "cache_same": None}
+    cached = {"ties": 0.0, "cache_rms": 0.5, "cache_same": 0.75}
+    exact = {"ties": 0.0, "cache_rms": 3e-9, "cache_same": 1.0}
+    rows = {"none": row, "dual": cached, "block_causal": exact}
+    results = {
+        method: [
+            {"question": "A?", "result": {"8": {"4": cell(0.4, 4.0, **more)}}},
+            {"question": "B?", "result": {"8": {"4": cell(0.4, 4.0)}}},
+        ]
+        for method, more in rows.items()
+    }
+    (tmp_path / "grid.json").write_text(json.dumps(results))
+    said = "\n".join(sentences(read_grid(tmp_path / "grid.json")))
+    assert "0.67% of the commits lie within rounding of a tie (2.00% at most in a setting)" in said
+    assert "dual 0.50 (75.0% the same first token), block_causal 0 (100.0% the same first token)" in said
+
+
 def test_the_front_leaves_degenerate_settings_out(grid):
     found = read_grid(grid)
     assert [(s.method, s.steps) for s in front(found.settings(), quality(found))] == [("none", 4), ("none", 8)]

@@ -6,7 +6,10 @@ import random
 
 import pytest
 
-from dlm.evaluation.choices import Judged, calibration, fit_temperature, read_questions
+from dlm.evaluation.choices import Judged, calibration, fit_temperature, read_questions, spread
+from tests.helpers import commandline
+
+tokenizer, checkpoint = commandline.tokenizer, commandline.checkpoint  # fixtures
 
 
 def test_calibration_by_hand():
@@ -45,3 +48,31 @@ def test_bad_files_name_the_line(tmp_path, line, said):
     path.write_text("\n")
     with pytest.raises(ValueError, match="no question"):
         read_questions(path)
+
+
+def test_spread_by_hand():
+    """Two questions: the first is judged the same, the second flips and becomes wrong."""
+    a = [Judged((math.log(0.9), math.log(0.1)), 0), Judged((math.log(0.52), math.log(0.48)), 0)]
+    b = [Judged((math.log(0.9), math.log(0.1)), 0), Judged((math.log(0.49), math.log(0.51)), 0)]
+    found = spread(a, b)
+    assert (found.questions, found.accuracy, found.flipped) == (2, -0.5, 0.5)
+    assert found.mean == pytest.approx(0.015) and found.largest == pytest.approx(0.03)
+    assert found.near == 0.5  # the second pair of logs is closer than the change of their difference
+    assert spread(a, a).near == 0.0 and "50.00% of 2 choices differ" in str(found)
+
+
+def test_the_command_judges_in_another_type(checkpoint, tmp_path, capsys):
+    from eval.choices import main
+
+    rows = [("The cat sat on the ___{mat|moon}.", "mat"), ("Once upon a ___{time|spoon}.", "time")] * 2
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps({"text": text, "answer": answer}) + "\n" for text, answer in rows))
+    out = tmp_path / "choices.json"
+    words = [str(file), "--held-out", "0", "--model", str(checkpoint), "--dtype", "float32"]
+    words += ["--device", "cpu", "--out", str(out)]
+    assert main([*words, "--also-dtype", "bfloat16"]) == 0
+    assert "in bfloat16: accuracy" in capsys.readouterr().out
+    found = json.loads(out.read_text())["also_dtype"]
+    assert found["dtype"] == "bfloat16" and 0 < found["largest"] < 0.2
+    assert main([*words, "--also-dtype", "bf61"]) == 2
+    assert "bf61" in capsys.readouterr().err

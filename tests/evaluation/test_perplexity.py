@@ -135,3 +135,13 @@ def test_bad_input_is_one_line(data, tmp_path, capsys):
         assert main(words) == 2
         error = capsys.readouterr().err.strip()
         assert message in error and error.count("\n") == 0, error
+
+
+def test_the_same_in_another_type(data, twin, tmp_path, capsys):
+    out = tmp_path / "two.json"
+    assert main(["--data", str(data), "--model", str(twin), "--also-dtype", "bfloat16", "--out", str(out)]) == 0
+    first, second = results(out)
+    assert (first["dtype"], second["dtype"]) == ("float32", "bfloat16")
+    change = second["nats_per_token"]["value"] - first["nats_per_token"]["value"]
+    assert second["change"] == change and 0 < abs(change) < 0.05
+    assert "bfloat16 for float32: " in capsys.readouterr().out

@@ -57,7 +57,9 @@ def parser(argv: Sequence[str]) -> Parser:
     group.add_argument("--chat", action="store_true", help="put questions into the checkpoint's chat template")
     group = made.add_argument_group("how it is measured")
     group.add_argument("--repeats", type=int, default=3, metavar="N", help="timed generations a cell (default: 3)")
-    group.add_argument("--judge", metavar="PATH", help="folder or hub id of a causal language model, or none")
+    group.add_argument(
+        "--judge", metavar="PATH", help="folder, hub id or GGUF file of a causal language model, or none"
+    )
     group.add_argument("--judge-revision", metavar="NAME", help="branch, tag or commit of the judge")
     group.add_argument(
         "--bound-draws", type=int, default=8, metavar="N", help="for bound_per_token; 0: none (default: 8)"

@@ -31,7 +31,11 @@ def parse(argv: list[str]):
     """The options of a command line."""
     parser = Parser("eval generative", "[options]", __doc__)
     add = parser.add_argument
-    add("--judge", metavar="PATH", help="any autoregressive model (default: the twin of the model that ships)")
+    add(
+        "--judge",
+        metavar="PATH",
+        help="any autoregressive model, a GGUF file too (default: the twin of the model that ships)",
+    )
     add("--model", nargs="+", default=[None], metavar="PATH", help="folders or hub ids (default: the one that ships)")
     add("--temperatures", default=TEMPERATURES, metavar="T,T,…", help=f"the frontier (default: {TEMPERATURES})")
     add("--num-samples", type=int, default=64, metavar="N", help="texts for each model and temperature (default: 64)")

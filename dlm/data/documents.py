@@ -15,6 +15,7 @@ import numpy as np
 
 from dlm.data.sources import identity, read_documents
 from dlm.data.words import Words
+from dlm.utils.files import cache_folder
 
 CACHE_FORMAT = 3  # part of the cache key: raise it when what is written changes
 
@@ -38,12 +39,6 @@ class Documents:
         return len(self.starts) - 1
 
 
-def default_cache() -> Path:
-    """Where tokenized data is kept: $DLM_CACHE, else the user's cache folder."""
-    base = os.environ.get("DLM_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dlm"
-    return Path(base) / "tokens"
-
-
 def load_documents(
     path, tokenizer, *, column: str = "text", split: str = "train", cache: str | os.PathLike | None = None
 ) -> Documents:
@@ -65,7 +60,7 @@ def cached(
     digest = hashlib.sha256(repr((CACHE_FORMAT, *named)).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     digest.update(repr(sorted(map(str, tokenizer.special_tokens_map.items()))).encode())  # which of them is the end
-    folder = Path(cache or default_cache()) / f"{Path(str(path)).name}-{digest.hexdigest()[:24]}"
+    folder = Path(cache or cache_folder("tokens")) / f"{Path(str(path)).name}-{digest.hexdigest()[:24]}"
     if not (folder / "meta.json").is_file():
         _write_cache(folder, build())
     meta = json.loads((folder / "meta.json").read_text())

@@ -10,13 +10,14 @@ answer's text ends: how probable it is that a text stops depends on gen_length m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from dlm.checkpoints.files import TWIN
+from dlm.checkpoints.gguf import dequantized, is_gguf
 from dlm.checkpoints.load import is_own
 from dlm.checkpoints.pretrained import Pretrained, load_pretrained
 from dlm.evaluation.metrics import perplexity
@@ -153,13 +154,15 @@ def _batches(rows: Sequence[tuple[list[int], list[bool]]]) -> list[list[int]]:
 def open_judge(
     path: str, *, revision: str | None = None, device=None, dtype: str = "auto", tokenizer=None, vocab_size: int = 0
 ) -> Judge:
-    """The judge in a folder or at a hub id: any AutoModelForCausalLM, or an autoregressive checkpoint of dlm's own.
+    """The judge in a folder or at a hub id: any AutoModelForCausalLM, an autoregressive checkpoint of dlm's own, or a
+    GGUF file of a causal model (`gguf.dequantized`).
 
     tokenizer, vocab_size: of the model that is judged, for a judge that has the same vocabulary and no tokenizer.
     Errors: a model that is not autoregressive; a judge without a tokenizer whose vocabulary is another.
     """
-    opened = load_pretrained(path, revision=revision, device=device, dtype=dtype, causal=True)
-    return Judge.of(opened, tokenizer, vocab_size)
+    folder = dequantized(path) if is_gguf(path) else path
+    opened = load_pretrained(folder, revision=revision, device=device, dtype=dtype, causal=True)
+    return Judge.of(replace(opened, path=str(path)), tokenizer, vocab_size)
 
 
 def _logits_of(opened: Pretrained):

@@ -102,6 +102,12 @@ def try_lock(file) -> bool:
     return True
 
 
+def cache_folder(name: str) -> Path:
+    """Where what can be made again is kept, of one kind: in $DLM_CACHE, else in the user's cache folder."""
+    base = os.environ.get("DLM_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dlm"
+    return Path(base) / name
+
+
 # ---------------------------------------------------------------------------------------------------- whole folders
 
 

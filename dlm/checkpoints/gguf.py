@@ -5,8 +5,11 @@ transformers and the package `gguf` read the file; its weights are dequantized o
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -60,7 +63,8 @@ def _dequantize(path: Path, folder: Path) -> None:
         count = sum(int(tensor.n_elements) for tensor in GGUFReader(path).tensors)
         _check_memory(4 * count)
         dtype = torch.float32 if count <= SMALL else torch.float16
-        with quiet():
+        print(f"dlm: dequantizing {path}, once ({folder})", file=sys.stderr, flush=True)
+        with quiet(), contextlib.redirect_stderr(io.StringIO()):  # which shows a bar of its own
             model = AutoModelForCausalLM.from_pretrained(
                 path.parent, gguf_file=path.name, dtype=dtype, local_files_only=True, trust_remote_code=False
             )
@@ -74,7 +78,7 @@ def _dequantize(path: Path, folder: Path) -> None:
         ) from error
     model.hf_quantizer = None  # the weights are plain numbers now
     vars(model.config).pop("quantization_config", None)
-    with whole_folder(folder) as temporary:
+    with quiet(), whole_folder(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
 

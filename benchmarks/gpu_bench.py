@@ -6,7 +6,6 @@ Shapes: B rows, T slots. A turn of the loop is one pass of every row. Times are 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -22,6 +21,7 @@ from dlm.kernels.cuda_graphs import Graphs
 from dlm.kernels.packing import packed
 from dlm.models.shapes import random_model
 from dlm.utils.hardware import synchronise
+from dlm.utils.jsonio import to_json
 
 PROMPT = 32
 
@@ -38,10 +38,10 @@ class Bench:
     def write(self, **fields) -> None:
         """A line of results, on the disk and on the screen."""
         record = {"part": self.part, **fields}
-        self.results.write(json.dumps(record) + "\n")
+        self.results.write(to_json(record) + "\n")
         self.results.flush()
         os.fsync(self.results.fileno())
-        print(json.dumps(record), flush=True)
+        print(to_json(record), flush=True)
 
     @cached_property
     def limit(self):

@@ -9,6 +9,7 @@ With --out what is done is kept beside it, and the same command goes on after a 
 
 from __future__ import annotations
 
+import math
 import shlex
 import shutil
 import sys
@@ -122,6 +123,8 @@ def run(args, argv: list[str]) -> int:
                 if args.also_dtype is not None and len(rows) % 2 == 0:
                     rows[-1]["change"] = rows[-1]["nats_per_token"]["value"] - rows[-2]["nats_per_token"]["value"]
                     print(f"{rows[-1]['dtype']} for {rows[-2]['dtype']}: {rows[-1]['change']:+.2e} nats a token")
+                if (words := remark(rows[-1])) is not None:
+                    print(words, file=sys.stderr, flush=True)
     if args.out and state.is_main_process:
         write(args.out, argv, {"length": length} | {"likelihood": asdict(config)} | vars(args), rows)
         shutil.rmtree(f"{args.out}.parts", ignore_errors=True)
@@ -152,23 +155,43 @@ def check_writable(out: str) -> None:
         pass
 
 
+def cut(name: str, wide: int) -> str:
+    """A name without its middle where it is longer than its column."""
+    return name if len(name) <= wide else f"{name[: wide // 2 - 1]}…{name[-(wide - wide // 2) :]}"
+
+
 def line(row: dict, header: bool) -> str:
-    """A row of the table: bounds are marked <=, and every number has the error of its noise."""
+    """A row of the table: bounds are marked <=, every number has the error of its noise, "-" where there is none."""
     sign = " " if row["exact"] else "≤"
     cells = []
     for name, digits in (("nats_per_token", 4), ("perplexity", 2), ("bits_per_byte", 4)):
-        number = row[name]
-        cells.append(f"{sign}{number['value']:.{digits}f} ± {number['error']:.{digits}f}")
+        value, error = row[name]["value"], row[name]["error"]
+        form = f".{digits}f" if value < 1e5 else ".3e"
+        cells.append(f"{sign}{value:{form}} ± {error:{form}}")
+    sampling = row["nats_per_token"]["sampling_error"]
     text = (
-        f"{Path(row['corpus']).name:<28} {row['model']:<32} {cells[0]:>18} {cells[1]:>18} {cells[2]:>18} "
-        f"{row['nats_per_token']['sampling_error']:>8.4f} {row['tokens']:>10,} {row['evaluations']:>9,} "
-        f"{row['seconds']:>8.1f}"
+        f"{cut(Path(row['corpus']).name, 28):<28} {cut(row['model'], 32):<32} {cells[0]:>18} {cells[1]:>22} "
+        f"{cells[2]:>18} {'-' if math.isnan(sampling) else f'{sampling:.4f}':>8} {row['tokens']:>11,} "
+        f"{row['evaluations']:>11,} {row['seconds']:>8.1f}"
     )
     head = (
-        f"{'corpus':<28} {'model':<32} {'nats/token':>18} {'perplexity':>18} {'bits/byte':>18} {'sampling':>8} "
-        f"{'tokens':>10} {'passes':>9} {'seconds':>8}\n"
+        f"{'corpus':<28} {'model':<32} {'nats/token':>18} {'perplexity':>22} {'bits/byte':>18} {'sampling':>8} "
+        f"{'tokens':>11} {'passes':>11} {'seconds':>8}\n"
     )
     return head + text if header else text
+
+
+def remark(row: dict) -> str | None:
+    """Why a row has no sampling error, in a line; None where it has one."""
+    if not math.isnan(row["nats_per_token"]["sampling_error"]):
+        return None
+    from dlm.data.sources import SEPARATOR
+
+    what = "one document" if row["documents"] == 1 else "one window"
+    return (
+        f"no sampling error for {Path(row['corpus']).name}: it is {what}, and the error needs two or more (a line "
+        f"{SEPARATOR} ends a document of a .txt file; in .jsonl each line is one)"
+    )
 
 
 def write(out: str, argv: list[str], settings: dict, rows: list[dict]) -> None:

@@ -9,7 +9,6 @@ the answer, so that what it asks for is there: names, rarer words, and often the
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections import Counter
@@ -24,6 +23,7 @@ import numpy as np
 from dlm.cli.parser import Parser
 from dlm.cli.scripts import guarded
 from dlm.data.sources import parse_sources, read_documents
+from dlm.utils.jsonio import to_json
 from dlm.utils.random import example_generator
 
 SENTENCE = re.compile(r'(?<=[.!?])["”’]?\s+')
@@ -108,7 +108,7 @@ def run(argv: list[str]) -> int:
         answer = shorten(story, limits)
         row = answer and instruction(answer, rare, example_generator(args.seed, 0, index))
         if row:
-            made.append(json.dumps(row, ensure_ascii=False) + "\n")
+            made.append(to_json(row, ascii_only=False) + "\n")
     if not made:
         raise ValueError(f"{args.data}: none of {len(stories)} stories has a beginning, an end and a name in it")
     Path(args.output).write_text("".join(made), encoding="utf-8")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dlm.utils.files import _sync_folder, try_lock
+from dlm.utils.jsonio import to_json
 
 FORMAT = 1
 NUMBER = int | float
@@ -94,7 +95,7 @@ class Journal:
 
     def append(self, record: dict) -> None:
         """Write a record as one line."""
-        self.file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        self.file.write(to_json(record, ascii_only=False).encode() + b"\n")
         self.file.flush()
         os.fsync(self.file.fileno())
 

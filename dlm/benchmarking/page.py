@@ -3,9 +3,10 @@ the mouse brings up."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from html import escape
+
+from dlm.utils.jsonio import to_json
 
 STYLE = """
 body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; color: #1a1a1a; background: #fff;
@@ -63,7 +64,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
 def page(title: str, lead: str, sections: Sequence[tuple[str, str]], data: Sequence[dict]) -> str:
     """The whole page: (heading, HTML) sections; data: what the mouse brings up for each data-i."""
     body = "".join(f"<h2>{escape(heading)}</h2>{html}" for heading, html in sections)
-    known = json.dumps(data, ensure_ascii=False).replace("</", "<\\/")
+    known = to_json(data, ascii_only=False).replace("</", "<\\/")
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>'

@@ -6,7 +6,6 @@ Everything is written to a hidden folder beside the final one and renamed, so a 
 from __future__ import annotations
 
 import copy
-import json
 import os
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from dlm.checkpoints.load import quiet
 from dlm.utils.files import whole_folder
+from dlm.utils.jsonio import to_json
 
 
 def save_model(
@@ -45,7 +45,7 @@ def save_model(
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         if notes is not None:
-            (temporary / "training.json").write_text(json.dumps(notes, indent=2) + "\n")
+            (temporary / "training.json").write_text(to_json(notes, indent=2) + "\n")
     return Path(folder)
 
 

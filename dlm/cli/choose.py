@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 
 from dlm.cli import live
 from dlm.cli.parser import Parser, check_least
-from dlm.cli.session import announce
+from dlm.cli.session import announce, print_json
 
 
 def choose(argv: Sequence[str]) -> int:
@@ -40,7 +39,7 @@ def choose(argv: Sequence[str]) -> int:
                 {"options": row.options, "probability": row.probability, "standard_error": row.error}
                 for row in chosen.ranked
             ]
-            print(json.dumps({"text": text, "best": chosen.best, "options": rows}, ensure_ascii=False), flush=True)
+            print_json({"text": text, "best": chosen.best, "options": rows})
             continue
         if number:
             print()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dlm.models.flops import PEAKS, peak_flops
 from dlm.objectives.config import OBJECTIVE_NAMES
 from dlm.training.estimate import GB, LLADA_8B, MEMORY, MFU, SHARDING, USABLE, Estimate, estimate
-from dlm.utils.jsonio import read_json
+from dlm.utils.jsonio import read_json, to_json
 from dlm.utils.settings import OptionParser, flag
 
 MOST_GPUS, MOST_ROWS = 4096, 4096
@@ -82,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
     result = run()
     fits, advice = what_fits(run, args, memory * GB)
     if args.json:
-        print(json.dumps({**vars(result), "memory": result.memory, "fits": fits, "advice": advice}))
+        print(to_json({**vars(result), "memory": result.memory, "fits": fits, "advice": advice}))
     else:
         print(table(result, args, advice))
     return 0

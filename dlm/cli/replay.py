@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -11,6 +10,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING
 
 from dlm.cli.parser import Parser
+from dlm.utils.jsonio import to_json
 
 if TYPE_CHECKING:
     from dlm.sampling.trajectory import Recording
@@ -127,5 +127,5 @@ def page(recordings: Sequence[Recording]) -> str:
             }
         )
     pieces = {str(i): base64.b64encode(piece).decode() for i, piece in recordings[-1].pieces.items()}
-    text = json.dumps({"recordings": data, "pieces": pieces}).replace("<", "\\u003c")
+    text = to_json({"recordings": data, "pieces": pieces}).replace("<", "\\u003c")
     return files("dlm.cli").joinpath("replay.html").read_text(encoding="utf-8").replace("/*DATA*/null", text)

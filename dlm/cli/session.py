@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import json
 import os
 import re
 import sys
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from dlm.cli import live
 from dlm.sampling.config import NEEDS, SAMPLING
-from dlm.utils.jsonio import finite
+from dlm.utils.jsonio import to_json
 from dlm.utils.settings import flag, refuse_idle
 
 if TYPE_CHECKING:
@@ -251,12 +250,11 @@ def print_text(pieces: Sequence[live.Piece]) -> None:
 
 def print_json(record: dict[str, Any]) -> None:
     """Prints one object on one line, at once; what the stream's encoding lacks is escaped, and NaN becomes null."""
-    record = finite(record)
-    text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+    text = to_json(record, ascii_only=False)
     try:
         text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
     except UnicodeEncodeError:
-        text = json.dumps(record, allow_nan=False)
+        text = to_json(record)
     print(text, flush=True)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from dlm.data.sources import identity, read_documents
 from dlm.data.words import Words
 from dlm.utils.files import cache_folder
+from dlm.utils.jsonio import to_json
 
 CACHE_FORMAT = 3  # part of the cache key: raise it when what is written changes
 
@@ -119,7 +120,7 @@ def _write_cache(folder: Path, made: Documents) -> None:
         if made.target is not None:
             np.save(temporary / "target.npy", made.target)
         meta = {"documents": len(made), "bytes": made.bytes, "bos_id": made.bos_id, "counts": made.counts}
-        (temporary / "meta.json").write_text(json.dumps(meta))
+        (temporary / "meta.json").write_text(to_json(meta))
         os.rename(temporary, folder)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)

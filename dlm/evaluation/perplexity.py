@@ -24,6 +24,7 @@ from dlm.data.examples import Example
 from dlm.data.windows import Corpus
 from dlm.evaluation.judge import Judge
 from dlm.objectives.likelihood import Bound, LikelihoodConfig, bound, likelihood
+from dlm.utils.jsonio import to_json
 from dlm.utils.progress import duration
 from dlm.utils.stats import ratio
 
@@ -169,7 +170,7 @@ class Store:
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / f"{rank}.jsonl").open("a", encoding="utf-8") as file:
             rows = [[turn, index, *(getattr(one, name) for name in Bound.__dataclass_fields__)] for index, one in found]
-            file.write("\n" + "".join(json.dumps(row) + "\n" for row in rows))  # the last line may have been cut short
+            file.write("\n" + "".join(to_json(row) + "\n" for row in rows))  # the last line may have been cut short
 
 
 def store_folder(base: str | None, scorer: Scorer, corpus: Corpus, config: LikelihoodConfig) -> Path | None:

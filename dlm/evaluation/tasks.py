@@ -6,7 +6,6 @@ nothing else, so a new task is a function here and a row of TASKS.
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import subprocess
@@ -23,6 +22,7 @@ from dlm.data.prompts import read_prompts
 from dlm.data.sources import HUB, read_rows
 from dlm.sampling.canvas import Canvas
 from dlm.tokenizer import BLANK, encode_prompt, template
+from dlm.utils.jsonio import to_json
 from dlm.utils.names import nearest
 
 GSM8K = HUB + "openai/gsm8k/main"
@@ -103,7 +103,7 @@ def by_program(command: Sequence[str], record: dict) -> Check:
     """
 
     def check(answer: str) -> bool:
-        given = json.dumps(record | {"output": answer}, ensure_ascii=False)
+        given = to_json(record | {"output": answer}, ascii_only=False)
         name = shlex.join(command)
         try:
             done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=CHECK_SECONDS)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from dlm.sampling.canvas import Canvas
 from dlm.tokenizer import token_bytes
+from dlm.utils.jsonio import to_json
 
 __all__ = ["FORMAT", "Change", "Pass", "Recorder", "Recording", "read_recordings"]
 
@@ -76,7 +77,7 @@ class Recorder:
         if self.words is not None:
             sized = [i for i in new if i < len(self.words)]
             line["pieces"] = {str(i): self.words[i].decode("utf-8", ESCAPE) for i in sized}
-        self.file.write(json.dumps(line) + "\n")
+        self.file.write(to_json(line) + "\n")
         self.file.flush()  # what an interrupted run has written can be read
 
 

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dlm.training.config import TrainingConfig
-from dlm.utils.jsonio import finite
+from dlm.utils.jsonio import to_json
 from dlm.utils.progress import duration
 
 SLOW_STEPS = 3  # the first steps of a run, which also compile and fill caches, say nothing of the time left
@@ -115,7 +115,7 @@ class Metrics:
         """Append a record, and tell the tracker its numbers."""
         if self.accelerator.is_main_process:
             with self.path.open("a", encoding="utf-8") as log:
-                log.write(json.dumps(finite(record), allow_nan=False) + "\n")
+                log.write(to_json(record) + "\n")
         numbers = {f"{record['kind']}/{k}": v for k, v in record.items() if isinstance(v, float)}
         self.accelerator.log(numbers, step=record["step"])
 
@@ -133,7 +133,7 @@ class Metrics:
                 if record is not None and not (isinstance(record, dict) and isinstance(record.get("step"), int)):
                     record, damaged = None, damaged + 1
             if record is not None and record["step"] <= step:
-                kept.append(json.dumps(record) + "\n")
+                kept.append(to_json(record) + "\n")
         temporary = self.path.with_name(f".{self.path.name}.partial")
         temporary.write_text("".join(kept), encoding="utf-8")
         os.replace(temporary, self.path)

@@ -6,7 +6,6 @@ A recipe is a frozen dataclass of settings (a subclass of `RecipeConfig`) and a 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable
@@ -32,7 +31,7 @@ from dlm.training.sharding import whole_state
 from dlm.training.trainer import Result, fit
 from dlm.utils.files import locked
 from dlm.utils.hardware import commit, hardware
-from dlm.utils.jsonio import finite
+from dlm.utils.jsonio import finite, to_json
 from dlm.utils.launch import launcher_processes, typed_command
 
 # ------------------------------------------------------------------------------------------------- model and data
@@ -205,7 +204,7 @@ def _export(recipe, argv, prog, ready: Prepared, result: Result, size: int, acce
         own = state if made is plain else None  # not of merged adapters
         save.save_model(made, folder, ready.tokenizer, state=own, weights=weights, dtype=dtype, notes=finite(notes))
         report(f"wrote {folder}")
-    report(json.dumps({key: notes[key] for key in ("steps", "seconds", "tokens_seen", "epochs")}))
+    report(to_json({key: notes[key] for key in ("steps", "seconds", "tokens_seen", "epochs")}))
 
 
 def processes_line(accelerator) -> str:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dlm.utils.files import _first, _is_of_the_disk, _sync_folder, replace_folder
+from dlm.utils.jsonio import finite, to_json
 
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 STATE_FILE = "trainer.json"
@@ -91,10 +92,10 @@ def save_state(accelerator, output, state: dict, ema: dict[str, Tensor] | None, 
 def _seal(folder: Path, state: dict) -> None:
     """Force every file of a checkpoint to the disk, and write `trainer.json` with their checksums."""
     files = {name: checksum(folder / name, sync=True) for name in _files(folder)}
-    whole = {"format": FORMAT, **state, "files": files}
+    whole = finite({"format": FORMAT, **state, "files": files})
     whole["sha256"] = _own_checksum(whole)
     with (folder / STATE_FILE).open("w", encoding="utf-8") as file:
-        file.write(json.dumps(whole, indent=2) + "\n")
+        file.write(to_json(whole, indent=2) + "\n")
         file.flush()
         os.fsync(file.fileno())
     for place in (folder, *(child for child in folder.rglob("*") if child.is_dir())):

@@ -17,6 +17,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from dlm.utils.jsonio import to_json
+
 LOCK = ".lock"  # in a folder that one process writes at a time
 MARKER = ".dlm.json"  # in a folder that dlm wrote whole: which files are its own
 
@@ -25,8 +27,7 @@ def write_json(path: Path, content: Any, indent: int | None = None) -> None:
     """Write a JSON file that appears whole or not at all."""
     temporary = path.with_name(f".{path.name}.partial")
     with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, ensure_ascii=False, indent=indent)
-        file.write("\n")
+        file.write(to_json(content, ascii_only=False, indent=indent) + "\n")
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -138,7 +139,7 @@ def check_replaceable(folder: str | os.PathLike) -> None:
 def _mark(folder: Path) -> None:
     """Write down which files of a folder are ours."""
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir())
-    (folder / MARKER).write_text(json.dumps({"written_by": "dlm", "files": names}, indent=1) + "\n", encoding="utf-8")
+    (folder / MARKER).write_text(to_json({"written_by": "dlm", "files": names}, indent=1) + "\n", encoding="utf-8")
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-__all__ = ["finite", "parse_json", "read_json", "read_object"]
+__all__ = ["finite", "parse_json", "read_json", "read_object", "to_json"]
 
 
 def parse_json(text: str, where: str) -> Any:
@@ -58,3 +58,8 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(part) for part in value]
     return value
+
+
+def to_json(value: Any, *, ascii_only: bool = True, indent: int | None = None, sort_keys: bool = False) -> str:
+    """The value as JSON that every reader takes: null in place of NaN and infinities."""
+    return json.dumps(finite(value), ensure_ascii=ascii_only, allow_nan=False, indent=indent, sort_keys=sort_keys)

@@ -122,6 +122,20 @@ def test_rounds_are_merged_by_hand():
     assert perplexity.merge([Bound(1.0, 3.0, 5, 7), Bound(2.0, 4.0, 6, 7)]) == Bound(1.5, 2.5, 11, 7)
 
 
+def test_one_document_has_no_sampling_error_and_says_why(tmp_path, checkpoint, capsys):  # noqa: F811
+    """Fault: `nan` stood in the table, and NaN in the file, of a text of three lines."""
+    text = tmp_path / f"three{'-' * 40}.txt"
+    text.write_text("The cat sat on the mat.\nOnce there was a fox.\nShe walked.\n")
+    words = ["--data", str(text), "--model", str(checkpoint), "--draws", "2", "--out", str(tmp_path / "o.json")]
+    assert main(words) == 0
+    out, error = capsys.readouterr()
+    head, row = out.splitlines()
+    assert len(head) == len(row) and "nan" not in out and row.split()[-4] == "-"
+    assert f"no sampling error for {text.name}: it is one document" in error
+    [result] = results(tmp_path / "o.json")
+    assert result["nats_per_token"]["sampling_error"] is None and "NaN" not in (tmp_path / "o.json").read_text()
+
+
 def test_bad_input_is_one_line(data, tmp_path, capsys):
     for words, message in (
         (["--data", "nothing.txt"], "no such file"),

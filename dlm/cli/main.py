@@ -1,4 +1,4 @@
-"""The command line: `dlm generate | infill | chat | choose | replay | info | train | eval | bench`: parse, call, print.
+"""The command line, `dlm generate | infill | chat | choose | replay | info | train | eval | bench | launch`.
 
 Nothing heavy is imported before a command needs it: `dlm --help` answers without torch.
 Shapes: B batch, T canvas.
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from dlm.utils.errors import one_line
 from dlm.utils.names import nearest
+from dlm.utils.peers import first_to_say, rank_prefix
 
 COMMANDS = {  # name: (where its function is, one line for the help)
     "generate": ("dlm.cli.generate:generate", "continue a text, and watch it denoise"),
@@ -26,6 +27,7 @@ COMMANDS = {  # name: (where its function is, one line for the help)
     "train": ("dlm.cli.scripts:train", "run a training recipe, or estimate what it takes"),
     "eval": ("dlm.cli.scripts:evaluate", "perplexity with its error, generated text judged, lm-eval tasks"),
     "bench": ("dlm.cli.scripts:bench", "the grid of block lengths and steps; speed"),
+    "launch": ("dlm.cli.launch:launch", "start one of these three in several processes"),
 }
 HELP = """usage: dlm COMMAND ...
 
@@ -38,7 +40,6 @@ examples:
   dlm generate "Once upon a time"
   dlm generate --model GSAI-ML/LLaDA-8B-Base --json --prompts prompts.txt
   dlm infill "The cat ___ on the mat, and then ___{{12}}."
-  dlm info path/to/checkpoint
 
 Without --model the small model that ships with dlm is used.
 dlm COMMAND --help lists a command's options; dlm --version prints the version.
@@ -95,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         known = isinstance(error, (ValueError, OSError, ImportError, ArithmeticError))
         if os.environ.get("DLM_DEBUG") or not (known or type(error).__name__ == "OutOfMemoryError"):
             raise
-        print(f"dlm: error: {one_line(error)}", file=sys.stderr)
+        if first_to_say():  # of several processes
+            print(f"dlm: error: {rank_prefix()}{one_line(error)}", file=sys.stderr)
         return 2 if known else 1
     finally:
         signal.signal(signal.SIGTERM, before)

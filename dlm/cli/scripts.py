@@ -11,8 +11,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from dlm.utils.distributed import leave_processes
 from dlm.utils.errors import one_line
 from dlm.utils.names import nearest
+from dlm.utils.peers import first_to_say, rank_prefix
 
 FOLDERS = {"train": "train", "eval": "eval", "bench": "benchmarks"}  # command: folder
 
@@ -74,5 +76,7 @@ def guarded(prog: str, run: Callable[[list[str]], int], argv: Sequence[str] | No
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130
     except (ValueError, OSError, ImportError, ArithmeticError) as error:
-        print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
+        if first_to_say():  # of several processes
+            print(f"{prog}: error: {rank_prefix()}{one_line(error)}", file=sys.stderr, flush=True)
+        leave_processes(failed=True)
         return 2

@@ -63,6 +63,8 @@ class StopSignal:
                 continue
             heard += 1
             name = signal.Signals(numbers[0]).name
+            if heard == 1 and self.peers and self.peers.gone():
+                continue  # the launcher ends what is left of the job, whose end another process says
             if heard == 1:
                 self._say(f"{name}: this step is finished and a checkpoint written; a second one stops at once")
             elif not self._ended.wait(GRACE_SECONDS):

@@ -43,7 +43,7 @@ def _head(words: Sequence[str], tail: list[str]) -> list[str]:
 
 
 def launched() -> bool:
-    """Whether `accelerate launch` or torchrun started this process."""
+    """Whether `dlm launch`, `accelerate launch` or torchrun started this process."""
     return any(name in os.environ for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", "LOCAL_RANK"))
 
 
@@ -59,7 +59,8 @@ def _command_line(pid: int) -> list[str]:
 def launcher_processes() -> int | None:
     """The number of processes that the launcher of this process was asked for; None: none, or it is not known."""
     words = _command_line(os.getppid()) if launched() else []
-    if not any(name in word for word in words for name in ("accelerate", "torchrun", "torch.distributed")):
+    ours = "launch" in words  # `dlm launch`
+    if not ours and not any(name in word for word in words for name in ("accelerate", "torchrun", "torch.distributed")):
         return None
     options = dict(pairwise(words))
     for word in words:

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+SAID = "DLM_SAID"  # in the environment: a file that the first process of a `dlm launch` makes which says why it ends
+
 
 def _group():
     """torch.distributed where this process is in a group; None elsewhere (and where torch was not needed so far)."""
@@ -44,7 +46,11 @@ def lost_line() -> str:
 def rank_prefix() -> str:
     """ "rank 1: " in a job of several processes."""
     group = _group()
-    return f"rank {group.get_rank()}: " if group and group.get_world_size() > 1 else ""
+    if group and group.get_world_size() > 1:
+        return f"rank {group.get_rank()}: "
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # an error before the processes met
+        return f"rank {os.environ.get('RANK', '?')}: "
+    return ""
 
 
 def meet_peers() -> Peers | None:
@@ -74,6 +80,13 @@ def _runs(pid: int) -> bool:
 
 def first_to_say() -> bool:
     """Whether this process is the first of its job to say why the job ends; True where that cannot be asked."""
+    if (said := os.environ.get(SAID)) is not None:  # the processes of one `dlm launch`
+        try:
+            os.close(os.open(said, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return False
+        except OSError:
+            return True
     group = _group()
     if group is None:
         return True

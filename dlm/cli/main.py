@@ -1,4 +1,4 @@
-"""The command line, `dlm generate | infill | chat | choose | replay | info | train | eval | bench | launch`.
+"""The command line, `dlm generate | infill | chat | choose | serve | replay | info | train | eval | bench | launch`.
 
 Nothing heavy is imported before a command needs it: `dlm --help` answers without torch.
 Shapes: B batch, T canvas.
@@ -23,6 +23,7 @@ COMMANDS = {  # name: (where its function is, one line for the help)
     "chat": ("dlm.cli.chat:chat", "talk with an instruct checkpoint"),
     "choose": ("dlm.cli.choose:choose", "say how probable each option of a blank ___{a|b} is"),
     "replay": ("dlm.cli.replay:replay", "show a recorded run again, or make a page of it"),
+    "serve": ("dlm.cli.serve:serve", "an OpenAI-compatible server, with a page on which text denoises"),
     "info": ("dlm.cli.info:info", "say what a checkpoint is, and which methods suit it"),
     "train": ("dlm.cli.scripts:train", "run a training recipe, or estimate what it takes"),
     "eval": ("dlm.cli.scripts:evaluate", "perplexity with its error, generated text judged, lm-eval tasks"),

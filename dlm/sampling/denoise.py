@@ -101,7 +101,7 @@ def turn(batch: Batch) -> DenoiseState:
     batch.canvas = replace(before, tokens=pages.tokens)
     refuse_nan(batch, before=batch.turns + 1 - batch.lag)
     advance(batch, active, pages)
-    stop_ended(batch, [row for row in active if row.config.stop_at_eos])
+    stop_ended(batch, [row for row in active if row.config.stop_at_eos and row.fault is None])
     nfe, computed = (
         torch.tensor([0 if row is None else getattr(row, name) for row in batch.rows]) for name in ("nfe", "computed")
     )
@@ -142,10 +142,12 @@ def run_pass(batch: Batch, rows: list[Row], pages: Pages) -> None:
     for row, count in zip(rows, plan.counts, strict=True):
         row.nfe += 1
         row.computed += row.branches * count
+    bad = faults_of(batch, rows, request, logits)
     kinds: dict[SamplingConfig, list[int]] = {}
     for place, row in enumerate(rows):
-        kinds.setdefault(row.config, []).append(place)
-    if len(kinds) == 1:
+        if place not in bad:
+            kinds.setdefault(row.config, []).append(place)
+    if len(kinds) == 1 and not bad:
         commit(batch, rows, plan, request, eligible, logits, shadow, pages)
         return
     for places in kinds.values():
@@ -155,6 +157,28 @@ def run_pass(batch: Batch, rows: list[Row], pages: Pages) -> None:
         few_shadows = None if shadow is None else shadow[few]
         asked = request.of(few, plan.index)
         commit(batch, part, plan.of(few), asked, eligible[few], logits[picked], few_shadows, pages)
+
+
+def faults_of(batch: Batch, rows: list[Row], request: Request, logits: Tensor) -> list[int]:
+    """In a lenient batch on a CPU the places of the rows whose logits (R or 2R, M, V) are no numbers: they end. On a
+    GPU `refuse_nan` ends them, a pass later, and nobody waits."""
+    if not batch.lenient or logits.device.type != "cpu":
+        return []
+    largest = logits.amax(dim=-1).unflatten(0, (-1, len(rows))).nan_to_num(torch.inf).amax(dim=0)
+    check = Check(largest, request)
+    if bad := check.bad_rows if bool(check.any) else []:
+        end_faulty(rows, bad, check)
+    return bad
+
+
+def end_faulty(rows: list[Row], bad: list[int], check: Check) -> None:
+    """Ends the rows whose logits were no numbers, and says so in each."""
+    try:
+        check.refuse()
+    except FloatingPointError as error:
+        for place in bad:
+            rows[place].fault = f"pass {rows[place].nfe}: {error}"
+            rows[place].end()
 
 
 def visible_to(rows: list[Row]) -> Visible:
@@ -192,7 +216,7 @@ def commit(
     token, confidence, largest = decide_all(logits, request, config, generators=generators, allowed=allowed, **options)
     if bound and config.constraint_search == "viterbi":
         token, confidence = best_words(written, request, eligible, logits, token, confidence, config)
-    batch.unchecked.append((batch.turns, Check(largest, request)))
+    batch.unchecked.append((batch.turns, Check(largest, request), rows))
     if batch.likely:
         note_likely(batch, rows, request, logits, pages)
     certain = confidence
@@ -289,6 +313,7 @@ def prediction(logits: Tensor, config: SamplingConfig) -> Tensor:
 
 def advance(batch: Batch, active: list[Row], pages: Pages) -> None:
     """Moves every row on to its next pass, its next block, or its end."""
+    active = [row for row in active if row.fault is None]
     counted = [row for row in active if not row.method.several and (row.quota is None or row.revision is not None)]
     committed = revised = masked = [0] * len(batch.rows)
     if counted:
@@ -337,9 +362,13 @@ def stop_ended(batch: Batch, rows: list[Row]) -> None:
 
 
 def refuse_nan(batch: Batch, before: int) -> None:
-    """Raises FloatingPointError if the logits of a turn before that one were not numbers."""
+    """Raises FloatingPointError if the logits of a turn before that one were not numbers; in a lenient batch the rows
+    that had them end instead."""
     while batch.unchecked and batch.unchecked[0][0] < before:
-        number, check = batch.unchecked.popleft()
+        number, check, rows = batch.unchecked.popleft()
+        if batch.lenient:
+            end_faulty(rows, check.bad_rows, check)
+            continue
         try:
             check.refuse()
         except FloatingPointError as error:

@@ -96,6 +96,7 @@ def draw(scores: Tensor, uniform: Tensor) -> Tensor:
     sums = weights.sum(dim=-1).to(uniform.dtype).cumsum(dim=-1)  # (..., V / BLOCK)
     place = _below(uniform[..., None] * sums[..., -1:], sums)
     block = torch.searchsorted(sums, place, right=True)  # (..., 1); never one without weight
+    block = block.clamp_max(sums.shape[-1] - 1)  # of weights that are no numbers, which are refused after the pass
     place = place - F.pad(sums, (1, 0)).gather(-1, block)
     inside = weights.take_along_dim(block[..., None], dim=-2)[..., 0, :].to(sums.dtype).cumsum(dim=-1)
     return (block * BLOCK + torch.searchsorted(inside, _below(place, inside), right=True))[..., 0]

@@ -71,6 +71,7 @@ class Row:
     since: int = 0
     lefts: list[int] = field(default_factory=list)
     past: Past | None = None
+    fault: str | None = None  # of a lenient batch: why the row ended before it was done
 
     @property
     def method(self) -> Method:
@@ -224,6 +225,7 @@ class Batch:
         self.turns = self._serial = self.width = 0
         self.extra: Tensor | None = None
         self.telemetry: Telemetry | None = None
+        self.lenient = False  # whether a row whose logits are no numbers ends alone, in place of an error for all
         self.likely = 0  # how many of the most probable tokens a state names
         self.plans: dict = {}
         self.unchecked: deque = deque()

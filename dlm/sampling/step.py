@@ -233,6 +233,11 @@ class Check:
             self.done = torch.cuda.Event()
             self.done.record()
 
+    @property
+    def bad_rows(self) -> list[int]:
+        """The rows of the pass that have one that is not."""
+        return self.bad.any(dim=1).nonzero()[:, 0].tolist()
+
     def refuse(self) -> None:
         """Raises FloatingPointError where one is not."""
         if self.done is not None:

@@ -39,7 +39,8 @@ def test_names_without_torch_are_the_tables_keys():
     assert tuple(QUANTIZED) == choices.EIGHT_BITS
 
 
-COMMANDS = [[], ["generate"], ["infill"], ["chat"], ["info"], ["train"], ["eval"], ["bench"], ["train", "--estimate"]]
+COMMANDS = [[], ["generate"], ["infill"], ["chat"], ["serve"], ["info"], ["train"], ["eval"], ["bench"]]
+COMMANDS += [["train", "--estimate"]]
 COMMANDS += [[command, name] for command in scripts.FOLDERS for name in scripts.scripts(command)]
 COMMANDS = [words for words in COMMANDS if not {*words} & {"gpu", "gpu_parts"}]  # run by benchmarks/run_gpu.sh
 SECONDS = 2.0  # of CPU; 0.1 to 0.4 on a quiet machine
@@ -47,7 +48,7 @@ HELP = """
 import sys
 class Refused:
     def find_spec(self, name, *_):
-        if name in ("torch", "transformers", "accelerate"):
+        if name in ("torch", "transformers", "accelerate", "fastapi", "uvicorn"):
             raise RuntimeError(f"help imports {name}")
 sys.meta_path.insert(0, Refused())
 from dlm.cli.main import main

@@ -1,0 +1,128 @@
+"""Runs the server in this process: load, listen, drain on SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import sys
+import threading
+import time
+
+import uvicorn
+
+from dlm.checkpoints.pretrained import load_pretrained
+from dlm.serving.engine import Engine, EngineSettings
+from dlm.serving.guards import LOCAL
+from dlm.serving.logs import JsonLines
+from dlm.serving.server import ServerSettings, build_app
+
+__all__ = ["serve"]
+
+log = logging.getLogger("dlm.serving")
+
+
+def serve(args) -> int:
+    """Serves until a signal ends it; 0 where all that was accepted is done. Raises ValueError, OSError."""
+    options = {name: getattr(args, name) for name in ("dtype", "device", "attn_implementation", "cuda_graphs")}
+    opened = load_pretrained(args.model, revision=args.revision, **options)
+    limits = EngineSettings(
+        max_rows=args.max_rows,
+        max_waiting=args.max_waiting,
+        max_slots=args.max_length,
+        kv_bytes=int(args.kv_memory * 1e9),
+        timeout=args.timeout or None,
+    )
+    settings = ServerSettings(
+        name=args.served_model_name,
+        api_key=args.api_key,
+        allowed_hosts=_hosts(args.host, args.allowed_host),
+        cors_origins=tuple(args.cors_origin or ()),
+        max_body=args.max_body,
+        log_texts=args.log_texts,
+    )
+    _start_logs()
+    bound = _bind(args.host, args.port)
+    engine = Engine(opened, limits)
+    try:
+        _listen(engine, settings, bound, args.host)
+    finally:
+        engine.close()
+    if engine.failure is not None:
+        raise ValueError(engine.failure)
+    return 0
+
+
+def _listen(engine: Engine, settings: ServerSettings, bound: socket.socket, host: str) -> None:
+    """Answers until a signal comes, or the model cannot be loaded."""
+    app = build_app(engine, settings)
+    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", server_header=False)
+    server = _Server(config, engine)
+    threading.Thread(target=_announce, args=(engine, server, bound, host), daemon=True).start()
+    server.run(sockets=[bound])
+
+
+def _hosts(host: str, more: list[str] | None) -> tuple[str, ...]:
+    """The names that a Host header may have: on loopback those of this machine, elsewhere any unless they are given."""
+    if host in LOCAL or host.startswith("127."):
+        return (*LOCAL, host, *(more or ()))
+    return tuple(more or ())
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        reason = error.strerror or str(error)
+        raise ValueError(f"cannot listen at {host} port {port} ({reason}): give another --host or --port") from None
+    return bound
+
+
+def _start_logs() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    for name, level in (("dlm.serving", logging.INFO), ("uvicorn", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level)
+
+
+def _announce(engine: Engine, server: uvicorn.Server, bound: socket.socket, host: str) -> None:
+    """Says where the server listens once it is ready; ends it where the model cannot be loaded."""
+    port, shown = bound.getsockname()[1], f"[{host}]" if ":" in host else host
+    began = time.monotonic()
+    engine.loaded.wait()
+    if engine.failure is not None:
+        server.should_exit = True
+        return
+    fields = {"url": f"http://{shown}:{port}/", "model": engine.pretrained.name}
+    log.info("ready", extra={"fields": fields | {"loading_seconds": round(time.monotonic() - began, 3)}})
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, which on the first signal takes no new requests and finishes those that are there, and on the second
+    stops at once."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine):
+        super().__init__(config)
+        self.engine, self.signals = engine, 0
+
+    def handle_exit(self, sig: int, frame) -> None:
+        self.signals += 1
+        if self.signals > 1:
+            self.force_exit = True
+            self.engine._abandon = True
+        log.info("stopping", extra={"fields": {"signal": signal.Signals(sig).name, "at_once": self.signals > 1}})
+        self.should_exit = True
+
+    async def shutdown(self, sockets=None) -> None:
+        drained = asyncio.get_running_loop().run_in_executor(None, self.engine.drain)
+        await super().shutdown(sockets)
+        if self.force_exit:
+            self.engine._abandon = True
+        await drained

@@ -17,8 +17,15 @@ def generate(argv: Sequence[str]) -> int:
     parser.add_argument("prompt", nargs="*", help="text to continue")
     parser.add_argument("--chat", action="store_true", help="put each prompt into the checkpoint's chat template")
     add_common(parser, argv)
+    parser.add_argument(
+        "--out", metavar="FILE", help="write the texts of --prompts there as JSON lines; the same command goes on later"
+    )
     args = parser.parse(argv)
     check_counts(args)
+    if args.out is not None:
+        from dlm.cli.offline import run_offline
+
+        return run_offline(args)
     prompts = gather_prompts(args, 'dlm generate "Once upon a time"')
     opened = announce(args)
     config = settings(args, opened.defaults)

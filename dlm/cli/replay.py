@@ -128,4 +128,6 @@ def page(recordings: Sequence[Recording]) -> str:
         )
     pieces = {str(i): base64.b64encode(piece).decode() for i, piece in recordings[-1].pieces.items()}
     text = to_json({"recordings": data, "pieces": pieces}).replace("<", "\\u003c")
-    return files("dlm.cli").joinpath("replay.html").read_text(encoding="utf-8").replace("/*DATA*/null", text)
+    scale = files("dlm.serving").joinpath("page/scale.js").read_text(encoding="utf-8")  # the server's page has it too
+    whole = files("dlm.cli").joinpath("replay.html").read_text(encoding="utf-8")
+    return whole.replace("/*SCALE*/", scale).replace("/*DATA*/null", text)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import sys
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+BOM = b"\xef\xbb\xbf"
 
 
 def read_prompts(path: str) -> list[str]:
@@ -12,23 +17,60 @@ def read_prompts(path: str) -> list[str]:
 
     Raises ValueError where it is not UTF-8, holds no prompt, or a line of JSONL has none.
     """
-    name = "standard input" if path == "-" else path
-    raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-    try:
-        lines = raw.decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 text (byte {error.start}): convert it to UTF-8") from error
-    lines = [line.rstrip("\r") for line in lines]
-    filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not filled:
+    if path == "-":
+        return list(prompts_of(io.BytesIO(sys.stdin.buffer.read()), "standard input"))
+    return list(iter_prompts(path))
+
+
+def iter_prompts(path: str) -> Iterator[str]:
+    """The prompts in a file as `read_prompts` gives them, of which one line at a time is in memory."""
+    with open(path, "rb") as file:
+        yield from prompts_of(file, path)
+
+
+def prompts_of(lines: Iterable[bytes], name: str) -> Iterator[str]:
+    """The prompts in the lines of a file called `name`. Raises as `read_prompts`."""
+    at, objects = 0, None
+    for number, raw in enumerate(lines, 1):
+        start = len(BOM) if number == 1 and raw.startswith(BOM) else 0
+        try:
+            line = raw[start:].decode("utf-8").rstrip("\n").rstrip("\r")
+        except UnicodeDecodeError as error:
+            place = at + start + error.start
+            raise ValueError(f"{name} is not UTF-8 text (byte {place}): convert it to UTF-8") from error
+        at += len(raw)
+        if not line.strip():
+            continue
+        prompt = json_prompt(line)
+        objects = name.endswith(".jsonl") or prompt is not None if objects is None else objects
+        if objects and prompt is None:
+            raise ValueError(f'{name}, line {number}: not a JSON object with a text "prompt"')
+        yield prompt if objects else line
+    if objects is None:
         raise ValueError(f'{name} holds no prompt: write one a line, or JSON objects with "prompt"')
-    if path.endswith(".jsonl") or json_prompt(filled[0][1]) is not None:
-        prompts = [(number, json_prompt(line)) for number, line in filled]
-        for number, prompt in prompts:
-            if prompt is None:
-                raise ValueError(f'{name}, line {number}: not a JSON object with a text "prompt"')
-        return [prompt for _, prompt in prompts if prompt is not None]
-    return [line for _, line in filled]
+
+
+@dataclass(frozen=True)
+class PromptFile:
+    """A file of prompts that was read through once. count: its prompts; digest: of its bytes."""
+
+    path: str
+    count: int
+    digest: str
+
+    @classmethod
+    def of(cls, path: str) -> PromptFile:
+        """Raises as `read_prompts`, OSError."""
+        digest = hashlib.sha256()
+
+        def seen(lines: Iterable[bytes]) -> Iterator[bytes]:
+            for line in lines:
+                digest.update(line)
+                yield line
+
+        with open(path, "rb") as file:
+            count = sum(1 for _ in prompts_of(seen(file), path))
+        return cls(path, count, f"sha256:{digest.hexdigest()[:32]}")
 
 
 def json_prompt(line: str) -> str | None:

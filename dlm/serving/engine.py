@@ -20,7 +20,7 @@ from dlm.sampling.constraints import Constraint, constraint_of
 from dlm.sampling.denoise import turn
 from dlm.sampling.methods import METHODS
 from dlm.sampling.rows import Batch
-from dlm.serving.requests import Cancelled, Closing, Expired, Handle, QueueFull, Request, RowFailed
+from dlm.serving.requests import Cancelled, Closing, Expired, Handle, PassFailed, QueueFull, Request, RowFailed
 from dlm.serving.running import Running
 from dlm.serving.stats import Stats
 from dlm.utils.errors import one_line
@@ -223,7 +223,7 @@ class Engine:
                     self._one_pass()
             except Exception as error:  # of one pass: its rows are lost, the server is not
                 log.exception("a pass failed")
-                self._lose_rows(RowFailed(f"the pass failed: {one_line(error)}"))
+                self._lose_rows(PassFailed(f"the pass failed: {one_line(error)}"))
         self._end_all(Closing("the server is shutting down: send the request to another one"))
         self.state = "closed"
 

@@ -21,6 +21,7 @@ __all__ = [
     "Event",
     "Expired",
     "Handle",
+    "PassFailed",
     "QueueFull",
     "Request",
     "Result",
@@ -51,6 +52,10 @@ class Cancelled(ServingError):
 
 class RowFailed(ServingError):
     """The model's numbers for this row, and for no other, were none."""
+
+
+class PassFailed(RowFailed):
+    """A pass failed, and with it all its rows: out of memory, perhaps."""
 
 
 @dataclass(frozen=True)

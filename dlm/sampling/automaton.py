@@ -1,4 +1,4 @@
-"""A regular expression as an automaton over a tokenizer's tokens, and the tokens it allows place by place.
+"""A regular expression as an automaton over a tokenizer's tokens.
 
 Shapes: V vocabulary, S states, K classes of tokens that no state tells apart, E edges (state, state), N places.
 
@@ -10,16 +10,17 @@ follows. A word of N places is thus a match and then end-of-text.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from dlm.tokenizer import token_bytes
 
-__all__ = ["Automaton", "Places", "compile_pattern", "schema_pattern"]
+__all__ = ["Automaton", "compile_pattern", "schema_pattern"]
 
 # What is appended to a pattern, so that no state of its DFA accepts before the very end: outlines-core 0.2 leaves out
 # the steps from an accepting state to one that does not accept ("(ab)*" would not go on after "ab").
@@ -42,113 +43,31 @@ class Automaton:
     sets: np.ndarray
     accepting: np.ndarray
     start: int
+    memo: dict = field(default_factory=dict)
+    copies: dict = field(default_factory=dict)
 
     @property
     def states(self) -> int:
         return len(self.accepting)
 
+    @cached_property
+    def holds(self) -> np.ndarray | None:
+        """fp32 (E, K): 1 where a class leads along an edge; None where that would be large."""
+        if len(self.source) * self.delta.shape[1] > 2**23:
+            return None
+        return np.unpackbits(self.sets, axis=1, count=self.delta.shape[1])[self.kind].astype(np.float32)
 
-class Places:
-    """The places of one match: what each holds, and the states it can be in before and after each.
-
-    `ahead[i]` are the states that what stands before place i can lead to, `back[i]` those from which what stands from
-    place i on can end in a match; an empty place counts as any token.
-    """
-
-    def __init__(self, automaton: Automaton, tokens: Sequence[int | None]):
-        """Raises ValueError where no text that matches fits these places."""
-        self.automaton, self.tokens = automaton, list(tokens)
-        size, states = len(self.tokens), automaton.states
-        self.ahead, self.back = np.zeros((size + 1, states), bool), np.zeros((size + 1, states), bool)
-        self.ahead[0, automaton.start], self.back[size] = True, automaton.accepting
-        for i in range(size):
-            self.ahead[i + 1] = self._after(i)
-        for i in reversed(range(size)):
-            self.back[i] = self._before(i)
-        if not self.back[0, automaton.start]:
-            raise ValueError(
-                f"no text that matches {automaton.pattern[:60]!r} fits {size} tokens: "
-                "give more of them, or a pattern with shorter matches"
-            )
-
-    def _after(self, i: int) -> np.ndarray:
-        token, here = self.tokens[i], self.ahead[i]
-        if token is None:
-            reached = np.bitwise_or.reduce(self.automaton.follow[here], axis=0)
-            return np.unpackbits(reached, count=len(here)).astype(bool)
-        reached = np.zeros_like(here)
-        to = self.automaton.delta[here, self.automaton.classes[token]]
-        reached[to[to >= 0]] = True
-        return reached
-
-    def _before(self, i: int) -> np.ndarray:
-        token, there = self.tokens[i], self.back[i + 1]
-        if token is None:
-            packed = np.packbits(there)
-            return (self.automaton.follow & packed).any(axis=1)
-        to = self.automaton.delta[:, self.automaton.classes[token]]
-        return (to >= 0) & there[to]
-
-    def set(self, place: int, token: int | None) -> None:
-        """Puts a token there, or empties the place; the sets of the other places follow."""
-        self.tokens[place] = token
-        for i in range(place, len(self.tokens)):
-            reached = self._after(i)
-            if (reached == self.ahead[i + 1]).all():
-                break
-            self.ahead[i + 1] = reached
-        for i in reversed(range(place + 1)):
-            leads = self._before(i)
-            if (leads == self.back[i]).all():
-                break
-            self.back[i] = leads
-
-    def allowed(self, place: int) -> np.ndarray:
-        """bool (V,): the tokens at an empty place with which a match can still be completed."""
-        automaton = self.automaton
-        open_edges = self.ahead[place][automaton.source] & self.back[place + 1][automaton.target]
-        kinds = np.unique(automaton.kind[open_edges])
-        classes = np.bitwise_or.reduce(automaton.sets[kinds], axis=0)
-        return np.unpackbits(classes, count=automaton.delta.shape[1]).astype(bool)[automaton.classes]
-
-    def permits(self, place: int, token: int) -> bool:
-        """Whether `allowed(place)` holds the token."""
-        to = self.automaton.delta[self.ahead[place], self.automaton.classes[token]]
-        return bool(self.back[place + 1][to[to >= 0]].any())
-
-    def best(self, scores: dict[int, np.ndarray]) -> list[int]:
-        """The word with the largest sum of scores (V,) over the places that have them; the others take any token that
-        fits. Viterbi over the states (DINGO, arXiv:2505.23061)."""
-        automaton, size = self.automaton, len(self.tokens)
-        value, steps = np.full(automaton.states, -np.inf), []
-        value[automaton.start] = 0.0
-        order, count = np.argsort(automaton.classes, kind="stable"), automaton.delta.shape[1]
-        starts = np.searchsorted(automaton.classes[order], np.arange(count))
-        members = np.unpackbits(automaton.sets, axis=1, count=count).astype(bool)
-        for i in range(size):
-            if self.tokens[i] is not None:
-                gain = np.full(count, -np.inf)
-                gain[automaton.classes[self.tokens[i]]] = 0.0
-                token_of = np.full(count, self.tokens[i])
-            else:
-                score = scores.get(i, np.zeros(len(automaton.classes)))[: len(automaton.classes)]
-                gain = np.maximum.reduceat(score[order], starts)
-                best = np.lexsort((np.arange(len(order)), -score, automaton.classes))
-                token_of = best[np.searchsorted(automaton.classes[best], np.arange(count))]
-            inside = np.where(members, gain, -np.inf)  # (D, K)
-            edge = inside.max(axis=1)[automaton.kind] + value[automaton.source]
-            edge[~self.back[i + 1][automaton.target]] = -np.inf
-            after = np.full(automaton.states, -np.inf)
-            np.maximum.at(after, automaton.target, edge)
-            steps.append((edge, inside.argmax(axis=1), token_of, after))
-            value = after
-        state = int(np.where(automaton.accepting, value, -np.inf).argmax())
-        word: list[int] = []
-        for edge, chosen, token_of, after in reversed(steps):
-            here = int(((automaton.target == state) & (edge == after[state]) & np.isfinite(edge)).argmax())
-            word.append(int(token_of[chosen[automaton.kind[here]]]))
-            state = int(automaton.source[here])
-        return word[::-1]
+    def spread(self, sets: np.ndarray, size: int, device: torch.device) -> Tensor:
+        """bool (N, size): the tokens of sets of classes, bool (N, K); False past the vocabulary."""
+        if (device, size) not in self.copies:
+            classes = torch.zeros(size, dtype=torch.int64)  # class 0 is never allowed
+            classes[: len(self.classes)] = torch.from_numpy(self.classes)[:size]
+            with torch.inference_mode(False):  # it outlives the caller's mode
+                self.copies[device, size] = classes.clone().to(device)
+        classes = self.copies[device, size]
+        if device.type == "cpu":  # torch takes columns one by one there
+            return torch.from_numpy(np.stack([one[classes.numpy()] for one in sets]))
+        return torch.from_numpy(sets).to(device).index_select(1, classes)
 
 
 # ---------------------------------------------------------------- from a pattern
@@ -290,7 +209,7 @@ def _automaton(pattern, vocabulary, source, token, target, accepting) -> Automat
             members.append(column)
         classes[i] = numbers[key]
     count = len(members)
-    delta = np.full((states, count), -1, np.int64)
+    delta = np.full((states, count), -1, np.int32, order="F")  # a step reads the column of one class
     of_class = np.repeat(np.arange(count), [len(column) for column in members])
     every = np.concatenate(members)
     delta[every // states, of_class] = every % states

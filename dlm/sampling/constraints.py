@@ -9,15 +9,16 @@ can be completed at any time: every output is in the language, for every method,
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dlm.sampling.automaton import Automaton, Places, compile_pattern, schema_pattern
+from dlm.sampling.automaton import Automaton, compile_pattern, schema_pattern
+from dlm.sampling.places import Places
 from dlm.sampling.step import Request, branches, guided
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Constraint",
+    "OpenSets",
     "Written",
     "allowed_tokens",
     "best_words",
@@ -34,6 +36,7 @@ __all__ = [
     "commit_in_order",
     "constraint_of",
     "constraints_of_blanks",
+    "open_sets",
 ]
 
 
@@ -104,6 +107,14 @@ class Written:
         places, i = self.where[slot]
         return places.allowed(i)
 
+    def classes(self, slots: Sequence[int]) -> Iterator[tuple[int, Automaton, np.ndarray]]:
+        """(slot, automaton, classes of its tokens that may stand there, bool (K,)) of those slots that are bound."""
+        for places, _ in self.matches:
+            here = [slot for slot in slots if slot in self.where and self.where[slot][0] is places]
+            indices = [self.where[slot][1] for slot in here]
+            for slot, classes in zip(here, places.classes(indices), strict=True):
+                yield slot, places.automaton, classes
+
     def write(self, slot: int, token: int) -> bool:
         """Puts a token at a slot where that is allowed, and says whether it was."""
         if slot not in self.where:
@@ -137,19 +148,48 @@ class Written:
         return found
 
 
+@dataclass
+class OpenSets:
+    """What one automaton allows in a pass: different sets of classes of tokens, bool (K,) each, and for each place
+    that is bound its row, its column and which of the sets holds there."""
+
+    sets: list[np.ndarray] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    columns: list[int] = field(default_factory=list)
+    which: list[int] = field(default_factory=list)
+
+
+def open_sets(written: Sequence[Written | None], slots: Tensor, eligible: Tensor) -> dict[Automaton, OpenSets]:
+    """What the constraints allow at the places that are asked about, by automaton: the work of the host."""
+    groups: dict[Automaton, OpenSets] = {}
+    numbers: dict[int, int] = {}  # a set that holds at several places is one object
+    for row, (constraint, places, asked) in enumerate(zip(written, slots.tolist(), eligible.tolist(), strict=True)):
+        if constraint is None:
+            continue
+        column = {slot: j for j, slot in enumerate(places) if asked[j]}
+        for slot, automaton, classes in constraint.classes(list(column)):
+            group = groups.setdefault(automaton, OpenSets())
+            if id(classes) not in numbers:
+                numbers[id(classes)] = len(group.sets)
+                group.sets.append(classes)
+            group.rows.append(row)
+            group.columns.append(column[slot])
+            group.which.append(numbers[id(classes)])
+    return groups
+
+
 def allowed_tokens(
     written: Sequence[Written | None], slots: Tensor, eligible: Tensor, size: int, suppressed: Sequence[int]
 ) -> Tensor:
     """bool (R, M, V): what may be proposed; at places without a constraint all but the `suppressed`."""
-    mask = np.ones((*slots.shape, size), bool)
+    device = slots.device
+    mask = torch.ones(*slots.shape, size, dtype=torch.bool, device=device)
     mask[..., list(suppressed)] = False
-    for row, (constraint, places, asked) in enumerate(zip(written, slots.tolist(), eligible.tolist(), strict=True)):
-        for j, slot in enumerate(places):
-            if constraint is None or not asked[j] or (allowed := constraint.allowed(slot)) is None:
-                continue
-            mask[row, j] = False
-            mask[row, j, : len(allowed)] = allowed[:size]
-    return torch.from_numpy(mask).to(slots.device)
+    for automaton, group in open_sets(written, slots, eligible).items():
+        tokens = automaton.spread(np.stack(group.sets), size, device)  # (sets, V)
+        where = torch.tensor([group.rows, group.columns, group.which], device=device)
+        mask[where[0], where[1]] = tokens[where[2]]
+    return mask
 
 
 def commit_in_order(

@@ -11,8 +11,9 @@ import torch
 
 import dlm
 from dlm import Canvas, SamplingConfig, denoise, generate
-from dlm.sampling.automaton import Places, compile_pattern, schema_pattern
+from dlm.sampling.automaton import compile_pattern, schema_pattern
 from dlm.sampling.constraints import choice_pattern
+from dlm.sampling.places import Places, _open
 from tests.helpers.toys import Table, tiny_model
 
 pytest.importorskip("outlines_core")
@@ -75,6 +76,38 @@ def test_allowed_tokens_are_those_of_brute_force(pattern):
             assert set(np.flatnonzero(places.allowed(0)).tolist()) == {
                 word[0] for word in words if word[1:] == tuple(places.tokens[1:])
             }
+
+
+def test_large_automata_open_the_same_sets(monkeypatch):
+    """Without the table of edges and classes."""
+    automaton = compile_pattern(LETTERS, PATTERNS[3], (END,))
+    assert automaton.holds is not None
+    places = Places(automaton, [None] * 5)
+    pairs = [(places.ahead(i), places.back(i + 1)) for i in range(5)]
+    small = _open(automaton, pairs)
+    monkeypatch.setitem(automaton.__dict__, "holds", None)
+    assert small.any() and (_open(automaton, pairs) == small).all()
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_sets_follow_any_order_of_writing_emptying_and_asking(pattern):
+    """They are brought up to date where they are asked for alone: any mixture gives what a fresh start gives."""
+    rng, automaton, size = random.Random(5), compile_pattern(LETTERS, pattern, (END,)), 8
+    try:
+        places = Places(automaton, [None] * size)
+    except ValueError:
+        return
+    for _ in range(150):
+        place = rng.randrange(size)
+        if places.tokens[place] is None and rng.random() < 0.7:
+            places.set(place, int(rng.choice(np.flatnonzero(places.allowed(place)).tolist())))
+        else:
+            places.set(place, None)
+        for asked in rng.sample(range(size), rng.choice([0, 1, 3])):
+            if places.tokens[asked] is None:
+                fresh = Places(automaton, places.tokens)
+                assert places.classes([asked])[0].tolist() == fresh.classes([asked])[0].tolist()
+                assert places.ahead(asked) == fresh.ahead(asked) and places.back(asked) == fresh.back(asked)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

@@ -180,6 +180,18 @@ def test_a_part_of_the_canvas_can_be_selected(page):
     assert before == "The " and after in (' is "cat"', ' is "fox"')
 
 
+def test_examples_set_all_that_they_need_and_nothing_of_the_last_one(page):
+    def fields():
+        return [page.input_value(f"#{field}") for field in ("length", "method", "commit", "schema")]
+
+    page.click("text=in any order")
+    assert fields() == ["96", "none", "threshold", ""] and page.locator("#threshold").is_visible()
+    page.click("text=JSON")
+    assert fields()[:3] == ["48", "", ""] and json.loads(fields()[3])["type"] == "object"
+    page.click("text=a missing middle")
+    assert fields() == ["", "", "", ""] and page.inner_text("#chosen") == "Selected: “The dog was sad.”"
+
+
 # ---------------------------------------------------------------- errors, in words
 
 

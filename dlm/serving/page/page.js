@@ -10,7 +10,8 @@ const drawing = new Drawing($("canvas"), $("tip"));
 let history = new History(), name = "", chosen = null, running = null, playing = null, done = "", typed = false;
 
 const EXAMPLES = {
-  story: { text: "Once upon a time", length: "" },
+  story: { text: "Once upon a time" },
+  order: { text: "Once upon a time", length: 96, method: "none", block: 48, commit: "threshold", threshold: 0.4 },
   middle: { text: "Tom saw a dog. The dog was sad. Then they went home and were happy.", select: "The dog was sad.", blank: 24 },
   json: {
     text: "A hero of a story, as JSON: ", length: 48,
@@ -195,9 +196,11 @@ function fill() {
 }
 
 function example(which) {
-  const { text, select, blank, length, schema } = EXAMPLES[which];
+  const { text, select, blank, schema, ...more } = EXAMPLES[which];
+  const fields = { length: "", method: "", block: "", commit: "", threshold: 0.9, ...more };
+  for (const [field, value] of Object.entries(fields)) $(field).value = value;
+  shown();
   $("text").value = text;
-  $("length").value = length ?? "";
   $("schema").value = schema ? JSON.stringify(schema, null, 1) : "";
   if (schema) $("settings").open = true;
   problem("");

@@ -109,14 +109,15 @@ def test_a_thousand_requests_and_a_fifth_of_the_clients_vanish(checkpoint):  # n
             time.sleep(0.02)
         outcomes = engine.stats.outcomes
         line = f"{counts['sent']} requests, {counts['vanished']} clients vanished, {took:.0f} s, {dict(outcomes)}; "
-        print(line + f"MB: {memory[1]:.0f} after 200, {memory[-1]:.0f} at the end; kv {engine.kv_used}")
+        half = memory[len(memory) // 2]  # until then the allocator and caches fill
+        print(line + f"MB: {half:.0f} in the middle, {memory[-1]:.0f} at the end")
         assert counts["wrong"] == [] and counts["sent"] >= REQUESTS
         assert 0.1 * counts["sent"] < counts["vanished"] < 0.3 * counts["sent"]
         assert (engine.running, engine.waiting, engine.kv_used) == (0, 0, 0)
         ended = outcomes.total() - before  # a client that was very quick to go may have asked for nothing
         assert counts["sent"] - counts["vanished"] <= ended <= counts["sent"]
         assert set(outcomes) <= {"stop", "length", "cancelled"} and outcomes["cancelled"] > 0
-        assert memory[-1] - memory[1] < 25, memory
+        assert memory[-1] - half < 20, memory
     finally:
         server.should_exit = True
         thread.join(20)

@@ -137,7 +137,7 @@ def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast | None:
     own_code = fields.get("auto_map") is not None  # its Python would read tokenizer.json too
     try:
         if (own_code or fields.get("tokenizer_class") in _FAST) and (folder / "tokenizer.json").is_file():
-            return PreTrainedTokenizerFast.from_pretrained(str(folder))
+            return PreTrainedTokenizerFast.from_pretrained(str(folder), trust_remote_code=False)
         from transformers import AutoTokenizer  # whose import takes long
 
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)

@@ -196,7 +196,7 @@ def open_model(
         raise ValueError(
             f"{folder} is of a family that transformers reads: leave int8, fp8, cuda_graphs and tensor_parallel out"
         )
-    options = {"config": config, "dtype": placing.whole, "use_safetensors": True, "trust_remote_code": False}
+    options = {"config": config, "dtype": placing.whole, "use_safetensors": True}
     if placing.attn_implementation is not None:
         options["attn_implementation"] = placing.attn_implementation
     if variant is not None:
@@ -209,7 +209,8 @@ def open_model(
         from transformers import AutoModelForCausalLM as kind
     try:
         with quiet():
-            model = kind.from_pretrained(str(folder), **options, **_place(config, placing)).eval()
+            place = _place(config, placing)
+            model = kind.from_pretrained(str(folder), trust_remote_code=False, **options, **place).eval()
     except (SafetensorError, EOFError) as error:
         raise ValueError(f"the weights in {folder} are damaged or cut short ({error}): copy the file again") from None
     _check_numbers(model, folder)

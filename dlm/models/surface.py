@@ -98,7 +98,8 @@ class Surface:
         """As in transformers, but a tensor missing, left over or of another shape is an error, not a warning."""
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("ignore_mismatched_sizes", True)  # so that they come back by name, and are refused below
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        kwargs.pop("trust_remote_code", None)  # whatever was asked for: no code of a checkpoint runs
+        model, info = super().from_pretrained(*args, output_loading_info=True, trust_remote_code=False, **kwargs)
         problems = []
         for kind in ("missing", "unexpected", "mismatched"):
             keys = sorted(info.get(f"{kind}_keys") or (), key=str)

@@ -2,8 +2,8 @@
 # The model that ships, on one GPU in a given time: release_gpu.sh DATA OUTPUT SECONDS
 #   1 a network learns the next token; 2 from it the twin goes on, and beside it the diffusion model learns both
 #   visibilities; 3 the twin writes texts and the diffusion model is made certain on them (which did not ship: LOG.md).
-# DATA holds simple.txt.xz, rest.txt.xz (stories, documents separated by <|endoftext|>) and chat.jsonl.xz (prompt,
-# response). Every stage ends by itself, with its learning rate decayed and its model exported.
+# DATA holds what `dlm train stories` writes: simple.txt.xz, rest.txt.xz (stories, documents separated by <|endoftext|>)
+# and chat.jsonl.xz (prompt, response). Every stage ends by itself, with its learning rate decayed and its model exported.
 set -euo pipefail
 DATA=$1; OUTPUT=$2; SECONDS_IN_ALL=$3
 cd "$(dirname "$0")/.."

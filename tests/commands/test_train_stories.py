@@ -75,8 +75,8 @@ def test_the_script_writes_three_files_and_the_same_again(tmp_path, capsys):
     words = ["--data", str(data), "--simple-words", str(simple), "--output"]
     assert stories.main([*words, str(tmp_path / "a")]) == 0 and stories.main([*words, str(tmp_path / "b")]) == 0
     for name in ("simple.txt.xz", "rest.txt.xz", "chat.jsonl.xz"):
-        assert lzma.open(tmp_path / "a" / name).read() == lzma.open(tmp_path / "b" / name).read()
-    assert "zephyr" in lzma.open(tmp_path / "a" / "rest.txt.xz", "rt").read()
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert b"zephyr" in lzma.decompress((tmp_path / "a" / "rest.txt.xz").read_bytes())
     assert "4 texts: 0 simple, 1 other, 3 left out" in capsys.readouterr().out  # two stories are below 300 characters
     assert stories.main(["--data", str(simple), "--output", str(tmp_path / "c")]) == 2
     assert not (tmp_path / "c").exists()

@@ -61,8 +61,7 @@ REQUESTS = {  # how a story is asked for: how often
     "Write a short story about {}.": 1,
 }
 OPENERS = frozenset(  # of sentences, which are no names
-    "The And But One She Her His They Then With From When Once There This That What How Why Yes You For All Now Just "
-    "Soon Suddenly After Before Every Some Maybe Each Their Our Let Never Not Who Where".split()
+    ["The", "And", "But", "One", "She", "Her", "His", "They", "Then", "With", "From", "When", "Once", "There", "This", "That", "What", "How", "Why", "Yes", "You", "For", "All", "Now", "Just", "Soon", "Suddenly", "After", "Before", "Every", "Some", "Maybe", "Each", "Their", "Our", "Let", "Never", "Not", "Who", "Where"]
 )
 ANY = ("Tell me a story.", "Tell me a story, please.", "Tell me a bedtime story.", "Write a story.")
 

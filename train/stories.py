@@ -60,8 +60,9 @@ REQUESTS = {  # how a story is asked for: how often
     "I want to hear a story about {}.": 1,
     "Write a short story about {}.": 1,
 }
-OPENERS = frozenset(  # of sentences, which are no names
-    ["The", "And", "But", "One", "She", "Her", "His", "They", "Then", "With", "From", "When", "Once", "There", "This", "That", "What", "How", "Why", "Yes", "You", "For", "All", "Now", "Just", "Soon", "Suddenly", "After", "Before", "Every", "Some", "Maybe", "Each", "Their", "Our", "Let", "Never", "Not", "Who", "Where"]
+OPENERS = re.compile(  # of sentences, which are no names
+    "The|And|But|One|She|Her|His|They|Then|With|From|When|Once|There|This|That|What|How|Why|Yes|You|For|All|Now|Just|Soon|"
+    "Suddenly|After|Before|Every|Some|Maybe|Each|Their|Our|Let|Never|Not|Who|Where"
 )
 ANY = ("Tell me a story.", "Tell me a story, please.", "Tell me a bedtime story.", "Write a story.")
 
@@ -140,7 +141,7 @@ def shorten(story: str, limits: Limits, rng: np.random.Generator) -> str | None:
 def names(text: str) -> set[str]:
     """Capitalised words that are nowhere in lower case."""
     lower = set(LOWER.findall(text))
-    return {name for name in NAME.findall(text) if name.lower() not in lower and name not in OPENERS}
+    return {name for name in NAME.findall(text) if name.lower() not in lower and not OPENERS.fullmatch(name)}
 
 
 def topic(answer: str, nouns: set[str], rng: np.random.Generator) -> str | None:

@@ -20,7 +20,9 @@ FAMILIES = "dlm.models.families"  # registers with transformers when it is impor
 METHODS = ("from_pretrained", "for_model")  # of AutoConfig: what looks a family up
 ADAPTED = ["q_proj", "v_proj"]  # the layers that get adapters where target_modules is unset, as PEFT has it for LLaMA
 # `model_type`s that PEFT does not know by itself.
-MODEL_TYPES = ("llada", "Dream", "llada2_moe", "sdar", "Fast_dLLM_Qwen", "rnd1", "a2d-llama", "a2d-qwen2", "a2d-qwen3")
+MODEL_TYPES = (
+    "llada", "illada", "Dream", "llada2_moe", "sdar", "Fast_dLLM_Qwen", "rnd1", "a2d-llama", "a2d-qwen2", "a2d-qwen3",
+)  # fmt: skip
 
 
 def register_when_used() -> None:

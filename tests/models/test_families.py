@@ -102,6 +102,12 @@ WRONG = {
     "too few among the groups": ("llada2", {"n_group": 4, "topk_group": 1, "num_experts_per_tok": 4}, "too few"),
     "more chosen than there are": ("llada_moe", {"num_experts_per_tok": 9}, "8 experts of which 9"),
     "kinds of layers": ("llada_moe", {"moe_layer_freq": [1, 1]}, "moe_layer_freq for 2 layers"),
+    "LLaDA2.2, whose experts are limited": ("llada2", {"expert_capacity": 48}, "expert_capacity=48"),
+    "LLaDA2.2, which deletes": (
+        "llada2",
+        {"delete_token_id": 9},
+        "delete_token_id=9: dlm implements family 'llada2_moe'",
+    ),
     "no width": ("sdar", {"hidden_size": None}, "has no hidden_size"),
 }
 
@@ -123,16 +129,54 @@ def test_windows_that_a_family_does_not_read_are_no_matter(tmp_path):
 
 
 def test_every_family_has_a_table():
-    assert {"llada", "llada-moe", "Dream", "llada2_moe", "sdar", "Fast_dLLM_Qwen", "rnd1"} <= set(FAMILIES)
+    assert {"llada", "llada-moe", "Dream", "llada2_moe", "sdar", "Fast_dLLM_Qwen", "rnd1", "illada"} <= set(FAMILIES)
     for family in FAMILIES.values():
         assert family.model.config_class is family.config
 
 
+# Released sizes: what of config.json decides the number, and the number that is documented. Of LLaDA2.0 it is the bytes
+# of files (mini: 30.28 GiB of bf16; flash: 205.85 GB of fp16), so a per mille may differ, which is more than the width
+# of flash's one dense layer decides. iLLaDA's is documented as 7.62B, and 6.98B without its 155,136 embeddings.
+QWEN = {"head_dim": 128, "vocab_size": 151_936}
+LLADA2 = {
+    "model_type": "llada2_moe",
+    "first_k_dense_replace": 1,
+    "num_experts": 256,
+    "num_experts_per_tok": 8,
+    "num_shared_experts": 1,
+    "head_dim": 128,
+    "num_key_value_heads": 4,
+    "vocab_size": 157_184,
+    "use_bias": False,
+}
 COUNTS = {
     "LLaDA-8B": ({"model_type": "llada", "d_model": 4096, "n_heads": 32, "n_layers": 32, "vocab_size": 126_464,
                   "mlp_hidden_size": 12_288}, 8_015_581_184),
+    "iLLaDA-8B": ({"model_type": "illada", "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
+                   "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 155_136,
+                   "tie_word_embeddings": True}, 7_615_025_152),
     "Dream-7B": ({"model_type": "Dream", "hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28,
                   "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152_064}, 7_615_616_512),
+    "LLaDA2.0-mini": ({**LLADA2, "hidden_size": 2048, "intermediate_size": 5120, "moe_intermediate_size": 512,
+                       "num_hidden_layers": 20, "num_attention_heads": 16}, 30.28 * 2**30 / 2),
+    "LLaDA2.0-flash": ({**LLADA2, "hidden_size": 4096, "intermediate_size": 9216, "moe_intermediate_size": 1024,
+                        "num_hidden_layers": 32, "num_attention_heads": 32}, 205_852_119_520 / 2),
+    "SDAR-8B": ({**QWEN, "model_type": "sdar", "hidden_size": 4096, "intermediate_size": 12_288,
+                 "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8}, 8_190_735_360),
+    "Fast-dLLM v2 1.5B": ({"model_type": "Fast_dLLM_Qwen", "hidden_size": 1536, "intermediate_size": 8960,
+                           "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2,
+                           "vocab_size": 151_936, "tie_word_embeddings": True}, 1_543_714_304),
+    "RND1-Base": ({**QWEN, "model_type": "rnd1", "hidden_size": 2048, "num_hidden_layers": 48, "num_experts": 128,
+                   "moe_intermediate_size": 768, "num_attention_heads": 32, "num_key_value_heads": 4}, 30_532_122_624),
+    "Qwen3-0.6B": ({**QWEN, "model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072,
+                    "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
+                    "tie_word_embeddings": True}, 596_049_920),
+    "Qwen2.5-0.5B": ({"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+                      "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151_936,
+                      "tie_word_embeddings": True}, 494_032_768),
+    "SmolLM2-135M": ({"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+                      "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49_152,
+                      "tie_word_embeddings": True}, 134_515_008),
 }  # fmt: skip
 
 
@@ -141,4 +185,5 @@ def test_released_sizes_have_their_number_of_parameters(fields, count):
     """Counted on the meta device: no memory is taken."""
     family = recognise(fields)
     shapes = expected_tensors(family.model, family.config.from_dict(dict(fields)))
-    assert sum(torch.Size(shape).numel() for shape in shapes.values()) == count
+    found = sum(torch.Size(shape).numel() for shape in shapes.values())
+    assert found == count if isinstance(count, int) else abs(found - count) < 1e-3 * count

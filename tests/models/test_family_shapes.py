@@ -95,6 +95,8 @@ SHAPES = {
         **LLADA2,
         "rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32},
     },
+    "illada": {"model_type": "illada", "tie_word_embeddings": True, "num_key_value_heads": 1},
+    "illada, untied, biases": {"model_type": "illada", "attention_bias": True, "mlp_bias": True},
     "rnd1": RND1,
     "rnd1, not renormalised, biases": {**RND1, "norm_topk_prob": False, "attention_bias": True},
     "rnd1, one chosen": {**RND1, "num_experts_per_tok": 1},

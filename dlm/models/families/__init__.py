@@ -12,7 +12,7 @@ from typing import Any
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from dlm.models.configuration import LLaDAConfig
-from dlm.models.families import dream, fast_dllm, llada2, llada_moe, qwen_llama, rnd1, sdar
+from dlm.models.families import dream, fast_dllm, illada, llada2, llada_moe, qwen_llama, rnd1, sdar
 from dlm.models.families.base import REFUSED, Family, FamilyConfig
 from dlm.models.families.names import expected_tensors
 from dlm.models.transformer import LLaDAModelLM
@@ -27,7 +27,10 @@ FAMILIES: dict[str, Family] = {
     "llada-moe": llada_moe.FAMILY,
     **{
         family.name: family
-        for family in (dream.FAMILY, llada2.FAMILY, sdar.FAMILY, fast_dllm.FAMILY, rnd1.FAMILY, *qwen_llama.FAMILIES)
+        for family in (
+            *(table.FAMILY for table in (illada, dream, llada2, sdar, fast_dllm, rnd1)),
+            *qwen_llama.FAMILIES,
+        )
     },
 }
 # Other spellings of a `model_type`: dllm's class for LLaDA-MoE.

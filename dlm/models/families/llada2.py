@@ -27,6 +27,10 @@ class LLaDA2Config(FamilyConfig):
         "using_split_qkv_in_self_attention": (False, None),
         "norm_head": (False, None),
         "router_dtype": ("fp32", None),
+        # LLaDA2.2: experts are limited for each block, and two tokens insert and delete.
+        "expert_capacity": (None,),
+        "delete_token_id": (None,),
+        "split_token_id": (None,),
     }
     natural: ClassVar = {"block_length": 32, "mask_token_id": 156_895, "eos_token_id": 156_892}
 

@@ -44,9 +44,9 @@ def run(argv: list[str]) -> int:
     )  # fmt: skip
     seen = "full attention" if args.block_length is None else f"block-causal with blocks of {args.block_length}"
     shifted = "guesses at the slot before" if args.shift else "guesses at their own slot"
-    mask, word = made.mask, f"{made.mask.word} " if made.mask.word else ""
+    mask, word = made.mask, f"{made.mask.word}, " if made.mask.word else ""
     print(f"wrote {made.folder}: {made.family}, {made.parameters / 1e6:.2f}M parameters, {seen}, {shifted}")
-    print(f"mask token: {word}(id {mask.number}, {ORIGINS[mask.origin]})")
+    print(f"mask token: {word}id {mask.number}, {ORIGINS[mask.origin]}")
     objective = "" if args.block_length is None else f" --objective block_diffusion --block-length {args.block_length}"
     print(f"next: dlm train pretrain --model {made.folder}{objective} --data YOUR.txt")
     return 0

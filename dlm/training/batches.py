@@ -90,7 +90,7 @@ class Batches:
             options["end_id"] = self.end_id if config.eos_padding == "longest" else None
         parts = []
         for start in range(0, len(numbers), size):
-            for some, settings in self._by_visibility(numbers[start : start + size]):
+            for some, settings in self._by_visibility(numbers[start : start + size], step):
                 batch = fetch(self.data, [step_rows[number] for number in some], self.pad_id, **options)
                 batch = drop_prompts(batch, config.dropout_prompt, config.seed, self.mask_id)
                 noise = self.objective.noise(batch, settings, config.seed, strata)
@@ -103,11 +103,11 @@ class Batches:
             self.position, self.stream.window_digest,
         )  # fmt: skip
 
-    def _by_visibility(self, numbers: range) -> list[tuple[list[int], NoiseSettings]]:
+    def _by_visibility(self, numbers: range, step: int) -> list[tuple[list[int], NoiseSettings]]:
         """The rows of a micro-batch that are computed together, and how their noise is drawn."""
         config, share = self.config, self.config.full_share
         if not share:
-            return [(list(numbers), config.noise())]
+            return [(list(numbers), config.noise(step=step))]
         full = [number for number in numbers if under_full_attention(number, share)]
         blocks = [number for number in numbers if not under_full_attention(number, share)]
         if not full or not blocks:
@@ -115,7 +115,7 @@ class Batches:
                 f"full_share is {share}, and of a micro-batch of {len(numbers)} rows none is left for one of the two "
                 f"visibilities: use a larger batch_size, or less accumulation"
             )
-        return [(blocks, config.noise()), (full, config.noise(full=True))]
+        return [(blocks, config.noise(step=step)), (full, config.noise(full=True))]
 
     def skip(self) -> None:
         """Leave out a step, which another process makes."""

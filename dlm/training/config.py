@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from dlm.models.choices import float_name
 from dlm.objectives.config import NoiseSettings
 from dlm.training import options
+from dlm.training.growth import block_at, read_growth
 from dlm.utils.names import check_name
 
 # How Accelerate calls a precision; here float32 and fp32 are the same name.
@@ -21,7 +22,8 @@ class TrainingConfig:
     and the learning rate decays by whichever of steps and seconds is further; 0 is no limit.
     estimator, noise_schedule, noise_exponent, diffusion_steps, lowest_rate, highest_rate, block_length, rate_alpha,
     rate_beta, complementary, decoding_share, decoding_block: what training noise is drawn with
-    (`objectives.config.NoiseSettings`); validation always takes the whole bound by `count`. full_share: under objective
+    (`objectives.config.NoiseSettings`); validation always takes the whole bound by `count`. block_growth: block lengths
+    before block_length, each with its share of max_steps (`growth.read_growth`). full_share: under objective
     block_diffusion the share of the rows that are trained under full attention, so that one network knows both
     visibilities; decoding_share is of those rows then.
     random_length: share of the examples cut to a random length. packing: several examples may share a row.
@@ -60,6 +62,7 @@ class TrainingConfig:
     lowest_rate: float = 0.0
     highest_rate: float = 1.0
     block_length: int | None = None
+    block_growth: str = ""
     rate_alpha: float = 1.0
     rate_beta: float = 1.0
     complementary: bool = False
@@ -128,6 +131,8 @@ class TrainingConfig:
                 f"block_length is {self.block_length} under objective {self.objective}: give a block_length with "
                 f"objective block_diffusion, and with no other"
             )
+        if self.block_growth:
+            self._check_growth()
         if self.full_share and (self.objective != "block_diffusion" or self.full_share == 1):
             raise ValueError(
                 f"full_share is {self.full_share} under objective {self.objective}: it is the share, below 1, of "
@@ -158,12 +163,28 @@ class TrainingConfig:
         if self.full_share:
             self.noise(full=True)
 
-    def noise(self, full: bool = False) -> NoiseSettings:
-        """How the training noise is drawn; full: of the rows that see everything, where `full_share` has both kinds.
+    def _check_growth(self) -> None:
+        read_growth(self.block_growth)
+        if self.objective != "block_diffusion":
+            raise ValueError(
+                f"block_growth is {self.block_growth!r} under objective {self.objective}: blocks grow under objective "
+                "block_diffusion alone"
+            )
+        if self.max_seconds:
+            raise ValueError(
+                f"block_growth counts shares of max_steps, and max_seconds is {self.max_seconds:g}: leave one out"
+            )
+
+    def noise(self, full: bool = False, step: int | None = None) -> NoiseSettings:
+        """How the training noise is drawn; full: of the rows that see everything, where `full_share` has both kinds;
+        step: of this step (0-based), where blocks grow.
 
         Errors: settings that do not fit together.
         """
         blocks = self.objective == "block_diffusion" and not full
+        length = self.block_length
+        if self.block_growth and step is not None:
+            length = block_at(self.block_growth, length, step, self.max_steps)
         return NoiseSettings(
             estimator=self.estimator,
             schedule=self.noise_schedule,
@@ -171,7 +192,7 @@ class TrainingConfig:
             steps=self.diffusion_steps,
             low=self.lowest_rate,
             high=self.highest_rate,
-            block_length=self.block_length if blocks else None,
+            block_length=length if blocks else None,
             rate_alpha=self.rate_alpha,
             rate_beta=self.rate_beta,
             complementary=self.complementary,

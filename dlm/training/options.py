@@ -86,6 +86,7 @@ GROUPS = {  # title: {field: help}
     "objective": {
         "objective": "",
         "block_length": "tokens of a block, for block_diffusion",
+        "block_growth": "block lengths before it with shares of the steps: 1:0.1,4:0.2",
         "full_share": "share of block_diffusion's rows with full attention",
         "estimator": "how mask rates are drawn",
         "noise_schedule": "of the estimators that draw a time",

@@ -30,6 +30,7 @@ from dlm.training.batches import Batches, StepBatches
 from dlm.training.checks import check_batch, check_targets
 from dlm.training.config import TrainingConfig
 from dlm.training.ema import EMA
+from dlm.training.growth import plan
 from dlm.training.logging import Display, Metrics, finish_tracker, start_tracker
 from dlm.training.optim import schedule_factor, set_learning_rates
 from dlm.training.resume import identify, load_newest, plain_settings
@@ -108,6 +109,8 @@ def fit(
     report = report if accelerator.is_main_process else (lambda line: None)
     with locked(config.output) if accelerator.is_main_process else nullcontext():
         run = Run(model, tokenizer, train, valid, config, mask_id, accelerator, report, objective)
+        if config.block_growth:
+            report(plan(config.block_growth, config.block_length, config.max_steps))
         if resume:
             load_newest(run, skip_damaged)
         return run.loop()

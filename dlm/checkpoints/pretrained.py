@@ -113,10 +113,11 @@ class Pretrained:
     @property
     def blank_defaults(self) -> dict[str, Any]:
         """`defaults` for filling blanks: text after a blank counts, so a network that knows both visibilities uses the
-        one that sees it."""
-        if self.defaults.get("method") == "block_causal" and getattr(self.config, "full_attention", False):
-            return self.defaults | {"method": "none"}
-        return self.defaults
+        one that sees it, and a text of variable length does not grow."""
+        found = {name: value for name, value in self.defaults.items() if name != "grow"}
+        if found.get("method") == "block_causal" and getattr(self.config, "full_attention", False):
+            return found | {"method": "none"}
+        return found
 
     @cached_property
     def digest(self) -> str:

@@ -125,6 +125,7 @@ class Run:
         self.objective = (objective or OBJECTIVES[config.objective]).to(accelerator.device)
         self.output = Path(config.output)
         self.output.mkdir(parents=True, exist_ok=True)
+        vocabulary = getattr(getattr(model, "config", None), "embedding_size", 0)
         pad = getattr(getattr(model, "config", None), "pad_token_id", None)
         end_id = getattr(tokenizer, "eos_token_id", None)
         if end_id is None and config.eos_padding != "none":
@@ -132,13 +133,12 @@ class Run:
         self.model, self.optimizers = prepare_model(accelerator, model, config)
         self.plain = accelerator.unwrap_model(self.model)
         self.sharded = any(is_sharded(parameter) for parameter in self.plain.parameters())
-        vocabulary = getattr(getattr(model, "config", None), "embedding_size", 0)
         self.micro_batch = config.batch_size // (accelerator.num_processes * config.accumulation)
         self.chunk = config.chunk(self.micro_batch * train.length, vocabulary)
         self.ema = EMA(self.plain, config.ema) if config.ema > 0 else None
         self.batches = Batches(
             train, config, self.objective, rank=accelerator.process_index, world=accelerator.num_processes,
-            pad_id=mask_id if pad is None else pad,  # no token sees padding: any id would do
+            pad_id=mask_id if pad is None or pad >= vocabulary else pad,  # no token sees padding: any id would do
             end_id=end_id, mask_id=mask_id,
         )  # fmt: skip
         self.position, self.window = self.batches.position, ""

@@ -85,7 +85,7 @@ def test_auto_classes_open_them(models, name, auto):
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 WRONG = {
-    "a family that is not there": ("dream", {"model_type": "gpt_neox"}, "gpt_neox.*it reads llada, Dream"),
+    "a family that is not there": ("dream", {"model_type": "gpt_neox"}, "gpt_neox.*it reads llada, illada, Dream"),
     "a vision variant": ("dream", {"vision_config": {"depth": 3}}, "vision_config.*image encoder"),
     "an encoder and a decoder": ("a2d_llama", {"is_encoder_decoder": True}, "encoder and a decoder"),
     "quantised weights": ("sdar", {"quantization_config": {"bits": 4}}, "quantization_config"),

@@ -116,13 +116,15 @@ def denoise(
     constraints: Sequence[Sequence[Constraint]] | None = None,
     likely: int = 0,
     telemetry: Telemetry | None = None,
+    growth_tokens: tuple[int | None, int | None] = (None, None),
 ) -> Iterator[DenoiseState]:
     """Fills the masked places of a canvas with a model or any mask predictor, and yields a state after every turn.
 
     Arguments and errors are those of `sampling.denoise.denoise`.
     """
     known = {"vocab_size": vocab_size, "eos_token_ids": eos_token_ids, "constraints": constraints}
-    return loop.denoise(_predictor(model), canvas, config, **known, likely=likely, telemetry=telemetry)
+    known |= {"growth_tokens": growth_tokens, "telemetry": telemetry, "likely": likely}
+    return loop.denoise(_predictor(model), canvas, config, **known)
 
 
 def _predictor(model):

@@ -36,7 +36,7 @@ def generate(argv: Sequence[str]) -> int:
         check_chat(opened)
     check_region(opened, config.gen_length, "--gen-length")
     check_texts(opened, prompts)
-    region = [opened.mask_id] * config.gen_length
+    region = [opened.mask_id] * config.start_length
     ids = [
         chat_ids(opened.tokenizer, [{"role": "user", "content": prompt}], opened.mask_id)
         if args.chat

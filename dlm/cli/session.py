@@ -148,6 +148,8 @@ def denoise(
     canvas = dlm.Canvas.from_templates([job.ids for job in jobs], opened.mask_id, device=opened.device)
     config = dataclasses.replace(config, seed=tuple(job.seed for job in jobs))
     _, known = prepare(opened.predictor, canvas, config, opened.tokenizer)
+    if config.moves and recorder is not None:
+        raise ValueError(f"a recording has fixed slots, and grow {config.grow!r} moves them: leave --record out")
     if any(pattern for job in jobs for *_, pattern in job.blanks):
         if known["constraints"] is not None:
             raise ValueError("a blank has a pattern of its own: leave --regex, --json-schema and --choices out")

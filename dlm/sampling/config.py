@@ -37,7 +37,8 @@ REMASK_NAMES = ("cap", "rescale", "confidence", "loop", "forward_backward")  # r
 NOISE_NAMES = ("linear", "cosine", "polynomial", "geometric")  # objectives.noise.NOISE_SCHEDULES
 CONFIDENCE_NAMES = ("probability", "margin", "entropy", "random")  # propose.CONFIDENCES
 REVISION_NAMES = ("none", "edit", "remask", "verify")  # revise.REVISIONS
-GROW_NAMES = ("none", "block")
+GROW_NAMES = ("none", "block", "confidence", "expand")
+MOVES = ("confidence", "expand")  # ways to grow that move what is written
 SEARCH_NAMES = ("greedy", "viterbi")
 SPLIT_NAMES = ("remainder_first", "rounded", "floored", "time")  # schedule.SPLITS
 ALIGNMENTS = ("start", "prompt")
@@ -53,6 +54,9 @@ def schema_file(path: str) -> str:
     """The text of a JSON schema's file."""
     return Path(path).read_text(encoding="utf-8")
 
+
+COUNTS = ("gen_length", "initial_length", "grow_by", "tail_length", "kl_passes")
+MAYBE = ("steps", "steps_per_block", "block_length", "sub_block_length", "top_k")  # counts, or None
 
 # Field of SamplingConfig: (type, help). The one place where the options of sampling are written.
 SAMPLING: dict[str, tuple[Callable, str]] = {
@@ -90,7 +94,13 @@ SAMPLING: dict[str, tuple[Callable, str]] = {
     "top_k": (int, "only the K most probable tokens"),
     "top_p": (float, "only the most probable tokens that make up P"),
     "cfg_scale": (float, "strength of classifier-free guidance"),
-    "grow": (str, "none or block: block adds blocks until end-of-text, --gen-length at most"),
+    "grow": (str, "block: adds blocks until end-of-text; confidence: adds masks; expand: DreamOn's; to --gen-length"),
+    "initial_length": (int, "for --grow confidence and expand: masks to begin with"),
+    "grow_by": (int, "for --grow confidence: masks added before the first pass, and in the place of an unsure one"),
+    "grow_below": (float, "for --grow confidence: probability below which a place becomes several"),
+    "tail_length": (int, "for --grow confidence: slots at the end where end-of-text is looked for"),
+    "tail_start": (float, "for --grow confidence: how probable it must be there before the first pass"),
+    "tail_bound": (float, "for --grow confidence: and while writing"),
     "regex": (str, "a pattern that the whole text matches"),
     "json_schema": (schema_file, "a file with a JSON schema that the whole text fits"),
     "choices": (words, "texts between commas, of which the whole text is one"),
@@ -120,6 +130,12 @@ NEEDS: dict[str, tuple[str, tuple | None, str]] = {
     "remask": ("revise", ("remask",), "add --revise remask"),
     "remask_eta": ("revise", ("remask",), "add --revise remask"),
     "verify_threshold": ("revise", ("verify",), "add --revise verify"),
+    "initial_length": ("grow", MOVES, "add --grow confidence"),
+    "grow_by": ("grow", ("confidence",), "add --grow confidence"),
+    "grow_below": ("grow", ("confidence",), "add --grow confidence"),
+    "tail_length": ("grow", ("confidence",), "add --grow confidence"),
+    "tail_start": ("grow", ("confidence",), "add --grow confidence"),
+    "tail_bound": ("grow", ("confidence",), "add --grow confidence"),
     "window": ("method", ("vicinity",), "add --method vicinity"),
     "top_k": ("temperature", None, "give a --temperature above 0"),
     "top_p": ("temperature", None, "give a --temperature above 0"),
@@ -155,8 +171,11 @@ class SamplingConfig:
     order_temperature: above 0 places are drawn without replacement by softmax(confidence / T) (Dream's alg_temp).
     temperature: 0 takes the most probable token, above 0 samples. top_k, top_p: which tokens may be sampled.
     cfg_scale: w of classifier-free guidance, l = u + (w + 1)(c - u); 0 is none, and costs nothing.
-    grow: `block` shows the model one block more at a time and ends a row after the block that holds end-of-text;
-        gen_length is then the limit.
+    grow: `block` shows the model one block more at a time and ends a row after the block that holds end-of-text.
+        `confidence` begins with initial_length masks and adds grow_by at the end while end-of-text is less probable
+        than tail_start over the last tail_length slots; later, while it is below tail_bound, a place of probability
+        below grow_below becomes grow_by masks. `expand` begins with initial_length masks (a canvas: with its own), and
+        a committed expand token becomes two. gen_length is the limit of them all.
     regex, json_schema (its text), choices: what the whole region must match, one of the three; end-of-text fills what
         is left. constraint_search: `greedy` proposes token by token, `viterbi` the most probable text that matches.
     seed: row i uses seed + i; a tuple gives one a row.
@@ -201,6 +220,12 @@ class SamplingConfig:
     cfg_scale: float = 0.0
     window: int = 16
     grow: str = "none"
+    initial_length: int = 64
+    grow_by: int = 8
+    grow_below: float = 0.1
+    tail_length: int = 32
+    tail_start: float = 0.5
+    tail_bound: float = 0.9
     regex: str | None = None
     json_schema: str | None = None
     choices: tuple[str, ...] | None = None
@@ -223,18 +248,9 @@ class SamplingConfig:
         check_name("constraint_search", self.constraint_search, SEARCH_NAMES)
         if self.confidence is not None:
             check_name("confidence", self.confidence, CONFIDENCE_NAMES)
-        for name in (
-            "gen_length",
-            "steps",
-            "steps_per_block",
-            "block_length",
-            "sub_block_length",
-            "top_k",
-            "kl_passes",
-        ):
+        for name in COUNTS + MAYBE:
             value = getattr(self, name)
-            optional = value is None and name not in ("gen_length", "kl_passes")
-            if not optional and (not _whole(value) or value < 1):
+            if (value is not None or name in COUNTS) and (not _whole(value) or value < 1):
                 raise ValueError(f"{name} is {value!r}: it counts tokens or passes; give a whole number, 1 or more")
         for name, what in (("window", "slots"), ("max_post_passes", "passes")):
             value = getattr(self, name)
@@ -264,6 +280,9 @@ class SamplingConfig:
             "kl_bound": (lambda x: x >= 0, "nats, 0 or more"),
             "open_share": (lambda x: 0 <= x <= 1, "a part of a block, from 0 to 1"),
             "force_share": (lambda x: 0 <= x <= 1, "a part of a block, from 0 to 1"),
+            "grow_below": (lambda x: 0 <= x <= 1, "a probability, from 0 to 1"),
+            "tail_start": (lambda x: 0 <= x <= 1, "a probability, from 0 to 1"),
+            "tail_bound": (lambda x: 0 <= x <= 1, "a probability, from 0 to 1"),
             "verify_threshold": (lambda x: 0 <= x <= 1, "a probability, from 0 to 1"),
             "remask_eta": (lambda x: 0 <= x <= 1, "a probability, from 0 to 1"),
             "edit_threshold": (lambda x: 0 <= x <= 1, "a probability, from 0 to 1"),
@@ -294,6 +313,16 @@ class SamplingConfig:
     def is_greedy(self) -> bool:
         """Whether every proposal is the most probable token, with its own probability as confidence."""
         return self.temperature == 0 and not self.tempered_confidence and self.ordering == "probability"
+
+    @property
+    def moves(self) -> bool:
+        """Whether a row may put masks in or take slots out while it is written."""
+        return self.grow in MOVES
+
+    @property
+    def start_length(self) -> int:
+        """Masks behind a prompt before the first pass."""
+        return min(self.initial_length, self.gen_length) if self.moves else self.gen_length
 
     @property
     def eos_ids(self) -> tuple[int, ...]:

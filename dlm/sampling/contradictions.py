@@ -71,6 +71,8 @@ def _check_blocks(config: SamplingConfig) -> None:
     """Order and length."""
     if config.grow == "block" and config.method == "c2f":
         raise ValueError("grow 'block' adds blocks from left to right, and method 'c2f' has none: leave one out")
+    if config.moves:
+        _check_moves(config)
     if config.method in SEVERAL:
         _check_several(config)
 
@@ -91,3 +93,29 @@ def _check_several(config: SamplingConfig) -> None:
         raise ValueError(f"grow {config.grow!r} adds to the block that is written, and {name} writes several: drop one")
     if config.sub_block_length is not None or config.commit_first:
         raise ValueError(f"sub_block_length and commit_first are for one block at a time, and {name} writes several")
+
+
+def _check_moves(config: SamplingConfig) -> None:
+    name = f"grow {config.grow!r}"
+    if config.method in ("c2f", "block_causal", *SEVERAL):
+        raise ValueError(
+            f"{name} moves what is written, and method {config.method!r} keeps its blocks where they are: use none, "
+            "prefix, dual or vicinity"
+        )
+    for field in ("steps", "steps_per_block", "sub_block_length"):
+        if getattr(config, field) is not None:
+            raise ValueError(
+                f"{field} is {getattr(config, field)}, a plan for a known number of tokens, and {name} changes it: "
+                "leave one of them out"
+            )
+    for field in ("whole_blocks", "commit_first"):
+        if getattr(config, field):
+            raise ValueError(f"{field} is for blocks that stand still, and {name} moves them: leave one of them out")
+    if config.commit in ("ancestral", "origin"):
+        raise ValueError(f"commit {config.commit!r} plans its passes for a known length: leave it or {name} out")
+    if any(getattr(config, field) is not None for field in ("regex", "json_schema", "choices")):
+        raise ValueError(f"a pattern says itself where its text ends, within gen_length: leave it or {name} out")
+    if config.grow == "confidence" and config.suppress_eos:
+        raise ValueError(f"suppress_eos writes no end-of-text, and {name} looks for it: leave one of them out")
+    if config.grow == "expand" and config.revise != "none":
+        raise ValueError(f"revise {config.revise!r} and {name} both change what was committed: leave one of them out")

@@ -20,6 +20,7 @@ from dlm.sampling.canvas import Canvas
 from dlm.sampling.commit import COMMITS, Step, by_blocks, coarse_block
 from dlm.sampling.config import SamplingConfig
 from dlm.sampling.constraints import Constraint, allowed_tokens, best_words, change_in_order, commit_in_order
+from dlm.sampling.growth import expansions, insertions, resize, tail_slots, take_tail
 from dlm.sampling.planning import Plan, alike, plan_pass, request_of, shifted
 from dlm.sampling.propose import drawn_order
 from dlm.sampling.remask import draw_steps
@@ -63,16 +64,17 @@ def denoise(
     constraints: Sequence[Sequence[Constraint]] | None = None,
     likely: int = 0,
     telemetry: Telemetry | None = None,
+    growth_tokens: tuple[int | None, int | None] = (None, None),
 ) -> Iterator[DenoiseState]:
     """Fills the masked places of `canvas` and yields a state after every turn.
 
     `predictor` is a mask predictor (`models.predictor`) or a model, which is called as it is (`dlm.denoise` packs it
     first). vocab_size: ids from there on are never proposed (embeddings beyond the tokenizer). eos_token_ids: what
     ends a text, unless the config says. constraints: each row's. likely: how many of the most probable tokens each
-    state names. telemetry: watches the passes. Raises ValueError for settings that do not fit the model or the
-    canvas, FloatingPointError for NaN logits.
+    state names. growth_tokens: the checkpoint's expand and delete token. telemetry: watches the passes. Raises
+    ValueError for settings that do not fit the model or the canvas, FloatingPointError for NaN logits.
     """
-    batch = Batch(predictor, vocab_size=vocab_size, eos_token_ids=eos_token_ids)
+    batch = Batch(predictor, vocab_size=vocab_size, eos_token_ids=eos_token_ids, growth_tokens=growth_tokens)
     batch.join(canvas, config or SamplingConfig(), constraints)
     batch.likely, batch.telemetry = likely, telemetry
     try:
@@ -95,10 +97,13 @@ def turn(batch: Batch) -> DenoiseState:
         torch.zeros(before.tokens.shape, device=before.tokens.device),
         torch.zeros_like(before.valid),
         {},
+        {},
     )
     for rows in alike(active):
         run_pass(batch, rows, pages)
     batch.canvas = replace(before, tokens=pages.tokens)
+    for index, changes in pages.grown.items():
+        resize(batch, batch.rows[index], changes, pages)
     refuse_nan(batch, before=batch.turns + 1 - batch.lag)
     advance(batch, active, pages)
     stop_ended(batch, [row for row in active if row.config.stop_at_eos and row.fault is None])
@@ -116,13 +121,14 @@ def turn(batch: Batch) -> DenoiseState:
 @dataclass(frozen=True)
 class Pages:
     """What a turn writes, (B, T) each: the tokens, which were committed, how sure, and which were revised; likely is as
-    in a state."""
+    in a state; grown: of each row that changes its length, what becomes of which slots."""
 
     tokens: Tensor
     committed: Tensor
     confidence: Tensor
     revised: Tensor
     likely: dict[tuple[int, int], list[tuple[int, float]]]
+    grown: dict[int, dict[int, int]]
 
 
 def run_pass(batch: Batch, rows: list[Row], pages: Pages) -> None:
@@ -130,8 +136,12 @@ def run_pass(batch: Batch, rows: list[Row], pages: Pages) -> None:
     plan = plan_pass(batch, rows)
     request, eligible = request_of(batch, rows, plan)
     canvas = batch.canvas if request.rows is None else batch.canvas.rows(plan.index)
-    if rows[0].config.grow == "block" and plan.positions is None:
+    if rows[0].config.grow != "none" and plan.positions is None:
         canvas, request = without_hidden(canvas, request, cached=rows[0].method.cached)
+    tail = tail_slots(batch, rows, request.positions) if rows[0].config.grow == "confidence" else None
+    asked = request.slots.shape[1]
+    if tail is not None:
+        request = replace(request, slots=torch.cat([request.slots, tail[0]], dim=1))
     cache = batch.cache if rows[0].method.cached else None
     shadow, visible = None, visible_to(rows)
     if rows[0].revision is not None and rows[0].revision.shadows:
@@ -139,7 +149,12 @@ def run_pass(batch: Batch, rows: list[Row], pages: Pages) -> None:
     else:
         guided, shift = rows[0].branches == 2, shifted(batch)
         logits = compute(batch.predictor, canvas, request, guided=guided, visible=visible, cache=cache, shifted=shift)
+    if tail is not None:
+        log_p, request = prediction(logits[:, asked:], rows[0].config), replace(request, slots=request.slots[:, :asked])
+        take_tail(rows, batch.canvas.tokens[plan.index[:, None], tail[0]], log_p, tail[1], batch.canvas.mask_id)
+        logits, shadow = logits[:, :asked], None if shadow is None else shadow[:, :asked]
     for row, count in zip(rows, plan.counts, strict=True):
+        row.stale = False
         row.nfe += 1
         row.computed += row.branches * count
     bad = faults_of(batch, rows, request, logits)
@@ -203,6 +218,10 @@ def commit(
     written = [row.written for row in rows]
     bound = any(constraint is not None for constraint in written)
     suppressed = rows[0].eos if config.suppress_eos else ()
+    if config.grow == "expand":
+        suppressed = () if batch.growth_tokens[1] is None else suppressed  # end-of-text takes a place out
+    else:
+        suppressed += tuple(token for token in batch.growth_tokens if token is not None)
     options = {
         "mask_id": batch.canvas.mask_id,
         "vocab_size": batch.vocab_size,
@@ -213,6 +232,10 @@ def commit(
     allowed = None
     if bound:
         allowed = allowed_tokens(written, request.slots, eligible, logits.shape[-1], suppressed)
+    elif config.grow == "expand" and not all(row.room_to_expand for row in rows):
+        allowed = torch.ones(*request.slots.shape, logits.shape[-1], dtype=torch.bool, device=logits.device)
+        for i, row in enumerate(rows):
+            allowed[i, :, batch.growth_tokens[0]] = row.room_to_expand > 0
     token, confidence, largest = decide_all(logits, request, config, generators=generators, allowed=allowed, **options)
     if bound and config.constraint_search == "viterbi":
         token, confidence = best_words(written, request, eligible, logits, token, confidence, config)
@@ -262,6 +285,15 @@ def commit(
         token, confidence, chosen = commit_in_order(
             written, request.slots, token, confidence, chosen, again, keep_count=fixed
         )
+    if config.grow == "confidence":
+        sure = confidence
+        if config.ordering != "probability":
+            sure = prediction(logits, config).gather(-1, token[..., None])[..., 0].exp()
+        chosen, grown = insertions(batch, rows, request.slots, eligible, chosen, sure)
+        pages.grown.update(grown)
+    elif config.grow == "expand":
+        chosen, grown = expansions(batch, rows, request.slots, token, chosen)
+        pages.grown.update(grown)
     if (revision := REVISIONS[config.revise]) is not None:
         best = (token, confidence)
         if revision.compares and not config.is_greedy:
@@ -314,7 +346,8 @@ def prediction(logits: Tensor, config: SamplingConfig) -> Tensor:
 def advance(batch: Batch, active: list[Row], pages: Pages) -> None:
     """Moves every row on to its next pass, its next block, or its end."""
     active = [row for row in active if row.fault is None]
-    counted = [row for row in active if not row.method.several and (row.quota is None or row.revision is not None)]
+    free = [row for row in active if not row.method.several]
+    counted = [row for row in free if row.quota is None or row.revision is not None]
     committed = revised = masked = [0] * len(batch.rows)
     if counted:
         committed = pages.committed.sum(dim=1).tolist()
@@ -324,6 +357,8 @@ def advance(batch: Batch, active: list[Row], pages: Pages) -> None:
     for row in active:
         if row.method.several:
             row.advance_several(masks_of(batch, row))
+        elif row.config.moves:
+            row.advance_moved(masks_of(batch, row), revised[row.index])
         elif row in counted:
             row.advance(committed[row.index], masked[row.index], revised[row.index])
         else:

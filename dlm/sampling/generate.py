@@ -10,6 +10,7 @@ from dlm.sampling.canvas import Canvas
 from dlm.sampling.config import SamplingConfig, as_ids
 from dlm.sampling.constraints import constraint_of
 from dlm.sampling.denoise import denoise
+from dlm.sampling.growth import growth_tokens
 from dlm.sampling.prompts import rows_of
 from dlm.sampling.telemetry import Telemetry
 from dlm.tokenizer import mask_id
@@ -67,15 +68,19 @@ def generate(
 
 
 def prepare(predictor, inputs, config: SamplingConfig, tokenizer=None) -> tuple[Canvas, dict]:
-    """The canvas for these inputs and what else `denoise` should know (vocab_size, eos_token_ids, constraints)."""
+    """The canvas for these inputs and what else `denoise` should know (vocab_size, eos_token_ids, constraints,
+    growth_tokens)."""
     settings = getattr(predictor, "config", None)
     vocab_size = getattr(settings, "vocab_size", None) if tokenizer is None else len(tokenizer)
     known = {"vocab_size": vocab_size, "eos_token_ids": as_ids(getattr(settings, "eos_token_id", None))}
+    known["growth_tokens"] = growth_tokens(tokenizer, settings)
     if isinstance(inputs, Canvas):
         known["constraints"] = constraint_of(config, inputs, tokenizer, known["eos_token_ids"])
         return inputs, known
     inputs = rows_of(inputs, tokenizer, settings)
-    canvas = Canvas.from_prompts(inputs, config.gen_length, mask_id(tokenizer, settings), device=_device_of(predictor))
+    canvas = Canvas.from_prompts(
+        inputs, config.start_length, mask_id(tokenizer, settings), device=_device_of(predictor)
+    )
     size = getattr(settings, "embedding_size", None)
     wrong = canvas.tokens[(canvas.tokens < 0) | (canvas.tokens >= (size or 2**62))]
     if len(wrong):

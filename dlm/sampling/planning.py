@@ -39,7 +39,7 @@ class Plan:
 
 def planner_of(row: Row) -> Planner:
     """What the row's method computes at its next pass."""
-    return row.method.first if row.turn == 0 else row.method.later
+    return row.method.first if row.turn == 0 or row.stale else row.method.later
 
 
 def alike(rows: Sequence[Row]) -> list[list[Row]]:
@@ -56,7 +56,10 @@ def alike(rows: Sequence[Row]) -> list[list[Row]]:
 def plan_pass(batch: Batch, rows: Sequence[Row]) -> Plan:
     """The plan of these rows' next pass; kept, since later passes of a block have the same."""
     planner = planner_of(rows[0])
-    kind, key = (planner, rows[0].config), tuple((row.serial, row.block, row.ahead, row.done_before) for row in rows)
+    kind, key = (
+        (planner, rows[0].config),
+        tuple((row.serial, row.block, row.ahead, row.done_before, row.edition) for row in rows),
+    )
     kept = batch.plans.get(kind)
     alone = rows[0].config.sub_block_cache and rows[0].turn > 0
     if not alone and kept is not None and kept[0] == key and kept[1].span.shape[1] == batch.layout.shape[1]:

@@ -19,6 +19,7 @@ from dlm.models.kv_cache import KVCache
 from dlm.sampling.canvas import Canvas
 from dlm.sampling.config import SCHEDULED, SamplingConfig
 from dlm.sampling.constraints import Constraint, Written
+from dlm.sampling.growth import check_growth, with_room
 from dlm.sampling.methods import METHODS, Method, visibility
 from dlm.sampling.revise import REVISIONS, Revision
 from dlm.sampling.schedule import lay_out, quotas_of
@@ -43,6 +44,9 @@ class Row:
     forward passes so far; computed: slots that they computed.
     ahead: blocks that are written beside it (`pipeline`), and then left counts theirs too; lefts: places still masked
     in each block; since: the block of the last pass. past: what the last pass predicted (commit `stable`).
+    Of a row that changes its length: places of its region, of at most `limit`; sizing: whether it still looks for its
+    first length; tail: how probable end-of-text was at its end; expanded: expand tokens so far; edition: changes so
+    far; stale: whether its slots have moved since the last pass.
     """
 
     index: int
@@ -72,6 +76,13 @@ class Row:
     lefts: list[int] = field(default_factory=list)
     past: Past | None = None
     fault: str | None = None  # of a lenient batch: why the row ended before it was done
+    places: int = 0
+    limit: int = 0
+    sizing: bool = False
+    tail: float = 0.0
+    expanded: int = 0
+    edition: int = 0
+    stale: bool = False
 
     @property
     def method(self) -> Method:
@@ -100,6 +111,8 @@ class Row:
         """Tokens that the next pass commits; None where the commit rule decides."""
         if self.config.commit not in ("quota", "sequential") or self.config.sub_block_length is not None:
             return None
+        if self.config.moves:
+            return min(1, self.left)
         quotas = self.quotas[self.block]
         if self.revision is not None:  # some places may be masked again: what the passes after this one will not take
             return max(0, self.left - sum(quotas[self.turn + 1 :]))
@@ -109,6 +122,8 @@ class Row:
     def share(self) -> Tensor:
         """The next pass's quota () on the device; 0 where the commit rule decides alone."""
         quotas, commit = self.quotas[self.block], self.config.commit
+        if self.config.moves:
+            return self.shares.new_tensor(1)
         if commit == "capped":  # what earlier passes left of theirs too, and after the last all
             given = sum(quotas[: self.turn + 1]) - (self.masked[self.block] - self.left)
             return self.shares.new_tensor(given)
@@ -192,6 +207,22 @@ class Row:
             self.block, self.turn, self.post = self.block + 1, 0, 0
             self.left = 0 if self.done else self.masked[self.block]
 
+    @property
+    def room_to_expand(self) -> int:
+        """Expand tokens that may still be committed."""
+        return max(0, min(self.limit - self.places, 2 * self.limit - self.expanded))
+
+    def advance_moved(self, masked: list[int], revised: int) -> None:
+        """Goes on after a pass that may have changed the row's length; masked: what its blocks hold now."""
+        self.post += self.left == 0
+        self.masked, self.turn = masked, self.turn + 1
+        self.left = 0 if self.done else masked[self.block]
+        while not self.done and self.left == 0 and not (self.revision and self._unsettled(revised)):
+            self.block, self.turn, self.post = self.block + 1, 0, 0
+            self.left = 0 if self.done else masked[self.block]
+            if self.revision is not None:
+                break
+
     def _unsettled(self, revised: int) -> bool:
         """Whether a block without masks goes on, for what a pass may still revise."""
         if self.config.commit == "ancestral":
@@ -208,12 +239,20 @@ class Batch:
     """Rows that share forward passes. What a row becomes does not depend on the others.
 
     predictor: as `denoise` takes it. vocab_size: ids from there on are never proposed. eos_token_ids: what ends a
-    text, unless a row's settings say.
+    text, unless a row's settings say. growth_tokens: the checkpoint's expand and delete token.
     canvas, layout (B, T): the slots of all rows and the block of each (-1: none); a free index has no valid slot.
     extra (B, T) or None: slots that fill a row's last block up, which nobody asked for. width: slots asked for.
     """
 
-    def __init__(self, predictor, *, vocab_size: int | None = None, eos_token_ids: Sequence[int] = ()):
+    def __init__(
+        self,
+        predictor,
+        *,
+        vocab_size: int | None = None,
+        eos_token_ids: Sequence[int] = (),
+        growth_tokens: tuple[int | None, int | None] = (None, None),
+    ):
+        self.growth_tokens = growth_tokens
         self.predictor, self.vocab_size, self.eos_token_ids = predictor, vocab_size, tuple(eos_token_ids)
         self.fixed_shapes = getattr(predictor, "fixed_shapes", False)
         self.canvas: Canvas | None = None
@@ -256,6 +295,9 @@ class Batch:
             )
         method = METHODS[config.method]
         block_length, visible = visibility(self.predictor, config.method, config.block_length)
+        if config.moves:
+            check_growth(canvas, config, visible, eos, self.growth_tokens[0])
+            canvas = with_room(canvas, config.gen_length)
         count, slots = canvas.tokens.shape
         limit = getattr(getattr(self.predictor, "config", None), "max_sequence_length", None)
         if limit is not None and slots > limit:
@@ -327,6 +369,9 @@ class Batch:
                 left=masked[0] if masked else 0,
                 lefts=masked,
             )
+            if config.moves:
+                row.places = int((canvas.editable & canvas.valid)[i].sum())
+                row.limit, row.sizing = max(config.gen_length, row.places), config.grow == "confidence"
             joined.append(row)
             self._serial += 1
         self.width = max(self.width, slots)

@@ -6,6 +6,7 @@ Shapes: B batch, T canvas, Q queried, V vocabulary.
 import torch
 
 import dlm
+from dlm.models.kv_cache import KVCache
 from dlm.models.predictor import as_predictor
 
 MASK = 39  # of tiny models: V = 40, the last id
@@ -122,6 +123,35 @@ class Recorder:
     def __call__(self, tokens, positions=None, **options):
         self.calls.append((tokens.clone(), None if positions is None else positions.clone(), options))
         return as_predictor(self.model)(tokens, positions, **options)
+
+
+class Watch(Recorder):
+    """A model that notes the token whose keys lie in each slot of the cache, and when a pass reads another one's."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.config = model.config
+        self.stored = {}  # (row, slot) -> token
+
+    def __call__(self, tokens, positions=None, *, cache=None, **options):
+        if cache is not None:
+            rows = range(len(tokens)) if isinstance(cache, KVCache) else cache.rows.tolist()
+            for row, ids, slots in zip(rows, tokens.tolist(), positions.tolist(), strict=True):
+                self.stored |= {(row, slot): token for slot, token in zip(slots, ids, strict=True)}
+        return super().__call__(tokens, positions, cache=cache, **options)
+
+    def follow(self, states, canvas, reach=None):
+        """Yields the states; after each the keys of every row that had a pass must be those of the canvas before it.
+        reach(state, row): the slots that its pass could see; None for all."""
+        before, spent = canvas, [0] * len(canvas.tokens)
+        for state in states:
+            for row, nfe in enumerate(state.nfe.tolist()):
+                end = before.tokens.shape[1] if reach is None else reach(state, row)
+                slots = before.valid[row, :end].nonzero()[:, 0].tolist() if nfe > spent[row] and self.stored else []
+                read = [self.stored.get((row, slot)) for slot in slots]
+                assert read == before.tokens[row, slots].tolist(), f"row {row} reads a stale key at turn {state.step}"
+            before, spent = state.canvas, state.nfe.tolist()
+            yield state
 
 
 def trace(model, canvas, config, **options):

@@ -20,6 +20,7 @@ _WHERE = {
     "choose": "checkpoints.generation",
     "denoise": "checkpoints.generation",
     "generate": "checkpoints.generation",
+    "infill": "checkpoints.generation",
     "likelihood": "objectives.likelihood",
     "load": "checkpoints.pretrained",
     "load_pretrained": "checkpoints.pretrained",

@@ -13,8 +13,13 @@ from transformers import PreTrainedTokenizerFast
 from dlm.utils.jsonio import read_object
 
 _FAST = ("TokenizersBackend", "PreTrainedTokenizerFast")  # names of the class that AutoTokenizer would choose
-# ___, ___{12} for twelve tokens, ___{12:/[0-9]+/} for what they must match, ___{/[0-9]+/} for both left open
-BLANK = re.compile(r"_{3,}(?:\{(?:(\d+)|(?:(\d+):)?/((?:[^/\\]|\\.)*)/)\})?")
+# ___, ___{12} for twelve tokens, ___{2..20} for two to twenty, ___* for any number; ___{12:/[0-9]+/} and
+# ___{2..20:/[0-9]+/} for what they must match, ___{/[0-9]+/} with the length left open
+BLANK = re.compile(
+    r"_{3,}(?:\{(?:(?P<low>\d+)(?:\.\.(?P<high>\d+))?)?(?:(?:(?<=\d):|(?<=\{))/(?P<pattern>(?:[^/\\]|\\.)*)/)?(?<!\{)\}"
+    r"|(?P<any>\*))?"
+)
+ANY_LENGTH, MOST_LENGTHS = 16, 64  # tokens of ___* at most; lengths of one blank
 
 
 def template(tokenizer, text: str, blank_length: int, mask: int) -> list[int]:
@@ -22,20 +27,23 @@ def template(tokenizer, text: str, blank_length: int, mask: int) -> list[int]:
     return blanks(tokenizer, text, blank_length, mask)[0]
 
 
-def blanks(tokenizer, text: str, blank_length: int, mask: int) -> tuple[list[int], list[tuple[int, int, str | None]]]:
+def blanks(
+    tokenizer, text: str, blank_length: int, mask: int, *, lengths: Sequence[int] | None = None
+) -> tuple[list[int], list[tuple[int, int, str | None]]]:
     """Ids of a text with blanks (`___`, or `___{12}` for twelve tokens), the mask id in the blanks; and of each blank
     where it begins, its length, and the pattern that it must match (`___{12:/[0-9]+/}`) or None.
 
     In a byte-level vocabulary a word begins with its space (" mat"), so the space before a blank is left to
     the model, which writes it with the word; the text after a blank keeps its own. A pattern then has that space.
+    lengths: the tokens of each blank, in place of what the text says.
     Raises ValueError as `blank_lengths`, and for a text that contains the mask token.
     """
-    lengths = blank_lengths(text, blank_length)
+    lengths = blank_lengths(text, blank_length) if lengths is None else lengths
     ids: list[int] = []
     places: list[tuple[int, int, str | None]] = []
     at = 0
     for blank, length in zip(BLANK.finditer(text), lengths, strict=True):
-        piece, pattern = text[at : blank.start()], blank[3]
+        piece, pattern = text[at : blank.start()], blank["pattern"]
         if piece.endswith(" ") and not piece.endswith("  "):
             piece = piece[:-1]
             pattern = None if pattern is None else f" (?:{pattern})"
@@ -46,26 +54,46 @@ def blanks(tokenizer, text: str, blank_length: int, mask: int) -> tuple[list[int
     return ids + encode_prompt(tokenizer, text[at:], mask, beginning=False), places
 
 
-def blank_lengths(text: str, blank_length: int) -> list[int]:
-    """The tokens of each blank of a text; those without a number have `blank_length`.
+def blank_ranges(text: str, blank_length: int) -> list[tuple[int, int]]:
+    """The least and the most tokens of each blank of a text; one without a number has `blank_length`, ___* has 1 to 16.
 
-    Raises ValueError for a text without a blank, a blank of no tokens, and braces that hold no number.
+    Raises ValueError for a text without a blank, a blank of no tokens, braces that hold no number, and a range that is
+    empty or has more than 64 lengths.
     """
     blanks = list(BLANK.finditer(text))
     if not blanks:
         raise ValueError(f"no blank in {text[:60]!r}: mark each with ___, or with ___{{12}} for twelve tokens")
+    ranges = []
     for blank in blanks:
         if "{" not in blank[0] and text[blank.end() :].startswith("{"):
             wrong = text[blank.end() : blank.end() + 12].split("}")[0] + "}"
             raise ValueError(f"the blank ___{wrong} has no number of tokens: write ___{{12}} for twelve")
-    numbers = [blank[1] or blank[2] or str(blank_length) for blank in blanks]
-    if any(len(number) > 12 for number in numbers):
-        raise ValueError("a blank of more than 10^12 tokens: give a number that fits the model")
-    lengths = [int(number) for number in numbers]
-    for blank, length in zip(blanks, lengths, strict=True):
-        if length < 1:
+        low = blank["low"] or ("1" if blank["any"] else str(blank_length))
+        high = blank["high"] or (str(ANY_LENGTH) if blank["any"] else low)
+        if max(len(low), len(high)) > 12:
+            raise ValueError("a blank of more than 10^12 tokens: give a number that fits the model")
+        low, high = int(low), int(high)
+        if low < 1:
             raise ValueError(f"the blank {blank[0]} has no tokens: give 1 or more")
-    return lengths
+        if high < low:
+            raise ValueError(
+                f"the blank {blank[0]} has no length: write the smaller number first, ___{{{high}..{low}}}"
+            )
+        if high - low >= MOST_LENGTHS:
+            raise ValueError(
+                f"the blank {blank[0]} has {high - low + 1:,} lengths to try, above {MOST_LENGTHS}: narrow it"
+            )
+        ranges.append((low, high))
+    return ranges
+
+
+def blank_lengths(text: str, blank_length: int) -> list[int]:
+    """The tokens of each blank of a text, as `blank_ranges`. Raises ValueError for one with a range too."""
+    ranges = blank_ranges(text, blank_length)
+    for blank, (low, high) in zip(BLANK.finditer(text), ranges, strict=True):
+        if low < high:
+            raise ValueError(f"the blank {blank[0]} has several lengths, and here it needs one: write ___{{{high}}}")
+    return [low for low, _ in ranges]
 
 
 BOS, EOS, MASK = "<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import fields as fields_of
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,11 +22,12 @@ from dlm.sampling.config import SamplingConfig, as_ids
 from dlm.sampling.constraints import Constraint
 from dlm.sampling.denoise import DenoiseState
 from dlm.sampling.generate import GenerationOutput
+from dlm.sampling.lengths import DRAWS, Filled, fill_lengths
 from dlm.sampling.prompts import rows_of
 from dlm.sampling.telemetry import Telemetry
 from dlm.tokenizer import mask_id
 
-__all__ = ["choose", "denoise", "generate", "generate_ids"]
+__all__ = ["choose", "denoise", "generate", "generate_ids", "infill"]
 
 _FIELDS = {field.name for field in fields_of(SamplingConfig)}
 # Options of transformers' `generate` -> what does the same here.
@@ -104,6 +106,24 @@ def choose(model, text: str, *, tokenizer, orders: int = 8, seed: int = 0) -> Ch
     return options.choose(
         predictor, text, tokenizer=tokenizer, mask_id=mask_id(tokenizer, predictor.config), orders=orders, seed=seed
     )
+
+
+def infill(
+    model, text: str, config: SamplingConfig | None = None, *, tokenizer=None, blank_length: int = 4, draws: int = DRAWS
+) -> Filled:
+    """Fills the blanks of a text (`The cat ___{1..6} on the mat.`), each with the length of its range that gives the
+    lowest bound on -log p of the text, as `sampling.lengths.fill_lengths`.
+
+    model: an open checkpoint, or a model with its tokenizer. End-of-text is not written into a blank.
+    """
+    if isinstance(model, Pretrained):
+        tokenizer = model.tokenizer if tokenizer is None else tokenizer
+    predictor = _predictor(model)
+    settings = predictor.config
+    config, eos = config or SamplingConfig(), as_ids(settings.eos_token_id)
+    config = replace(config, suppress_eos=bool(config.eos_ids or eos))
+    known = {"tokenizer": tokenizer, "mask_id": mask_id(tokenizer, settings), "eos": config.eos_ids or eos}
+    return fill_lengths(predictor, text, config, blank_length=blank_length, draws=draws, **known)
 
 
 def denoise(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -20,25 +21,37 @@ def infill(argv: Sequence[str]) -> int:
     parser = Parser(
         "infill",
         "[TEXT ...] [options]",
-        "Fill the blanks of each text: ___ is a blank, ___{12} one of twelve tokens, ___{12:/[0-9]+/} of digits.",
+        "Fill the blanks of each text: ___ is a blank, ___{12} one of twelve tokens, ___{2..20} of two to twenty, ___* "
+        "of any number, ___{12:/[0-9]+/} of digits.",
     )
     parser.add_argument("prompt", nargs="*", metavar="TEXT", help="text with blanks")
     parser.add_argument("--blank-length", type=int, default=4, metavar="N", help="tokens in a blank (default: 4)")
-    add_common(parser, argv, leave_out=("gen_length",))
+    add_common(parser, argv)
     args = parser.parse(argv)
     check_counts(args)
-    from dlm.tokenizer import blank_lengths, blanks
+    if args.gen_length is not None and args.grow != "expand":
+        raise ValueError("--gen-length is the most tokens of blanks that expand: add --grow expand, or write ___{12}")
+    if args.grow == "confidence":
+        raise ValueError(
+            "--grow confidence is for a text that goes on: here give a blank a range of lengths, ___{2..20}"
+        )
+    from dlm.tokenizer import blank_ranges, blanks
 
     texts = gather_prompts(args, 'dlm infill "The cat ___ on the mat."')
     opened = announce(args, check=False)
     check_texts(opened, texts)
     check_region(opened, args.blank_length, "--blank-length")
-    for text in texts:
-        check_region(opened, sum(blank_lengths(text, args.blank_length)), "the blanks' length")
-    rows = [blanks(opened.tokenizer, text, args.blank_length, opened.mask_id) for text in texts]
-    places = max(row.count(opened.mask_id) for row, _ in rows)
+    places = max(sum(high for _, high in blank_ranges(text, args.blank_length)) for text in texts)
+    check_region(opened, places, "the blanks' length")
+    places = 4 * places if args.grow == "expand" else places
     # A blank is in the middle of a text, so the text may not end in it.
     config = settings(args, opened.blank_defaults, gen_length=places, suppress_eos=opened.has_end)
+    rows = [
+        blanks(
+            opened.tokenizer, text, args.blank_length, opened.mask_id, lengths=lengths_of(opened, text, config, args)
+        )
+        for text in texts
+    ]
     pairs = ((text, row) for text, row in zip(texts, rows, strict=True) for _ in range(args.num_samples))
     jobs = (Job(row, text, config.seed + i, tuple(wanted)) for i, (text, (row, wanted)) in enumerate(pairs))
 
@@ -51,6 +64,21 @@ def infill(argv: Sequence[str]) -> int:
             print_text(pieces)
 
     return run_jobs(opened, jobs, config, args, show)
+
+
+def lengths_of(opened: Pretrained, text: str, config, args) -> tuple[int, ...]:
+    """The tokens of each blank of a text: where one has a range, those with the lowest bound of the filled text."""
+    from dlm.sampling.lengths import choose_lengths
+
+    ids = {"mask_id": opened.mask_id, "eos": config.eos_ids or opened.end_ids}
+    if not args.json:
+        live.note(sys.stderr, "choosing lengths ...")
+    try:
+        return choose_lengths(
+            opened.predictor, text, config, tokenizer=opened.tokenizer, blank_length=args.blank_length, **ids
+        )
+    finally:
+        live.note(sys.stderr, "")
 
 
 def filled_pieces(opened: Pretrained, result: Result, config) -> list[live.Piece]:

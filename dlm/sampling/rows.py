@@ -332,6 +332,8 @@ class Batch:
         lengths, seeds, rules = shown.valid.sum(dim=1).tolist(), config.row_seeds(count), replace(config, seed=0)
         written: list[Written | None] = [None] * count
         for i, here in enumerate(constraints or ()):
+            if here and config.moves:
+                raise ValueError(f"a pattern fits a number of tokens, and grow {config.grow!r} changes it: drop one")
             if here:
                 written[i] = Written(here, canvas.tokens[i].tolist(), canvas.mask_id, config.constraint_search)
                 whole = set(written[i].where) >= set(asked.masked[i].nonzero()[:, 0].tolist())

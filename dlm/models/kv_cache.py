@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["KVCache"]
+__all__ = ["Beside", "KVCache"]
 
 
 class KVCache:
@@ -68,3 +68,21 @@ class _Rows:
         keys[self.rows[:, None], :, positions] = k
         values[self.rows[:, None], :, positions] = v
         return keys[self.rows].transpose(1, 2), values[self.rows].transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The stored keys and values of some rows, and behind them those of `count` queries, which are not stored. rows
+    (R,): of the cache, None for all."""
+
+    cache: KVCache
+    rows: Tensor | None
+    count: int
+
+    @property
+    def length(self) -> int:
+        return self.cache.length + self.count
+
+    def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        stored = [x if self.rows is None else x[self.rows] for x in self.cache.stored(layer, k)]
+        return tuple(torch.cat([x.transpose(1, 2), new], dim=1) for x, new in zip(stored, (k, v), strict=True))

@@ -145,7 +145,7 @@ def run_pass(batch: Batch, rows: list[Row], pages: Pages) -> None:
     cache = batch.cache if rows[0].method.cached else None
     shadow, visible = None, visible_to(rows)
     if rows[0].revision is not None and rows[0].revision.shadows:
-        logits, shadow = compute_shadows(batch.predictor, canvas, request, visible)
+        logits, shadow = compute_shadows(batch.predictor, canvas, request, visible, cache)
     else:
         guided, shift = rows[0].branches == 2, shifted(batch)
         logits = compute(batch.predictor, canvas, request, guided=guided, visible=visible, cache=cache, shifted=shift)
@@ -155,7 +155,7 @@ def run_pass(batch: Batch, rows: list[Row], pages: Pages) -> None:
         logits, shadow = logits[:, :asked], None if shadow is None else shadow[:, :asked]
     for row, count in zip(rows, plan.counts, strict=True):
         row.stale = False
-        row.nfe += 1
+        row.nfe += 1 + (shadow is not None and cache is not None)
         row.computed += row.branches * count
     bad = faults_of(batch, rows, request, logits)
     kinds: dict[SamplingConfig, list[int]] = {}

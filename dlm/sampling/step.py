@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dlm.models.attention import Visible
-from dlm.models.kv_cache import KVCache
+from dlm.models.kv_cache import Beside, KVCache
 from dlm.models.predictor import as_predictor
 from dlm.sampling.canvas import Canvas
 from dlm.sampling.config import SamplingConfig
@@ -78,9 +78,14 @@ def compute(
     return predict(tokens, positions, visible=visible, cache=cache, valid=valid, logits_to_keep=kept)
 
 
-def compute_shadows(predictor, canvas: Canvas, request: Request, visible: Visible) -> tuple[Tensor, Tensor]:
-    """Logits (R, M, V) of a pass without a cache, and those of shadows: a mask beside every slot asked about, at the
-    same position, which sees all the canvas but that slot's token, and which the canvas does not see."""
+def compute_shadows(
+    predictor, canvas: Canvas, request: Request, visible: Visible, cache: KVCache | None = None
+) -> tuple[Tensor, Tensor]:
+    """Logits (R, M, V) of a pass, and those of shadows: a mask beside every slot asked about, at the same position,
+    which sees all the canvas but that slot's token, and which the canvas does not see. With a cache the shadows are a
+    forward pass of their own, which reads what the first has stored."""
+    if cache is not None:
+        return _shadows_beside(predictor, canvas, request, visible, cache)
     tokens, slots = canvas.tokens, request.slots
     rows, length = tokens.shape
     count = slots.shape[1]
@@ -99,6 +104,27 @@ def compute_shadows(predictor, canvas: Canvas, request: Request, visible: Visibl
     predict = as_predictor(predictor)
     logits = predict(torch.cat([tokens, masks], dim=1), places, visible=seen, valid=valid, logits_to_keep=kept)
     return logits[:, :count], logits[:, count:]
+
+
+def _shadows_beside(predictor, canvas: Canvas, request: Request, visible: Visible, cache: KVCache):
+    logits = compute(predictor, canvas, request, guided=False, visible=visible, cache=cache)
+    slots, length, rows = request.slots, cache.length, request.rows
+    if rows is None and cache.rows != len(slots):  # the cache has second branches, of other rows
+        rows = torch.arange(len(slots), device=slots.device)
+
+    def seen(b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        own = slots[b, (k - length).clamp_min(0).clamp_max(slots.shape[1] - 1)] == q
+        return torch.where(k < length, visible(b, q, k.clamp_max(length - 1)) & (q != k), own)
+
+    valid = None
+    if request.valid is not None:
+        every = request.valid.new_zeros(len(slots), length)
+        every[:, : request.valid.shape[1]] = request.valid
+        valid = torch.cat([every, torch.ones_like(slots, dtype=torch.bool)], dim=1)
+    kept = torch.arange(slots.shape[1], device=slots.device).expand(len(slots), -1)
+    beside, predict = Beside(cache, rows, slots.shape[1]), as_predictor(predictor)
+    masks = torch.full_like(slots, canvas.mask_id)
+    return logits, predict(masks, slots, visible=seen, cache=beside, valid=valid, logits_to_keep=kept)
 
 
 def held_probability(logits: Tensor, held: Tensor) -> Tensor:

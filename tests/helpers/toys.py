@@ -6,7 +6,7 @@ Shapes: B batch, T canvas, Q queried, V vocabulary.
 import torch
 
 import dlm
-from dlm.models.kv_cache import KVCache
+from dlm.models.kv_cache import Beside, KVCache
 from dlm.models.predictor import as_predictor
 
 MASK = 39  # of tiny models: V = 40, the last id
@@ -134,7 +134,7 @@ class Watch(Recorder):
         self.stored = {}  # (row, slot) -> token
 
     def __call__(self, tokens, positions=None, *, cache=None, **options):
-        if cache is not None:
+        if cache is not None and not isinstance(cache, Beside):
             rows = range(len(tokens)) if isinstance(cache, KVCache) else cache.rows.tolist()
             for row, ids, slots in zip(rows, tokens.tolist(), positions.tolist(), strict=True):
                 self.stored |= {(row, slot): token for slot, token in zip(slots, ids, strict=True)}

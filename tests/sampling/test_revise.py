@@ -12,7 +12,7 @@ import torch
 
 from dlm import Canvas, SamplingConfig, denoise
 from dlm.sampling.remask import chances, looped, shares
-from tests.helpers.toys import MASK, Predictor, Table, tiny_model
+from tests.helpers.toys import MASK, Predictor, Table, Watch, tiny_model
 
 RECORDED = json.loads((Path(__file__).parents[1] / "fixtures" / "remdm" / "expected.json").read_text())
 NAMES = {  # the authors' samplers -> our settings
@@ -288,7 +288,6 @@ def test_a_shadow_sees_all_but_its_own_slot():
 @pytest.mark.parametrize(
     "options",
     [
-        {"revise": "verify", "method": "dual"},
         {"revise": "verify", "cfg_scale": 1.0},
         {"revise": "remask", "remask": "confidence", "confidence": "entropy"},
         {"revise": "remask", "remask_eta": 1.5},
@@ -298,3 +297,73 @@ def test_a_shadow_sees_all_but_its_own_slot():
 def test_contradictions_are_refused(options):
     with pytest.raises(ValueError):
         SamplingConfig(**options)
+
+
+# --- with caches ---------------------------------------------------------------------------------------------------
+
+RULES = [
+    {"revise": "edit", "edit_threshold": 0.0, "max_post_passes": 3},
+    {"revise": "remask", "remask_eta": 0.5, "steps": 12},
+    {"revise": "verify", "verify_threshold": 1.0, "steps_per_block": 2},  # it masks fewer than a pass commits
+]
+
+
+def canvases(rng):
+    rows = [[rng.randrange(MASK) for _ in range(rng.randint(1, 5))] + [MASK] * 7 for _ in range(2)]
+    rows[1][-2] = 3  # given text in the middle of the region
+    return Canvas.from_templates(rows, MASK)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["revise"])
+def test_block_causal_with_its_cache_is_recomputing_everything(rule):
+    model, revised = tiny_model(2, block_length=5, sharp=2.5), 0
+    for seed in range(6):
+        canvas = canvases(random.Random(seed))
+        plain = list(denoise(model, canvas, SamplingConfig(method="none", seed=seed, **rule)))
+        cached = list(denoise(model, canvas, SamplingConfig(method="block_causal", seed=seed, **rule)))
+        assert len(plain) == len(cached)
+        for a, b in zip(plain, cached, strict=True):
+            assert torch.equal(a.canvas.tokens, b.canvas.tokens)
+            revised += int(b.revised.sum())
+        assert int(cached[-1].positions_computed.sum()) < int(plain[-1].positions_computed.sum())
+    assert revised > 0
+
+
+@pytest.mark.parametrize("method", ["prefix", "dual", "vicinity", "c2f", "block_causal"])
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["revise"])
+def test_no_key_of_a_revised_place_is_read(rule, method):
+    """Every slot that a pass can see has the keys of what stands there, however often that was changed."""
+    causal = method == "block_causal"
+    model, revised = Watch(tiny_model(2, sharp=2.5, **({"block_length": 5} if causal else {}))), 0
+    for seed in range(3):
+        canvas, config = canvases(random.Random(seed)), SamplingConfig(
+            method=method, block_length=5, window=1, seed=seed, cfg_scale=0.0 if rule["revise"] == "verify" else 0.5,
+            **rule,
+        )  # fmt: skip
+        model.stored.clear()
+        states = denoise(model, canvas, config)
+
+        def reach(state, row):
+            return 1 + max(slot for index, slot in model.stored if index == row)
+
+        for state in model.follow(states, canvas, reach if causal else None):
+            revised += int(state.revised.sum())
+        assert not state.canvas.masked.any()
+    assert revised > 0
+
+
+def test_shadows_beside_a_cache_are_those_of_a_whole_pass():
+    from dlm.models.attention import full
+    from dlm.models.kv_cache import KVCache
+    from dlm.sampling.step import Request, compute_shadows
+
+    model, canvas = tiny_model(2), canvases(random.Random(1))
+    slots = canvas.masked.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :4].sort(dim=1).values
+    request = Request(None, None, slots, [4, 4], torch.ones_like(slots, dtype=torch.bool), canvas.valid)
+    with torch.no_grad():
+        cache = KVCache(2, canvas.tokens.shape[1])
+        for a, b in zip(
+            compute_shadows(model, canvas, request, full), compute_shadows(model, canvas, request, full, cache),
+            strict=True,
+        ):  # fmt: skip
+            torch.testing.assert_close(a, b)

@@ -70,6 +70,8 @@ def _check_blocks(config: SamplingConfig) -> None:
     """Order and length."""
     if config.grow == "block" and config.method == "c2f":
         raise ValueError("grow 'block' adds blocks from left to right, and method 'c2f' has none: leave one out")
+    if config.method == "c2f" and config.commit_first:
+        raise ValueError("commit_first is for blocks from left to right, and method 'c2f' has none: leave one out")
     if config.moves:
         _check_moves(config)
     if config.method in SEVERAL:

@@ -26,6 +26,7 @@ from dlm.sampling.propose import drawn_order
 from dlm.sampling.remask import draw_steps
 from dlm.sampling.revise import REVISIONS, Slate
 from dlm.sampling.rows import Batch, Row
+from dlm.sampling.settle import advance, end_faulty, is_any, refuse_nan, stop_ended
 from dlm.sampling.stability import stable_places
 from dlm.sampling.step import Check, Request, branches, compute, compute_shadows, decide_all, guided, held_probability
 from dlm.sampling.telemetry import Telemetry
@@ -186,16 +187,6 @@ def faults_of(batch: Batch, rows: list[Row], request: Request, logits: Tensor) -
     return bad
 
 
-def end_faulty(rows: list[Row], bad: list[int], check: Check) -> None:
-    """Ends the rows whose logits were no numbers, and says so in each."""
-    try:
-        check.refuse()
-    except FloatingPointError as error:
-        for place in bad:
-            rows[place].fault = f"pass {rows[place].nfe}: {error}"
-            rows[place].end()
-
-
 def visible_to(rows: list[Row]) -> Visible:
     """The rule of a pass of these rows, whose blocks may begin before slot 0."""
     if not any(row.offset for row in rows):
@@ -250,7 +241,7 @@ def commit(
         eligible = coarse_block(certain, eligible, is_any(token, rows[0].eos), size)
         batch.layout[plan.index] = batch.layout[plan.index].scatter_add(1, request.slots, eligible * (plan.block + 1))
     if config.order_temperature > 0:
-        certain = drawn_order(certain, config.order_temperature, request.counts, options["generators"])
+        certain = drawn_order(certain, config.order_temperature, request.counts, generators)
     quota = torch.stack([row.share for row in rows])
     held = pages.tokens[where]
     revisable = request.eligible & (held != batch.canvas.mask_id)
@@ -297,7 +288,7 @@ def commit(
     if (revision := REVISIONS[config.revise]) is not None:
         best = (token, confidence)
         if revision.compares and not config.is_greedy:
-            best = decide_all(logits, request, config.greedy, generators=generators, **options)[:2]
+            best = decide_all(logits, request, config.greedy, generators=generators, allowed=allowed, **options)[:2]
         again = None if drawn is None else drawn.again
         sure = None if shadow is None else held_probability(shadow, held)
         slate = Slate(held, token, chosen, revisable, *best, again, sure, batch.canvas.mask_id, config, rows)
@@ -338,81 +329,3 @@ def note_likely(batch: Batch, rows: list[Row], request: Request, logits: Tensor,
 def prediction(logits: Tensor, config: SamplingConfig) -> Tensor:
     """log p (R, M, V) of the model's whole prediction, guided where it is."""
     return guided(*branches(logits, config), config).log_softmax(dim=-1)
-
-
-# ---------------------------------------------------------------- after a pass
-
-
-def advance(batch: Batch, active: list[Row], pages: Pages) -> None:
-    """Moves every row on to its next pass, its next block, or its end."""
-    active = [row for row in active if row.fault is None]
-    free = [row for row in active if not row.method.several]
-    counted = [row for row in free if row.quota is None or row.revision is not None]
-    committed = revised = masked = [0] * len(batch.rows)
-    if counted:
-        committed = pages.committed.sum(dim=1).tolist()
-    if any(row.revision is not None for row in counted):
-        again = pages.revised & batch.canvas.masked
-        revised, masked = pages.revised.sum(dim=1).tolist(), again.sum(dim=1).tolist()
-    for row in active:
-        if row.method.several:
-            row.advance_several(masks_of(batch, row))
-        elif row.config.moves:
-            row.advance_moved(masks_of(batch, row), revised[row.index])
-        elif row in counted:
-            row.advance(committed[row.index], masked[row.index], revised[row.index])
-        else:
-            row.advance(row.quota)
-        if row.config.grow == "block" and row.turn == 0 and not row.done:
-            batch.open_block(row)
-
-
-def masks_of(batch: Batch, row: Row) -> list[int]:
-    """The masked places of each block of a row."""
-    masked = batch.canvas.masked[row.index]
-    return torch.bincount(batch.layout[row.index][masked], minlength=len(row.sizes)).tolist()
-
-
-def stop_ended(batch: Batch, rows: list[Row]) -> None:
-    """Ends the rows whose end-of-text has nothing masked before it, and fills what they leave with it."""
-    rows = [row for row in rows if row.revision is None or row.turn == 0]  # a token that may be revised ends nothing
-    if not rows:
-        return
-    canvas, tokens = batch.canvas, batch.canvas.tokens
-    slots = torch.arange(tokens.shape[1], device=tokens.device)
-    for eos in {row.eos: None for row in rows}:
-        ours = [row for row in rows if row.eos == eos]
-        index = torch.tensor([row.index for row in ours], device=tokens.device)
-        part = canvas.rows(index)
-        masked = part.masked
-        ending = part.editable & part.valid & is_any(part.tokens, eos)
-        first_end = torch.where(ending, slots, masked.shape[1]).amin(dim=1)
-        first_mask = torch.where(masked, slots, masked.shape[1]).amin(dim=1)
-        ended = first_end < first_mask
-        tokens = tokens.index_put((index,), part.tokens.masked_fill(masked & ended[:, None], eos[0]))
-        for row, over in zip(ours, ended.tolist(), strict=True):
-            if over:
-                row.end()
-    batch.canvas = replace(canvas, tokens=tokens)
-
-
-def refuse_nan(batch: Batch, before: int) -> None:
-    """Raises FloatingPointError if the logits of a turn before that one were not numbers; in a lenient batch the rows
-    that had them end instead."""
-    while batch.unchecked and batch.unchecked[0][0] < before:
-        number, check, rows = batch.unchecked.popleft()
-        if batch.lenient:
-            end_faulty(rows, check.bad_rows, check)
-            continue
-        try:
-            check.refuse()
-        except FloatingPointError as error:
-            raise FloatingPointError(f"pass {number}: {error}") from None
-
-
-def is_any(tokens: Tensor, ids: Sequence[int]) -> Tensor:
-    """bool, the tokens' shape: whether each is one of `ids`."""
-    found = torch.zeros_like(tokens, dtype=torch.bool)
-    for token in ids:
-        found |= tokens == token
-    return found

@@ -20,7 +20,7 @@ from dlm.objectives.noise import NOISE_SCHEDULES
 
 if TYPE_CHECKING:
     from dlm.sampling.config import SamplingConfig
-    from dlm.sampling.rows import Row
+    from dlm.sampling.row import Row
 
 __all__ = ["REMASKS", "Chances", "Drawn", "chances", "draw_steps", "looped", "shares"]
 

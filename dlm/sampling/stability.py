@@ -14,7 +14,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from dlm.sampling.config import SamplingConfig
-    from dlm.sampling.rows import Row
+    from dlm.sampling.row import Row
 
 __all__ = ["Past", "stable_places"]
 

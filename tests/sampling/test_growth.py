@@ -176,7 +176,7 @@ def test_random_settings_end_within_the_limit_and_do_not_depend_on_the_batch():
     rng, model, changed = random.Random(1), tiny_model(5, sharp=2.5), set()
     with torch.no_grad():
         model.model.transformer.ff_out.weight[DELETE:END] *= 3.0
-    for _ in range(24):
+    for _ in range(14):
         grow = rng.choice(["confidence", "expand"])
         options = {
             "gen_length": rng.randint(3, 12),

@@ -53,7 +53,7 @@ def test_one_block_is_the_threshold_rule():
 @pytest.mark.parametrize("commit", ["threshold", "stable"])
 def test_the_cache_is_exact_for_a_block_causal_model(commit):
     rng, model, fewer = random.Random(0), tiny_model(2, block_length=3, sharp=2.5), 0
-    for _ in range(25):
+    for _ in range(8):
         options = {
             "commit": commit,
             "threshold": rng.choice([0.2, 0.5, 0.9]),
@@ -74,7 +74,7 @@ def test_the_cache_is_exact_for_a_block_causal_model(commit):
         fewer += int(b.positions_computed.sum()) < int(a.positions_computed.sum())
         *_, alone = denoise(model, Canvas.from_templates(rows[:1], MASK), SamplingConfig(method="pipeline", **options))
         assert torch.equal(alone.canvas.tokens[0], a.canvas.tokens[0, : len(rows[0])])
-    assert fewer == 25
+    assert fewer == 8
 
 
 def test_closed_blocks_of_a_block_causal_model_are_not_computed():

@@ -48,20 +48,27 @@ def browser():
         found.close()
 
 
-@pytest.fixture
-def page(served, browser):
-    """The page, open; at the end no script may have failed, and nothing may have been asked of another server."""
-    address, _ = served
+@pytest.fixture(scope="module")
+def tab(browser):
+    """(a tab, errors of scripts in it, addresses that it asked)."""
     context = browser.new_context(viewport={"width": 1180, "height": 820})
     context.set_default_timeout(20_000)
     found, wrong, asked = context.new_page(), [], []
     found.on("pageerror", lambda error: wrong.append(str(error)))
     found.on("console", lambda line: wrong.append(line.text) if "Content Security" in line.text else None)
     found.on("request", lambda request: asked.append(request.url))
+    return found, wrong, asked
+
+
+@pytest.fixture
+def page(served, tab):
+    """The page, open; at the end no script may have failed, and nothing may have been asked of another server."""
+    address, (found, wrong, asked) = served[0], tab
+    wrong.clear(), asked.clear()
     found.goto(address)
     found.locator("#model", has_text="tiny-fox").wait_for()
     yield found
-    context.close()
+    found.unroute_all()
     assert not wrong
     assert all(url.startswith(address) for url in asked), asked
 
@@ -137,6 +144,20 @@ def test_stop_frees_the_row(page, served, monkeypatch):
     assert served[1].running == 0
     assert page.inner_text("#said").startswith("Stopped after ") and page.locator("#canvas .masked").count() > 50
     assert page.locator("#problem").is_hidden() and page.locator("#write").is_enabled()
+
+
+def test_a_text_is_answered_where_the_model_can(page, served):
+    page.locator("#settings").evaluate("box => { box.open = true; }")
+    for field, value in (("text", "The cat?"), ("length", "6"), ("seed", "5"), ("temperature", "1"), ("block", "3")):
+        page.fill(f"#{field}", value)
+    page.check("#chat")
+    page.click("#write")
+    finished(page)
+    body = {"messages": [{"role": "user", "content": "The cat?"}]}
+    body |= {"max_tokens": 6, "seed": 5, "temperature": 1, "block_length": 3}
+    answer = page.request.post(f"{served[0]}v1/chat/completions", data=body).json()
+    said = page.locator("#said").text_content()
+    assert said.split(": ", 1)[1] == "The cat?\n\n" + answer["choices"][0]["message"]["content"]
 
 
 # ---------------------------------------------------------------- infilling
@@ -241,13 +262,47 @@ def test_answers_of_a_server_in_trouble(page, status, headers, words):
     assert page.locator("#problem").is_hidden()
 
 
+def test_a_page_that_was_open_before_its_server_works_once_it_is_there(page):
+    page.route("**/v1/models", lambda route: route.abort())
+    page.reload()
+    page.locator("#problem", has_text="The server does not answer.").wait_for()
+    page.click("#write")
+    page.locator("#problem", has_text="The server does not answer.").wait_for()
+    page.unroute("**/v1/models")
+    page.fill("#length", "2")
+    page.click("#write")
+    finished(page)
+    assert page.inner_text("#model") == "tiny-fox" and page.locator("#problem").is_hidden()
+
+
+def answer_with(page, *passes, end="data: [DONE]\n\n"):
+    """The next completion has these passes: (pieces, committed) each."""
+    events = ""
+    for pieces, committed in passes:
+        sure = [None if piece is None else 0.5 for piece in pieces]
+        canvas = {"pass": 1, "pieces": pieces, "confidence": sure, "committed": committed}
+        events += f"data: {json.dumps({'choices': [{'text': ''}], 'canvas': canvas})}\n\n"
+    page.route("**/v1/completions", lambda route: route.fulfill(body=events + end, content_type="text/event-stream"))
+
+
 def test_a_connection_that_breaks_keeps_what_was_written(page):
-    canvas = {"pass": 1, "pieces": [" a", None], "confidence": [0.5, None], "committed": [0]}
-    events = f"data: {json.dumps({'choices': [{'text': ''}], 'canvas': canvas})}\n\n"
-    page.route("**/v1/completions", lambda route: route.fulfill(body=events, content_type="text/event-stream"))
+    answer_with(page, ([" a", None], [0]), end="")
     page.click("#write")
     page.locator("#problem", has_text="The connection broke before the text was finished.").wait_for()
     assert page.inner_text("#said") == "Not finished after 1 pass: Once upon a time a"
+
+
+def test_places_that_change_show_what_they_held(page):
+    """A place is written, changed, masked again: back and forth, each pass shows its own state."""
+    answer_with(page, ([" a", None], [0]), ([" b", " c"], [0, 1]), ([None, " c"], [0]))
+    page.click("#write")
+    finished(page)
+    shown = {0: "", 1: " a", 2: " b c", 3: " c"}
+    for number in (2, 1, 0, 3, 1, 3):
+        page.locator("#pass").fill(str(number))
+        assert page.locator("#canvas").text_content() == "Once upon a time" + shown[number]
+    page.locator("#canvas .masked").focus()
+    assert page.inner_text("#tip") == "masked\nchanged 2 times"
 
 
 def test_a_prompt_is_text_and_never_markup(page):

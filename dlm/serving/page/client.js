@@ -25,16 +25,17 @@ async function reason(answer) {
   return said || `The server answered with status ${answer.status}.`;
 }
 
-// The name of the model that is served. Throws Problem.
+// What the server says of its model: id, chat (whether it answers), and more. Throws Problem.
 export async function model(key) {
   const answer = await ask("v1/models", { headers: headers(key) });
   if (!answer.ok) throw Object.assign(new Problem(await reason(answer)), { status: answer.status });
-  return (await answer.json()).data[0].id;
+  return (await answer.json()).data[0];
 }
 
-// The events of a streamed completion, one object each. Throws Problem; AbortError once `signal` says stop.
+// The events of a streamed completion, or with `messages` of a chat's answer, one object each. Throws Problem; AbortError
+// once `signal` says stop.
 export async function* complete(body, key, signal) {
-  const answer = await ask("v1/completions", { method: "POST", headers: headers(key), body: JSON.stringify(body), signal });
+  const answer = await ask(body.messages ? "v1/chat/completions" : "v1/completions", { method: "POST", headers: headers(key), body: JSON.stringify(body), signal });
   if (!answer.ok) throw Object.assign(new Problem(await reason(answer)), { status: answer.status });
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";

@@ -65,14 +65,19 @@ function busy(on) {
 // Writes between two texts; `after` is null where the text goes on.
 async function run(before, after, length) {
   let body;
+  if (!name && !(await connect())) return;
   try {
-    body = { model: name, prompt: before, max_tokens: length, stream: true, stream_canvas: true, stream_options: { include_usage: true }, ...settings() };
+    body = { model: name, max_tokens: length, stream: true, stream_canvas: true, stream_options: { include_usage: true }, ...settings() };
   } catch (error) {
     if (!(error instanceof Problem)) throw error;
     $("settings").open = true;
     return problem(error.message);
   }
   if (after !== null) body.suffix = after;
+  if (after === null && $("chat").checked) {
+    body.messages = [{ role: "user", content: before }];
+    before += "\n\n";
+  } else body.prompt = before;
   problem("");
   pause();
   choose(null);
@@ -91,7 +96,8 @@ async function run(before, after, length) {
     for await (const event of complete(body, $("key").value, running.signal)) {
       if (event.canvas) follow(event.canvas, began);
       usage = event.usage ?? usage;
-      written += event.choices?.[0]?.text ?? "";
+      const choice = event.choices?.[0];
+      written += choice?.text ?? choice?.delta?.content ?? "";
     }
     end = "Finished";
   } catch (error) {
@@ -222,15 +228,19 @@ function shown() {
   for (const element of document.querySelectorAll("[data-with]")) element.hidden = element.dataset.with !== $("commit").value;
 }
 
+// Asks for the model's name; whether there is one.
 async function connect() {
   try {
-    name = await model($("key").value);
-    $("model").textContent = name;
+    const card = await model($("key").value);
+    name = $("model").textContent = card.id;
+    $("chat-line").hidden = !card.chat;
+    problem("");
   } catch (error) {
     if (error.status === 401) $("key").hidden = $("key-label").hidden = !($("settings").open = true);
     $("model").textContent = "not connected";
     problem(error.message);
   }
+  return name !== "";
 }
 
 $("form").addEventListener("submit", (event) => {
@@ -250,7 +260,7 @@ $("play").addEventListener("click", play);
 $("pass").addEventListener("input", () => { pause(); look(Number($("pass").value)); });
 $("commit").addEventListener("change", shown);
 $("blank").addEventListener("input", () => { typed = $("blank").value !== ""; });
-$("key").addEventListener("change", () => { problem(""); connect(); });
+$("key").addEventListener("change", connect);
 $("use").addEventListener("click", () => { $("text").value = done; $("text").focus(); $("text").setSelectionRange(done.length, done.length); });
 $("copy").addEventListener("click", async () => {
   try { await navigator.clipboard.writeText(done); $("said").textContent = "Copied."; $("copy").textContent = "Copied"; setTimeout(() => { $("copy").textContent = "Copy"; }, 1500); }

@@ -27,6 +27,7 @@ from dlm.benchmarking.journal import Journal, check_output, journal_path, meta_p
 from dlm.cli.asked import judge_of, questions_of
 from dlm.cli.parser import Parser, shown_defaults
 from dlm.cli.session import open_checkpoint, settings
+from dlm.utils.names import check_name
 
 if TYPE_CHECKING:
     from dlm.benchmarking.tune import Candidate, Outcome
@@ -53,6 +54,7 @@ def parser(argv: Sequence[str]) -> Parser:
         "--write", nargs="?", const="", metavar="FOLDER",
         help="write the choice into the sampling defaults: of a copy in FOLDER, or of --model itself without one",
     )  # fmt: skip
+    add("--clock", default="wall", metavar="NAME", help="wall, or cpu: the process's own time, for a machine in use")
     group = made.add_argument_group("what is asked")
     group.add_argument("--prompts", metavar="FILE", help="one a line, or JSONL (default: 36 that come with dlm)")
     group.add_argument("--task", metavar="NAME", help="in place of prompts: sudoku, gsm8k, gsm8k:FILE, or FILE.jsonl")
@@ -71,8 +73,12 @@ def parser(argv: Sequence[str]) -> Parser:
     return made
 
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
 def check(args) -> None:
     """Raises ValueError for options that cannot work."""
+    check_name("clock", args.clock, CLOCKS)
     if not 0 < args.keep <= 1:
         raise ValueError(f"--keep is {args.keep:g}: give a share of the quality, above 0 and at most 1")
     if not 0 < args.budget < float("inf"):
@@ -88,12 +94,14 @@ def check(args) -> None:
 class Bench:
     """Measures candidates on questions, one text at a time, and keeps what a journal holds."""
 
-    def __init__(self, opened: Pretrained, questions, canvases, sampling: SamplingConfig, appraiser, judging, journal):
+    def __init__(
+        self, opened: Pretrained, questions, canvases, sampling: SamplingConfig, appraiser, judging, journal, clock
+    ):
         from dlm.benchmarking.grid import Runner
 
         self.opened, self.questions, self.canvases, self.sampling = opened, questions, canvases, sampling
         self.appraiser, self.judging, self.journal = appraiser, judging, journal
-        self.known: dict[str, dict] = {}
+        self.clock, self.known = CLOCKS[clock], {}
         self.ends = Runner.ends_of(opened.tokenizer, opened.model, sampling)
         self.warm: set = set()
 
@@ -120,21 +128,21 @@ class Bench:
         return dataclasses.replace(self.sampling, **candidate.fields, seed=self.sampling.seed + question)
 
     def measure(self, candidate: Candidate, question: int) -> dict:
-        began = time.perf_counter()
+        began = self.clock()
         own = candidate.fields
         kind = (own["method"], own["block_length"], own.get("revise"), self.canvases[question].tokens.shape)
         if kind not in self.warm:
             self.generate(candidate, question)
             self.warm.add(kind)
-        start = time.perf_counter()
+        start = self.clock()
         out = self.generate(candidate, question)
-        latency = time.perf_counter() - start
+        latency = self.clock() - start
         asked = self.questions[question]
         return {
             "key": f"{candidate}|{question}",
             "question": question,
             "latency": latency,
-            "spent": time.perf_counter() - began,
+            "spent": self.clock() - began,
             "nfe": int(out.nfe[0]),
             "tokens_per_forward": int(self.canvases[question].masked.sum()) / int(out.nfe[0]),
             "answer": asked.answer(self.opened.tokenizer, out.canvas, self.ends),
@@ -186,7 +194,6 @@ def main(argv: Sequence[str]) -> int:
     from dlm.benchmarking.tune import Search, candidates, chosen, machine_here, predicted
     from dlm.checkpoints.defaults import check_writable
     from dlm.sampling.methods import methods_for
-    from dlm.utils.names import check_name
 
     out = check_output(args.out)
     questions = questions_of(args, PROMPTS)
@@ -225,7 +232,7 @@ def main(argv: Sequence[str]) -> int:
     judge = None if args.task is not None and args.judge is None else judge_of(args, opened)
     fixed = {
         "dlm": dlm.__version__, "model": opened.name, "revision": opened.digest, "dtype": opened.number_type,
-        "device": device.type, "task": args.task, "chat": args.chat, "reference": reference.fields,
+        "device": device.type, "clock": args.clock, "task": args.task, "chat": args.chat, "reference": reference.fields,
         "sampling": {k: v for k, v in dataclasses.asdict(sampling).items() if k not in TUNED},
         "questions": [question.text for question in questions],
     }  # fmt: skip
@@ -236,7 +243,7 @@ def main(argv: Sequence[str]) -> int:
     appraiser = Appraiser(opened.model, questions, canvases, judge, 0, args.chat)
     judging = {"judge": judge.facts if judge else None, "checker": args.checker}
     prose = all(question.prose for question in questions)
-    bench = Bench(opened, questions, canvases, sampling, appraiser, judging, journal)
+    bench = Bench(opened, questions, canvases, sampling, appraiser, judging, journal, args.clock)
     bench.remember(records)
     search = Search(bench, count, args.keep, args.budget, prose, lambda line: print(line, file=sys.stderr, flush=True))
     try:

@@ -27,6 +27,7 @@ from dlm.benchmarking.journal import Journal, check_output, journal_path, meta_p
 from dlm.cli.asked import judge_of, questions_of
 from dlm.cli.parser import Parser, shown_defaults
 from dlm.cli.session import open_checkpoint, settings
+from dlm.cli.workload import clock_of
 from dlm.utils.names import check_name
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def parser(argv: Sequence[str]) -> Parser:
         "--write", nargs="?", const="", metavar="FOLDER",
         help="write the choice into the sampling defaults: of a copy in FOLDER, or of --model itself without one",
     )  # fmt: skip
-    add("--clock", default="wall", metavar="NAME", help="wall, or cpu: the process's own time, for a machine in use")
+    add("--clock", default="wall", choices=("wall", "cpu"), help="cpu: the process's own time, for a machine in use")
     group = made.add_argument_group("what is asked")
     group.add_argument("--prompts", metavar="FILE", help="one a line, or JSONL (default: 36 that come with dlm)")
     group.add_argument("--task", metavar="NAME", help="in place of prompts: sudoku, gsm8k, gsm8k:FILE, or FILE.jsonl")
@@ -73,12 +74,8 @@ def parser(argv: Sequence[str]) -> Parser:
     return made
 
 
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-
-
 def check(args) -> None:
     """Raises ValueError for options that cannot work."""
-    check_name("clock", args.clock, CLOCKS)
     if not 0 < args.keep <= 1:
         raise ValueError(f"--keep is {args.keep:g}: give a share of the quality, above 0 and at most 1")
     if not 0 < args.budget < float("inf"):
@@ -101,7 +98,7 @@ class Bench:
 
         self.opened, self.questions, self.canvases, self.sampling = opened, questions, canvases, sampling
         self.appraiser, self.judging, self.journal = appraiser, judging, journal
-        self.clock, self.known = CLOCKS[clock], {}
+        self.clock, self.known = clock, {}
         self.ends = Runner.ends_of(opened.tokenizer, opened.model, sampling)
         self.warm: set = set()
 
@@ -243,7 +240,7 @@ def main(argv: Sequence[str]) -> int:
     appraiser = Appraiser(opened.model, questions, canvases, judge, 0, args.chat)
     judging = {"judge": judge.facts if judge else None, "checker": args.checker}
     prose = all(question.prose for question in questions)
-    bench = Bench(opened, questions, canvases, sampling, appraiser, judging, journal, args.clock)
+    bench = Bench(opened, questions, canvases, sampling, appraiser, judging, journal, clock_of(args))
     bench.remember(records)
     search = Search(bench, count, args.keep, args.budget, prose, lambda line: print(line, file=sys.stderr, flush=True))
     try:

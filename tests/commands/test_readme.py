@@ -55,7 +55,7 @@ def options_of(command, capsys):
 
 
 LM_EVAL = {"--tasks", "--model_args"}  # options of lm_eval itself, which is an extra
-TORCHRUN = {"--nproc-per-node"}
+TORCHRUN = {"--nproc-per-node", "--num_processes", "--multi_gpu"}  # of torchrun and of accelerate launch
 PAGES = README + (ROOT / "docs" / "usage.md").read_text(encoding="utf-8")
 SHELL = re.findall(r"```sh\n(.*?)```", PAGES, re.DOTALL)
 SHOWN = sorted({line.split("#")[0].strip() for text in SHELL for line in text.splitlines()})

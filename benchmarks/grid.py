@@ -25,8 +25,8 @@ if __package__ in (None, ""):  # `accelerate launch benchmarks/grid.py` from a c
 import dlm
 from dlm.benchmarking.journal import Journal, check_output, journal_path, read_journals, remove_results
 from dlm.cli.asked import judge_of, questions_of
-from dlm.cli.parser import Parser, shown_defaults
-from dlm.cli.session import as_options, open_checkpoint, settings
+from dlm.cli.parser import Parser, check_least, shown_defaults
+from dlm.cli.session import as_options, check_region, open_checkpoint, settings
 from dlm.sampling.config import SamplingConfig
 from dlm.utils.distributed import Sharing, leave_processes
 
@@ -130,12 +130,14 @@ def main(argv: Sequence[str]) -> int:
     from dlm.benchmarking.quality import Appraiser
     from dlm.benchmarking.sweep import sweep, told_apart, write_results
 
+    check_least(args, 0, "bound_draws")
     out = check_output(args.out)
     questions = questions_of(args, PROMPTS)
     sharing = Sharing(cpu=args.device == "cpu")
     args.device = args.device or sharing.device
     opened = open_checkpoint(args, model=True)
     model, tokenizer, sampling = opened.model, opened.tokenizer, sampling_of(args, opened)
+    check_region(opened, sampling.gen_length, "--gen-length")
     canvases = [
         question.canvas(tokenizer, sampling.gen_length, opened.mask_id, chat=args.chat, device=model.device)
         for question in questions

@@ -26,7 +26,7 @@ import dlm
 from dlm.benchmarking.journal import Journal, check_output, journal_path, meta_path, read_journals, remove_results
 from dlm.cli.asked import judge_of, questions_of
 from dlm.cli.parser import Parser, shown_defaults
-from dlm.cli.session import open_checkpoint, settings
+from dlm.cli.session import check_region, open_checkpoint, settings
 from dlm.cli.workload import clock_of
 from dlm.utils.names import check_name
 
@@ -206,6 +206,7 @@ def main(argv: Sequence[str]) -> int:
         check_writable(opened.folder, Path(args.write or opened.folder), hub=hub)
     own = {name: value for name, value in opened.defaults.items() if name not in TUNED}
     sampling, device = settings(args, own), opened.model.device
+    check_region(opened, sampling.gen_length, "--gen-length")
     canvases = [
         one.canvas(opened.tokenizer, sampling.gen_length, opened.mask_id, chat=args.chat, device=device)
         for one in questions

@@ -206,8 +206,14 @@ def encode_prompt(tokenizer, text: str, mask: int | None = None, *, beginning: b
 
     `mask`: the checkpoint's mask id, where the tokenizer does not name it itself. `beginning`: False for a later
     part of a text, which has nothing in front.
-    Errors: a prompt that contains the mask token.
+    Errors: a prompt that contains the mask token, or half of a character (a lone surrogate).
     """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text {text[:40]!a} is not UTF-8 text (half of a character at {error.start}): remove or mend it"
+        ) from None
     ids = list(tokenizer(text, add_special_tokens=beginning)["input_ids"])
     if beginning and ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token):
         ids.pop()  # some tokenizers end every text; a prompt goes on

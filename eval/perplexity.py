@@ -97,6 +97,9 @@ def run(args, argv: list[str]) -> int:
     report = None if not state.is_main_process else lambda line: print(line, file=sys.stderr, flush=True)
     types = [args.dtype] if args.also_dtype is None else [args.dtype, args.also_dtype]
     scorers = [open_scorer(path, device=device, dtype=dtype) for path in args.model for dtype in types]
+    for scorer in scorers:
+        if args.length is not None and scorer.limit is not None and args.length > scorer.limit:
+            raise ValueError(f"--length is {args.length}: {scorer.name} reads {scorer.limit} tokens at most")
     length = args.length or min([LENGTH, *(scorer.limit for scorer in scorers if scorer.limit)])
     rows, folders = [], []
     for path in args.data:

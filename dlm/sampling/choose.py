@@ -25,6 +25,7 @@ __all__ = ["Chosen", "Ranked", "choose", "read_options"]
 
 OPTIONS = re.compile(r"_{3,}\{((?:[^{}|]+)(?:\|[^{}|]+)+)\}")
 MOST = 4096  # fillings of all blanks together
+MOST_ORDERS = 1000
 EXACT = 3  # tokens of a filling of which every order is taken
 BATCH = 64
 
@@ -100,8 +101,8 @@ def choose(predictor, text: str, *, tokenizer, mask_id: int, orders: int = 8, se
     orders: how many orders of the tokens are averaged where a filling has more than three. Raises ValueError for a text
     without options, and where the same option stands twice.
     """
-    if orders < 2:
-        raise ValueError(f"orders is {orders}: a standard error needs 2 or more")
+    if not 2 <= orders <= MOST_ORDERS:
+        raise ValueError(f"orders is {orders}: give 2 (for a standard error) to {MOST_ORDERS}")
     fillings = list(itertools.product(*read_options(text)))
     filled = [_filled(tokenizer, text, options, mask_id) for options in fillings]
     exact = all(len(slots) <= EXACT for _, slots in filled)

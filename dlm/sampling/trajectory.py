@@ -10,14 +10,13 @@ is the mask's means that the slot was masked again. `pieces` gives the text of e
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from dlm.sampling.canvas import Canvas
 from dlm.tokenizer import token_bytes
-from dlm.utils.jsonio import to_json
+from dlm.utils.jsonio import parse_json, to_json
 
 __all__ = ["FORMAT", "Change", "Pass", "Recorder", "Recording", "read_recordings"]
 
@@ -130,7 +129,12 @@ def read_recordings(path) -> list[Recording]:
         raise ValueError(f"{path} is no recording: it is not text; make one with --record") from None
     for number, text in enumerate(lines, 1):
         try:
-            line = json.loads(text)
+            line = parse_json(text, f"{path}:{number}")
+        except ValueError as error:
+            if number == 1:
+                raise ValueError(f"{path} is no recording of dlm's: make one with --record") from None
+            raise ValueError(f"{error}: the recording is damaged here") from None
+        try:
             if number == 1 and (not isinstance(line, dict) or line.get("format") != FORMAT):
                 raise ValueError(f"{path} is no recording of dlm's: make one with --record")
             pieces |= {int(i): piece.encode("utf-8", ESCAPE) for i, piece in line.get("pieces", {}).items()}
@@ -145,7 +149,7 @@ def read_recordings(path) -> list[Recording]:
                 found.append(Recording(mask_id, ends, dict(line["settings"]), ids, given, [], pieces))
             else:
                 found[-1].passes.append(_pass(line, found[-1]))
-        except (json.JSONDecodeError, KeyError, TypeError, IndexError, AttributeError) as error:
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
             if number == 1:
                 raise ValueError(f"{path} is no recording of dlm's: make one with --record") from None
             raise ValueError(f"{path}:{number}: the recording is damaged here ({type(error).__name__})") from None

@@ -25,11 +25,13 @@ TRAIN = ("--max-steps", "1", "--batch-size", "1", "--precision", "no", "--tracke
 
 @dataclass(frozen=True)
 class Case:
-    """name; expected; make(folder, checkpoint) -> the words of the command line, after spoiling files in `folder`."""
+    """name; expected; make(folder, checkpoint) -> the words of the command line, after spoiling files in `folder`;
+    stdin: what standard input holds."""
 
     name: str
     expected: str
     make: Callable[[Path, Path], list]
+    stdin: bytes = b""
 
 
 def copied(folder: Path, checkpoint: Path) -> Path:

@@ -94,7 +94,7 @@ def answer(opened: Pretrained, messages: Sequence[dict[str, str]], config, args)
     from dlm.chat_template import chat_ids
 
     check_texts(opened, [messages[-1]["content"]])
-    ids = chat_ids(opened.tokenizer, messages, opened.mask_id) + [opened.mask_id] * config.gen_length
+    ids = chat_ids(opened.tokenizer, messages, opened.mask_id) + [opened.mask_id] * config.start_length
     [result] = denoise(opened, [Job(ids, messages[-1]["content"], config.seed)], config, args, show_given=False)
     pieces = text_pieces(opened, result, config, head="")
     if args.json:

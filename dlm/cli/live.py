@@ -286,7 +286,7 @@ class LiveView:
         self.colour = wants_colour(stream) if colour is None else colour
         self.clock = clock
         self.height, self.drawn_columns, self.drawn = 0, 0, []
-        self.confidence = self.newest = None
+        self.confidence = self.newest = self.tokens = None
         self.waited, self.last_frame = 0.0, -math.inf
 
     def __enter__(self) -> LiveView:
@@ -302,11 +302,13 @@ class LiveView:
 
     def show(self, state) -> None:
         """Take a DenoiseState; it is drawn now, or with the next one when passes are quicker than the eye."""
-        if self.confidence is None:
+        tokens, written = state.canvas.tokens, state.committed | state.revised
+        # Where a text grew in its middle, its slots have moved: what was known of them is forgotten.
+        if self.confidence is None or bool(((self.tokens != tokens) & (self.confidence > 0) & ~written).any()):
             self.confidence = state.confidence.new_zeros(state.confidence.shape).float()
             self.newest = state.committed.new_zeros(state.committed.shape)
         self.confidence = self.confidence.where(~state.committed, state.confidence.float())
-        self.newest = self.newest | state.committed
+        self.newest, self.tokens = self.newest | state.committed, tokens
         masked = state.canvas.masked
         if self.clock() - self.last_frame < FRAME_SECONDS - self.delay and bool(masked.any()):
             return

@@ -194,7 +194,7 @@ def expected(opened: Pretrained, canvas, config) -> tuple[int | None, int]:
     places = int(canvas.masked.sum(1).max())
     _, sizes = lay_out(canvas, *visibility(opened.predictor, config.method, config.block_length))
     blocks = max(map(len, sizes))
-    return ((config.steps or places) if config.commit == "quota" else None), blocks
+    return ((config.steps or places) if config.commit == "quota" and config.grow == "none" else None), blocks
 
 
 def ends_of(opened: Pretrained, config) -> frozenset[int]:

@@ -49,12 +49,10 @@ Changes = dict[int, int]  # slot -> how many masks stand in its place, 0 for non
 
 def growth_tokens(tokenizer, settings) -> tuple[int | None, int | None]:
     """The ids of the expand and the delete token: the configuration's, else the tokenizer's; None where it has none."""
-    vocabulary = {} if tokenizer is None else tokenizer.get_vocab()
-    names = (("expand_token_id", EXPAND), ("delete_token_id", DELETE))
-    return tuple(
-        vocabulary.get(word) if getattr(settings, name, None) is None else getattr(settings, name)
-        for name, word in names
-    )
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # whose look-up does not list the vocabulary
+    look_up = backend.token_to_id if backend is not None else (tokenizer.get_vocab() if tokenizer else {}).get
+    expand, delete = getattr(settings, "expand_token_id", None), getattr(settings, "delete_token_id", None)
+    return look_up(EXPAND) if expand is None else expand, look_up(DELETE) if delete is None else delete
 
 
 # ---------------------------------------------------------------- before the first pass

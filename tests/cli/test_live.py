@@ -86,6 +86,7 @@ def state(tokens, prompt=2, committed=(), confidence=0.5, step=1):
     return SimpleNamespace(
         canvas=canvas,
         committed=new,
+        revised=torch.zeros_like(new),
         confidence=new * confidence,
         step=step,
         block=torch.zeros(len(tokens), dtype=torch.long),

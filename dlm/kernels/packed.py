@@ -11,6 +11,7 @@ another. The checkpoint's weights are not touched: these are copies (`packing` s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlm.kernels.available import triton_kernels
+from dlm.kernels.by_rows import attend, pieces_of
 from dlm.kernels.int8 import QuantizedLinear
 from dlm.kernels.linear import QUANTIZED, Blocked, Plain, kind_for
 from dlm.models.attention import Visible, attention_mask, visible_of
@@ -168,6 +170,10 @@ class Packed:
         self.turns = self._table(min(self.limit, TURNS))
         self.fixed_shapes = device.type == "cuda"  # a GPU's libraries make a plan for each number of places asked about
         self.additive = device.type == "cuda"
+        # Whether a row gets the same bits in every batch; the products of a mixture of experts do not give them.
+        self.exact_rows = kind_for(device, self.embedding.dtype) is Blocked and not any(
+            layer.moe is not None or isinstance(layer.out, QuantizedLinear) for layer in self.layers
+        )
 
     @torch.no_grad()
     def __call__(
@@ -179,8 +185,10 @@ class Packed:
         cache=None,
         valid: Tensor | None = None,
         logits_to_keep: Tensor | None = None,
+        row_keys: Sequence[int] | None = None,
     ) -> Tensor:
-        """Logits, as `LLaDAModelLM.predict` gives them."""
+        """Logits, as `LLaDAModelLM.predict` gives them. row_keys: how many each row attends to alone, so
+        that with `exact_rows` it gets the same bits."""
         batch, queries = tokens.shape
         visible = visible or self.visible
         if cache is not None and positions is None:
@@ -196,17 +204,35 @@ class Packed:
         if self.limit > len(self.turns):
             self._lengthen(keys if cache is not None or positions is None else int(positions.max()) + 1)
         slots = None if cache is None else positions
-        mask = attention_mask("sdpa", visible, valid, slots, (batch, queries, keys), tokens.device)
+        by_rows = self.exact_rows and (row_keys is not None or valid is None)
+        blocks = getattr(visible, "block_length", None) if by_rows else None
+        mask = None
+        if blocks is None:
+            mask = attention_mask("sdpa", visible, valid, slots, (batch, queries, keys), tokens.device)
         asked = logits_to_keep if logits_to_keep is not None and logits_to_keep.ndim == 2 else None
         asked = None if asked is None or asked.dtype == torch.bool else asked
-        where, bias = self._where(positions, queries, cache), self._bias(mask, x)
+        where = self._where(positions, queries, cache)
+        if by_rows:
+            row_keys, offsets = row_keys or (keys,) * batch, getattr(visible, "offsets", None)
+            places = None
+            if blocks is not None:
+                places = [list(range(queries))] * batch if positions is None else positions.tolist()
+            bias = pieces_of(queries, row_keys, mask, places, blocks, offsets)
+        else:
+            bias = self._bias(mask, x)
         for number, layer in enumerate(self.layers[:-1]):
             x = self._layer(layer, number, x, x, where, where, bias, cache)
         few, few_where = x, where
         if asked is not None:
             few = x.take_along_dim(asked[..., None], dim=1)  # (B, M, d_model)
             few_where = where.at(asked)
-            if mask is not None:
+            if by_rows:
+                if mask is not None:
+                    mask = mask.expand(batch, -1, -1, -1).take_along_dim(asked[:, None, :, None], dim=2)
+                if blocks is not None:
+                    places = [[row[i] for i in here] for row, here in zip(places, asked.tolist(), strict=True)]
+                bias = pieces_of(asked.shape[1], row_keys, mask, places, blocks, offsets)
+            elif mask is not None:
                 mask = mask.expand(batch, -1, -1, -1).take_along_dim(asked[:, None, :, None], dim=2)
                 bias = self._bias(mask, x)
         x = self._layer(self.layers[-1], len(self.layers) - 1, few, x, few_where, where, bias, cache)
@@ -222,7 +248,8 @@ class Packed:
         asking = normed if x is every else self._norm(x, layer.attn_norm)
         queried = self._queried if where.turns is not None else self._queried_at_once
         q, k, v = queried(layer, number, asking, normed, x_where, where, cache)
-        x = layer.out.plus(attention(q, k, v, bias), x)
+        mixed = attend(attention, q, k, v, bias) if isinstance(bias, list) else attention(q, k, v, bias)
+        x = layer.out.plus(mixed, x)
         if layer.moe is not None:
             return layer.moe(self._norm(x, layer.ff_norm)).add_(x)
         both = layer.gate_up(self._norm(x, layer.ff_norm))

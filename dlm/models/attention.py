@@ -49,6 +49,7 @@ def block_causal(block_length: int) -> Visible:
     def rule(b: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return k // block_length <= q // block_length
 
+    rule.block_length, rule.offsets = block_length, None  # for kernels that need no mask
     return rule
 
 
@@ -60,6 +61,7 @@ def block_causal_from(block_length: int, offsets: tuple[int, ...]) -> Visible:
         ahead = torch.tensor(offsets, device=q.device)[b]
         return (k + ahead) // block_length <= (q + ahead) // block_length
 
+    rule.block_length, rule.offsets = block_length, offsets
     return rule
 
 

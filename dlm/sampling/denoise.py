@@ -149,7 +149,10 @@ def run_pass(batch: Batch, rows: list[Row], pages: Pages) -> None:
         logits, shadow = compute_shadows(batch.predictor, canvas, request, visible, cache)
     else:
         guided, shift = rows[0].branches == 2, shifted(batch)
-        logits = compute(batch.predictor, canvas, request, guided=guided, visible=visible, cache=cache, shifted=shift)
+        logits = compute(
+            batch.predictor, canvas, request, guided=guided, visible=visible, cache=cache, shifted=shift,
+            keys=keys_of(batch, rows, request, canvas),
+        )  # fmt: skip
     if tail is not None:
         log_p, request = prediction(logits[:, asked:], rows[0].config), replace(request, slots=request.slots[:, :asked])
         take_tail(rows, batch.canvas.tokens[plan.index[:, None], tail[0]], log_p, tail[1], batch.canvas.mask_id)
@@ -173,6 +176,17 @@ def run_pass(batch: Batch, rows: list[Row], pages: Pages) -> None:
         few_shadows = None if shadow is None else shadow[few]
         asked = request.of(few, plan.index)
         commit(batch, part, plan.of(few), asked, eligible[few], logits[picked], few_shadows, pages)
+
+
+def keys_of(batch: Batch, rows: list[Row], request: Request, canvas: Canvas) -> tuple[int, ...] | None:
+    """How many keys each row would attend to alone, where the predictor then gives it the same bits in every batch and
+    the pass hides some; `canvas` as the pass sees it."""
+    if not getattr(batch.predictor, "exact_rows", False) or any(row.config.moves for row in rows):
+        return None
+    cached = rows[0].method.cached
+    keys = tuple(row.slots if cached else row.length for row in rows)
+    width = batch.cache.length if cached else canvas.tokens.shape[1]
+    return None if request.valid is None and {*keys} == {width} else keys
 
 
 def faults_of(batch: Batch, rows: list[Row], request: Request, logits: Tensor) -> list[int]:

@@ -25,9 +25,10 @@ class Row:
     """The progress of one row.
 
     index: where it lies in the batch; serial: which of all rows that ever joined. config: its settings, seed 0.
-    length: slots that exist. sizes: places of each block; masked: those without a token when it began. quotas: tokens
-    of each pass of each block ([] where the commit rule decides); shares (P + 1,): the same in one tensor, in which
-    those of a block begin at `starts`, and a last 0. leads: whether the first pass of a block commits its first place
+    length: slots that exist; slots: those that it has in the end, where it does not change its length. sizes: places of
+    each block; masked: those without a token when it began. quotas: tokens of each pass of each block ([] where the
+    commit rule decides); shares (P + 1,): the same in one tensor, in which those of a block begin at `starts`, and a
+    last 0. leads: whether the first pass of a block commits its first place
     alone. block_length: slots of a block; offset: slots before slot 0 at which its blocks begin. block: the block it is
     at; turn: passes spent on it; left: places still masked in it; post: passes over it that began without one. nfe:
     forward passes so far; computed: slots that they computed.
@@ -44,6 +45,7 @@ class Row:
     visible: Visible
     eos: tuple[int, ...]
     length: int
+    slots: int
     sizes: list[int]
     masked: list[int]
     quotas: list[list[int]]

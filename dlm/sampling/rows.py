@@ -125,6 +125,7 @@ class Batch:
         layout, sizes = lay_out(canvas, block_length, visible, revised=revised, offsets=offsets)
         starts_masked = first_masked(layout, canvas.masked)
         shown = first_block(canvas, layout, eos) if config.grow == "block" else canvas
+        ends = canvas.valid.sum(dim=1).tolist()
         lengths, seeds, rules = shown.valid.sum(dim=1).tolist(), config.row_seeds(count), replace(config, seed=0)
         written: list[Written | None] = [None] * count
         for i, here in enumerate(constraints or ()):
@@ -154,6 +155,7 @@ class Batch:
                 visible,
                 eos,
                 lengths[i],
+                ends[i],
                 sizes[i],
                 masked,
                 quotas,

@@ -3,11 +3,11 @@
 Shapes: B rows, Q queries and T keys of the widest row, H heads, D head size.
 
 Measured on a CPU in float32 (tests/kernels/test_by_rows.py): oneDNN's products and all that works on single tokens give
-a token the same bits in every batch, and so does attention, but for two things: another number of keys, hidden or not,
-adds the same numbers in another order, and fewer than four queries (or than four behind the last 32) take another path.
-So each row attends to as many keys as it would alone, and a few queries are filled up to four. A piece is a run of rows
-with as many keys. Under block-causal visibility a piece is a block with all that is before it, which needs
-no mask, and gives a prompt's blocks the same keys whatever follows them.
+a token the same bits in every batch, and attention does for every number of rows. But another number of keys, hidden or
+not, adds the same numbers in another order, and so may another number of queries. So each row has as many as it would
+have alone, and fewer than four (or than four behind the last 32), for which threads share one product, are filled up. A
+piece is a run of rows with as many queries and keys. Under block-causal visibility a piece is a block with all that is
+before it, which needs no mask, and gives a prompt's blocks the same keys whatever follows them.
 """
 
 from __future__ import annotations
@@ -18,10 +18,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Piece", "attend", "pieces_of"]
+__all__ = ["Piece", "RowSizes", "attend", "pieces_of"]
 
-SPLIT, FEW = 32, 4  # queries that attention works on together, and those below which it takes another path
+SPLIT, FEW = 32, 4  # queries that attention works on together, and below which threads share one
 Span = tuple[int, int, int]  # first query, the one behind the last, number of keys
+
+
+@dataclass(frozen=True)
+class RowSizes:
+    """What each row of a padded pass would compute alone: its queries, its keys, the places it asks about."""
+
+    queries: tuple[int, ...]
+    keys: tuple[int, ...]
+    asked: tuple[int, ...]
+
+    def repeated(self, times: int) -> RowSizes:
+        """For a batch that holds the rows so often."""
+        return RowSizes(self.queries * times, self.keys * times, self.asked * times)
 
 
 @dataclass(frozen=True)
@@ -35,24 +48,25 @@ class Piece:
 
 
 def pieces_of(
-    queries: int,
+    queries: Sequence[int],
     keys: Sequence[int],
     mask: Tensor | None,
     slots: list[list[int]] | None = None,
     block_length: int | None = None,
     offsets: Sequence[int] | None = None,
 ) -> list[Piece]:
-    """The pieces of a pass of this many queries in each row, of which row i has `keys[i]` keys.
+    """The pieces of a pass in which row i has `queries[i]` queries and `keys[i]` keys.
 
     mask (B or 1, 1, Q, T) bool or None. block_length: under block-causal visibility, whose blocks begin offsets[i]
-    slots before slot 0; slots: of each row's queries. The mask is then not read.
+    slots before slot 0; slots: of each row's queries, ascending. The mask is then not read.
     """
     spans = []
-    for i, limit in enumerate(keys):
+    for i, (count, limit) in enumerate(zip(queries, keys, strict=True)):
+        count = max(count, 1)  # a row that asks about no place has padding alone
         if block_length is None:
-            spans.append(((0, queries, limit),))
+            spans.append(((0, count, limit),))
         else:
-            spans.append(_block_spans(slots[i], limit, block_length, offsets[i] if offsets else 0))
+            spans.append(_block_spans(slots[i][:count], limit, block_length, offsets[i] if offsets else 0))
     found, first = [], 0
     for i in range(1, len(spans) + 1):
         if i < len(spans) and spans[i] == spans[first]:
@@ -85,13 +99,15 @@ def attend(
     v: Tensor,
     pieces: Sequence[Piece],
 ) -> Tensor:
-    """(B, Q, H * D) for q (B, Q, H, D) and k, v (B, T, H_kv, D)."""
-    few = 0 < q.shape[1] % SPLIT < FEW
-    if len(pieces) == 1 and pieces[0].mask is None and pieces[0].keys == k.shape[1] and not few:
-        return attention(q, k, v, None)
+    """(B, Q, H * D) for q (B, Q, H, D) and k, v (B, T, H_kv, D). Queries that pad a row get what its last one gets,
+    since they stand in its slot."""
+    if len(pieces) == 1 and pieces[0].mask is None and (q.shape[1] % SPLIT >= FEW or q.shape[1] % SPLIT == 0):
+        first = pieces[0]
+        if (first.rows, first.queries, first.keys) == (slice(0, len(q)), slice(0, q.shape[1]), k.shape[1]):
+            return attention(q, k, v, None)
     out = q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3])
     groups = q.shape[2] // k.shape[2]
-    for piece in pieces:
+    for number, piece in enumerate(pieces):
         rows, limit, count = piece.rows, piece.keys, piece.queries.stop - piece.queries.start
         asking, mask = q[rows, piece.queries], piece.mask
         if 0 < count % SPLIT < FEW:
@@ -99,4 +115,7 @@ def attend(
             asking, mask = asking[:, filled], None if mask is None else mask[:, :, filled]
         mask = mask if mask is None or groups == 1 else mask.repeat(1, 1, groups, 1)
         out[rows, piece.queries] = attention(asking, k[rows, :limit], v[rows, :limit], mask)[:, :count]
+        end, last = piece.queries.stop, number + 1 == len(pieces) or pieces[number + 1].rows != rows
+        if last and end < q.shape[1]:
+            out[rows, end:] = out[rows, end - 1 : end]
     return out

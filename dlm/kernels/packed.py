@@ -11,7 +11,6 @@ another. The checkpoint's weights are not touched: these are copies (`packing` s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlm.kernels.available import triton_kernels
-from dlm.kernels.by_rows import attend, pieces_of
+from dlm.kernels.by_rows import RowSizes, attend, pieces_of
 from dlm.kernels.int8 import QuantizedLinear
 from dlm.kernels.linear import QUANTIZED, Blocked, Plain, kind_for
 from dlm.models.attention import Visible, attention_mask, visible_of
@@ -185,10 +184,10 @@ class Packed:
         cache=None,
         valid: Tensor | None = None,
         logits_to_keep: Tensor | None = None,
-        row_keys: Sequence[int] | None = None,
+        sizes: RowSizes | None = None,
     ) -> Tensor:
-        """Logits, as `LLaDAModelLM.predict` gives them. row_keys: how many each row attends to alone, so
-        that with `exact_rows` it gets the same bits."""
+        """Logits, as `LLaDAModelLM.predict` gives them. sizes: what each row would compute alone, so that with
+        `exact_rows` it gets the same bits."""
         batch, queries = tokens.shape
         visible = visible or self.visible
         if cache is not None and positions is None:
@@ -204,7 +203,7 @@ class Packed:
         if self.limit > len(self.turns):
             self._lengthen(keys if cache is not None or positions is None else int(positions.max()) + 1)
         slots = None if cache is None else positions
-        by_rows = self.exact_rows and (row_keys is not None or valid is None)
+        by_rows = self.exact_rows and (sizes is not None or valid is None)
         blocks = getattr(visible, "block_length", None) if by_rows else None
         mask = None
         if blocks is None:
@@ -213,11 +212,12 @@ class Packed:
         asked = None if asked is None or asked.dtype == torch.bool else asked
         where = self._where(positions, queries, cache)
         if by_rows:
-            row_keys, offsets = row_keys or (keys,) * batch, getattr(visible, "offsets", None)
+            own = sizes or RowSizes((queries,) * batch, (keys,) * batch, ())
+            offsets = getattr(visible, "offsets", None)
             places = None
             if blocks is not None:
                 places = [list(range(queries))] * batch if positions is None else positions.tolist()
-            bias = pieces_of(queries, row_keys, mask, places, blocks, offsets)
+            bias = pieces_of(own.queries, own.keys, mask, places, blocks, offsets)
         else:
             bias = self._bias(mask, x)
         for number, layer in enumerate(self.layers[:-1]):
@@ -231,7 +231,8 @@ class Packed:
                     mask = mask.expand(batch, -1, -1, -1).take_along_dim(asked[:, None, :, None], dim=2)
                 if blocks is not None:
                     places = [[row[i] for i in here] for row, here in zip(places, asked.tolist(), strict=True)]
-                bias = pieces_of(asked.shape[1], row_keys, mask, places, blocks, offsets)
+                counts = own.asked or (asked.shape[1],) * batch
+                bias = pieces_of(counts, own.keys, mask, places, blocks, offsets)
             elif mask is not None:
                 mask = mask.expand(batch, -1, -1, -1).take_along_dim(asked[:, None, :, None], dim=2)
                 bias = self._bias(mask, x)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dlm.kernels.by_rows import RowSizes
 from dlm.models.attention import Visible, block_causal_from
 from dlm.sampling.canvas import Canvas
 from dlm.sampling.commit import COMMITS, Step, by_blocks, coarse_block
@@ -151,7 +152,7 @@ def run_pass(batch: Batch, rows: list[Row], pages: Pages) -> None:
         guided, shift = rows[0].branches == 2, shifted(batch)
         logits = compute(
             batch.predictor, canvas, request, guided=guided, visible=visible, cache=cache, shifted=shift,
-            keys=keys_of(batch, rows, request, canvas),
+            sizes=sizes_of(batch, rows, plan, request, canvas),
         )  # fmt: skip
     if tail is not None:
         log_p, request = prediction(logits[:, asked:], rows[0].config), replace(request, slots=request.slots[:, :asked])
@@ -178,15 +179,18 @@ def run_pass(batch: Batch, rows: list[Row], pages: Pages) -> None:
         commit(batch, part, plan.of(few), asked, eligible[few], logits[picked], few_shadows, pages)
 
 
-def keys_of(batch: Batch, rows: list[Row], request: Request, canvas: Canvas) -> tuple[int, ...] | None:
-    """How many keys each row would attend to alone, where the predictor then gives it the same bits in every batch and
-    the pass hides some; `canvas` as the pass sees it."""
+def sizes_of(batch: Batch, rows: list[Row], plan: Plan, request: Request, canvas: Canvas) -> RowSizes | None:
+    """What each row would compute alone, where the predictor then gives it the same bits in every batch and the pass
+    pads some; `canvas` as the pass sees it."""
     if not getattr(batch.predictor, "exact_rows", False) or any(row.config.moves for row in rows):
         return None
     cached = rows[0].method.cached
     keys = tuple(row.slots if cached else row.length for row in rows)
+    sizes = RowSizes(tuple(plan.counts), keys, tuple(request.counts))
     width = batch.cache.length if cached else canvas.tokens.shape[1]
-    return None if request.valid is None and {*keys} == {width} else keys
+    queries = (width if request.positions is None else request.positions.shape[1]), width, request.slots.shape[1]
+    alike = all({*own} == {whole} for own, whole in zip((sizes.queries, keys, sizes.asked), queries, strict=True))
+    return None if alike and request.valid is None else sizes
 
 
 def faults_of(batch: Batch, rows: list[Row], request: Request, logits: Tensor) -> list[int]:

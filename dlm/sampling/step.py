@@ -10,6 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from dlm.kernels.by_rows import RowSizes
 from dlm.models.attention import Visible
 from dlm.models.kv_cache import Beside, KVCache
 from dlm.models.predictor import as_predictor
@@ -54,12 +55,12 @@ def compute(
     visible: Visible,
     cache: KVCache | None,
     shifted: bool = False,
-    keys: tuple[int, ...] | None = None,
+    sizes: RowSizes | None = None,
 ) -> Tensor:
     """Logits of one forward pass at the slots asked about: (R, M, V), or (2R, M, V) with guidance, where the second
     half has what is given masked, and the cache has rows for both. `canvas` holds the request's rows. shifted: the
-    guess for slot i is the output at slot i - 1, that for slot 0 its own. keys: how many each row attends to alone,
-    for a predictor with `exact_rows`."""
+    guess for slot i is the output at slot i - 1, that for slot 0 its own. sizes: what each row would compute
+    alone, for a predictor with `exact_rows`."""
     tokens, positions, valid, rows = canvas.tokens, request.positions, request.valid, request.rows
     kept = (request.slots - 1).clamp_min(0) if shifted else request.slots
     if positions is not None:
@@ -77,7 +78,7 @@ def compute(
         tokens = tokens.gather(1, positions)
     cache = None if cache is None else cache.at(rows)
     predict = as_predictor(predictor)
-    more = {} if keys is None else {"row_keys": keys * (1 + guided)}
+    more = {} if sizes is None else {"sizes": sizes.repeated(1 + guided)}
     return predict(tokens, positions, visible=visible, cache=cache, valid=valid, logits_to_keep=kept, **more)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dlm.kernels.by_rows import pieces_of
+from dlm.kernels.by_rows import RowSizes, pieces_of
 from dlm.kernels.packing import packed
 from dlm.models.attention import block_causal, block_causal_from
 from dlm.models.kv_cache import KVCache
@@ -16,16 +16,16 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_pieces_of_rows_alike_are_one():
-    found = pieces_of(3, (5, 5, 4), None)
+    found = pieces_of((3, 3, 2), (5, 5, 5), None)
     assert [(piece.rows, piece.queries, piece.keys) for piece in found] == [
         (slice(0, 2), slice(0, 3), 5),
-        (slice(2, 3), slice(0, 3), 4),
+        (slice(2, 3), slice(0, 2), 5),
     ]
 
 
 def test_pieces_of_blocks_see_what_is_before_them():
     """Blocks of 4 that begin 1 slot before slot 0: slots 0-2, 3-6, 7-10; 9 slots exist."""
-    [first, second, third] = pieces_of(9, (9,), None, [list(range(9))], 4, (1,))
+    [first, second, third] = pieces_of((9,), (9,), None, [list(range(9))], 4, (1,))
     assert [(piece.queries, piece.keys) for piece in (first, second, third)] == [
         (slice(0, 3), 3),
         (slice(3, 7), 7),
@@ -45,7 +45,8 @@ def test_a_row_of_a_padded_pass_has_the_bits_it_has_alone(rule, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        whole = model(tokens, visible=rule, valid=valid, logits_to_keep=keep, row_keys=lengths)
+        sizes = RowSizes(lengths, lengths, asked)
+        whole = model(tokens, visible=rule, valid=valid, logits_to_keep=keep, sizes=sizes)
         for row, (length, count) in enumerate(zip(lengths, asked, strict=True)):
             offsets = getattr(rule, "offsets", None)
             own = block_causal_from(4, (offsets[row],)) if offsets else rule

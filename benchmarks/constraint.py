@@ -39,12 +39,12 @@ class Vocabulary:
     def __init__(self, tokenizer, size: int):
         rng, special = random.Random(0), set(tokenizer.all_special_ids)
         words = [word for word, number in tokenizer.get_vocab().items() if number not in special]
-        pieces, found = list(words), set(words)
+        pieces, taken = list(words), set(words)
         words = words[: size - 2]
         while len(words) < size - 2:
             word = "".join(rng.choices(pieces, k=rng.choice((2, 2, 3))))
-            if len(word) <= 16 and word not in found:
-                found.add(word)
+            if len(word) <= 16 and word not in taken:
+                taken.add(word)
                 words.append(word)
         self.words = [*words, "<mask>", "<end>"]
         self.mask_token_id, self.end = size - 2, size - 1
@@ -104,8 +104,8 @@ def main(argv: Sequence[str]) -> int:
         from dlm.utils.hardware import commit, hardware, versions
 
         facts = {"commit": commit(), "hardware": hardware(), "versions": versions(), "options": vars(args)}
-        found = {"compile": first, "again_seconds": again, "block_pass_ms": window, "whole_pass_ms": whole}
-        write_json(Path(args.json), found | {"rows": rows} | facts, indent=1)
+        results = {"compile": first, "again_seconds": again, "block_pass_ms": window, "whole_pass_ms": whole}
+        write_json(Path(args.json), results | {"rows": rows} | facts, indent=1)
     return 0
 
 

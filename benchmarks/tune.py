@@ -106,8 +106,8 @@ class Bench:
         """Takes what a journal holds of an earlier run."""
         from dlm.benchmarking.quality import finished
 
-        found = finished(records, self.judging)
-        self.known |= {key: record for key, record in found.items() if record["judged"]}
+        cells = finished(records, self.judging)
+        self.known |= {key: record for key, record in cells.items() if record["judged"]}
 
     def __call__(self, pairs: Sequence[tuple[Candidate, int]]) -> list[dict]:
         """A record for each (candidate, question): from the journal, or measured and judged now."""
@@ -314,7 +314,7 @@ def write(out: Path, argv, fixed, judging, outcomes, choice, again, watched, arg
     from dlm.utils.hardware import commit, hardware, versions
     from dlm.utils.jsonio import finite
 
-    found = {
+    results = {
         "reference": outcomes[0].record(),
         "choice": choice.record(),
         "confirmation": None if again is None else again.record() | {"confirmed": verdict(again, args.keep)},
@@ -328,7 +328,7 @@ def write(out: Path, argv, fixed, judging, outcomes, choice, again, watched, arg
         "command": shlex.join(["dlm", "bench", "tune", *argv]), "settings": fixed | judging, "budget": args.budget,
         "spent": search.spent, "commit": commit(), "hardware": hardware(), "versions": versions(),
     }  # fmt: skip
-    write_json(out, finite(found), indent=1)
+    write_json(out, finite(results), indent=1)
     write_json(meta_path(out), meta, indent=1)
     print(f"wrote {out}")
 

@@ -211,9 +211,9 @@ def rounding_sentences(settings: Sequence[Setting]) -> list[str]:
             errors.setdefault(setting.method, []).append((rms, setting.known("cache_same")))
     if errors:
         parts = [
-            f"{method} {error_of_logits(sum(r for r, _ in found) / len(found))} "
-            f"({100 * sum(same for _, same in found) / len(found):.1f}% the same first token)"
-            for method, found in errors.items()
+            f"{method} {error_of_logits(sum(r for r, _ in pairs) / len(pairs))} "
+            f"({100 * sum(same for _, same in pairs) / len(pairs):.1f}% the same first token)"
+            for method, pairs in errors.items()
         ]
         said.append(f"What a cache changes in the logits, root mean square: {', '.join(parts)}.")
     return said

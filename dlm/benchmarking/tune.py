@@ -59,7 +59,7 @@ def candidates(
 
     blocks: the block lengths that suit a method; verify: whether that revision suits the model.
     """
-    length, found = sampling.gen_length, []
+    length, tried = sampling.gen_length, []
     revisions = [{}, {"revise": "edit", "edit_threshold": 0.9}, *([{"revise": "verify"}] if verify else [])]
 
     def one(method: str, block: int, **rest) -> Candidate | None:
@@ -78,13 +78,13 @@ def candidates(
                 steps = {max(count, -(-length // tokens)) for tokens in TOKENS_A_PASS}
                 rows = [{"commit": "quota", "steps": passes} for passes in sorted(steps, reverse=True)]
                 rows += [{"commit": "threshold", "threshold": sure} for sure in THRESHOLDS]
-                found += [one(method, block, **row, **revise) for row in rows]
+                tried += [one(method, block, **row, **revise) for row in rows]
     slowest = "none" if "none" in methods else methods[0]
     choices = blocks(slowest)
     block = sampling.block_length if sampling.block_length in choices else min(choices, key=lambda x: abs(x - 32))
     reference = one(slowest, block, commit="quota", steps=length)
     assert reference is not None
-    return reference, [each for each in dict.fromkeys(found) if each is not None and each != reference]
+    return reference, [each for each in dict.fromkeys(tried) if each is not None and each != reference]
 
 
 # ---------------------------------------------------------------- what it would cost
@@ -205,8 +205,8 @@ def curves(outcomes: Sequence[Outcome], accuracy: bool) -> list[dict]:
     best, groups = max(map(per_cent, outcomes), default=0.0), {}
     for one in outcomes:
         groups.setdefault(one.candidate.curve, []).append((one.tokens.value, per_cent(one)))
-    found = [{"curve": name, "points": len(points), "aup": aup(points, best)} for name, points in groups.items()]
-    return sorted(found, key=lambda each: -each["aup"])
+    areas = [{"curve": name, "points": len(points), "aup": aup(points, best)} for name, points in groups.items()]
+    return sorted(areas, key=lambda each: -each["aup"])
 
 
 # ---------------------------------------------------------------- the search
@@ -264,8 +264,8 @@ class Search:
         """Those that may still be chosen: good enough to two errors and faster than the reference; first those that no
         other beats in latency and quality, then those that only they beat, and so on."""
         slow = self._outcome(reference, reference).latency.value
-        found = self._all(reference, alive)
-        left = [one for one in found if one.keeps(self.keep, slack=2.0) and one.latency.value < slow]
+        outcomes = self._all(reference, alive)
+        left = [one for one in outcomes if one.keeps(self.keep, slack=2.0) and one.latency.value < slow]
         ranked: list[Candidate] = []
         while layer := front(left):
             ranked += [one.candidate for one in layer]

@@ -47,20 +47,20 @@ def test_the_search_finds_the_fastest_that_is_as_good():
     right = {REFERENCE: 0.8, GOOD: 0.8, FAST: 0.2, SLOW: 0.9}
     calls = []
     search = Search(planted(seconds, right, calls), 32, 0.98, 1e9, prose=False)
-    found = search.run(REFERENCE, [GOOD, FAST, SLOW])
-    assert chosen(found, 0.98).candidate == GOOD
-    assert chosen(found, 0.2).candidate in (GOOD, FAST)
+    outcomes = search.run(REFERENCE, [GOOD, FAST, SLOW])
+    assert chosen(outcomes, 0.98).candidate == GOOD
+    assert chosen(outcomes, 0.2).candidate in (GOOD, FAST)
     assert sum(one == SLOW for one, _ in calls) == 4  # slower than the reference: no second rung
     assert sum(one == GOOD for one, _ in calls) == 32 and len(set(calls)) == len(calls)
-    assert [one.candidate for one in front(found)] == [GOOD]  # the others were measured on too few questions
+    assert [one.candidate for one in front(outcomes)] == [GOOD]  # the others were measured on too few questions
 
 
 def test_the_budget_ends_the_search():
     seconds, right = {REFERENCE: 8.0, GOOD: 4.0}, {REFERENCE: 1.0, GOOD: 1.0}
     search = Search(planted(seconds, right), 32, 0.98, 50.0, prose=False)
-    found = search.run(REFERENCE, [GOOD])
+    outcomes = search.run(REFERENCE, [GOOD])
     assert search.stopped and 50 <= search.spent <= 50 + 8 * 8
-    assert chosen(found, 0.98).questions >= 4
+    assert chosen(outcomes, 0.98).questions >= 4
 
 
 def test_kept_is_of_the_same_questions_with_its_error():
@@ -77,8 +77,8 @@ def test_kept_is_of_the_same_questions_with_its_error():
 def test_aup_of_a_curve():
     rows = [{"latency": 1, "tokens_per_forward": 1, "token_ids": [1], "correct": x} for x in (True, True)]
     fast = [{**row, "tokens_per_forward": 2} for row in rows]
-    found = [outcome(GOOD, rows, rows, False), outcome(FAST, fast, rows, False)]
-    [curve] = curves(found, accuracy=True)
+    outcomes = [outcome(GOOD, rows, rows, False), outcome(FAST, fast, rows, False)]
+    [curve] = curves(outcomes, accuracy=True)
     assert curve["points"] == 2 and curve["aup"] == pytest.approx(200.0)  # 100 up to 2 tokens a pass
 
 
@@ -111,16 +111,16 @@ def test_the_command_goes_on_and_writes(run, checkpoint, twin, tmp_path):
     shutil.copytree(checkpoint, folder)
     code, out, error = tune(run, folder, twin, tmp_path, keep=0.01)
     assert code == 0 and "the choice" in out and "on 2 fresh questions" in out, error
-    found, meta = grids.read(tmp_path, "tune")
-    assert found["outcomes"][0]["settings"]["steps"] == 4 and found["choice"]["questions"] == 4
-    assert found["confirmation"]["questions"] == 2 and found["aup"] and found["telemetry"]
+    results, meta = grids.read(tmp_path, "tune")
+    assert results["outcomes"][0]["settings"]["steps"] == 4 and results["choice"]["questions"] == 4
+    assert results["confirmation"]["questions"] == 2 and results["aup"] and results["telemetry"]
     assert meta["command"].startswith("dlm bench tune") and len(meta["settings"]["questions"]) == 6
     lines = (tmp_path / "tune.journal-0.jsonl").read_text().splitlines()
     code, out, error = tune(run, folder, twin, tmp_path, "--write", keep=0.01)
     assert code == 0 and f"wrote the sampling defaults of {folder}" in out, error
     assert (tmp_path / "tune.journal-0.jsonl").read_text().splitlines() == lines  # nothing was measured again
     written = json.loads((folder / "generation_config.json").read_text())["dlm"]
-    assert written == {"gen_length": 4, **found["choice"]["settings"]}
+    assert written == {"gen_length": 4, **results["choice"]["settings"]}
 
 
 @pytest.mark.parametrize(

@@ -87,8 +87,12 @@ def test_candidates_go_together():
     reference, others = candidates(config, ["none", "dual"], lambda method: [8, 16])
     assert reference.fields == {"method": "none", "block_length": 16, "commit": "quota", "steps": 16}
     assert reference not in others and len(set(others)) == len(others)
-    kinds = {(one.fields["method"], one.fields.get("revise")) for one in others}
-    assert ("none", "verify") in kinds and ("dual", "verify") not in kinds  # verify computes the whole canvas
+    assert {one.fields.get("revise") for one in others} == {None, "edit", "verify"}
+    _, without = candidates(config, ["none", "dual"], lambda method: [8, 16], verify=False)
+    assert {one.fields.get("revise") for one in without} == {None, "edit"}  # a model with shifted logits
+    guided = SamplingConfig(gen_length=16, cfg_scale=1.0)
+    _, guided_others = candidates(guided, ["none"], lambda method: [8])
+    assert all(one.fields.get("revise") != "verify" for one in guided_others)  # settings that do not go together
     assert all(one.fields.get("steps", 2) >= -(-16 // one.fields["block_length"]) for one in others)
 
 

@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
+JOBS   ?= 2
 RUN    := $(VENV)/bin/python
 PIP    := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
           $(RUN) -m pip install --progress-bar off
@@ -21,10 +22,10 @@ demo: $(VENV)/.ready
 	  '  $(VENV)/bin/dlm --help        (source $(VENV)/bin/activate makes it: dlm)'
 
 test: lint
-	@$(RUN) -m pytest -m "not slow"
+	@$(RUN) -m pytest -n $(JOBS) --dist worksteal -m "not slow"
 
 test-all: lint
-	@$(RUN) -m pytest
+	@$(RUN) -m pytest -n $(JOBS) --dist worksteal
 
 lint: $(VENV)/.ready-dev
 	@$(RUN) -m ruff check .

@@ -63,27 +63,33 @@ def tiny():
     return tiny_model(0)
 
 
-MEASURED = pytest.StashKey[list]()
+MEASURED = "measured: "
 
 
 @pytest.fixture
-def measured(request, record_property):
+def measured(record_property):
     """measured(what, value, at_most): a measured number that must not be greater; all are listed when the tests end."""
-    table = request.config.stash.setdefault(MEASURED, [])
 
     def note(what, value, at_most=None):
-        table.append((what, float(value), at_most))
-        record_property(what, float(value))
+        record_property(MEASURED + what, (float(value), at_most))
         assert at_most is None or value <= at_most, f"{what}: {float(value):.3g} is above {at_most:g}"
 
     return note
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    table = config.stash.get(MEASURED, [])
-    if table:
+def pytest_terminal_summary(terminalreporter):
+    """The table of what was measured, from all processes that ran tests."""
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.getreports(kind)]
+    rows = [
+        (name.removeprefix(MEASURED), *numbers)
+        for report in reports
+        if getattr(report, "when", None) == "call"
+        for name, numbers in report.user_properties
+        if name.startswith(MEASURED)
+    ]
+    if rows:
         terminalreporter.section("measured")
-        width = max(len(what) for what, _, _ in table)
-        for what, value, at_most in table:
+        width = max(len(what) for what, _, _ in rows)
+        for what, value, at_most in sorted(rows, key=lambda row: row[0]):
             limit = "" if at_most is None else f"  (at most {at_most:.3g})"
             terminalreporter.write_line(f"{what:<{width}}  {value:9.3g}{limit}")

@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 from dlm.models.head import Head
 from dlm.models.predictor import PredictCall
 
-__all__ = ["Surface", "given", "masked_lm_loss", "refuse_outputs"]
+__all__ = ["Surface", "given", "labels_loss", "refuse_outputs"]
 
 IGNORED = -100  # a label that carries no loss
 
@@ -67,14 +67,20 @@ def refuse_outputs(output_attentions, use_cache) -> None:
         )
 
 
-def masked_lm_loss(logits: Tensor, labels: Tensor, num_items_in_batch: int | Tensor | None = None) -> Tensor:
-    """The mean cross entropy () of labels (B, Q) at their own place, in nats, in fp32 at least; -100 carries none.
+def labels_loss(logits: Tensor, labels: Tensor, config, num_items_in_batch: int | Tensor | None = None) -> Tensor:
+    """The mean cross entropy () of labels (B, Q) in nats, in fp32 at least; -100 carries none.
 
-    num_items_in_batch: the labels of the whole step, by which the sum is divided in place of those here. No label at
-    all gives 0.
+    A label is predicted at its own place. In a model with shifted logits it is predicted at the place before, the
+    first one at its own (Dream, arXiv:2508.15487); in an autoregressive model, as in transformers' causal models, at
+    the place before, and the first one has no prediction. num_items_in_batch: the labels of the whole step, by which
+    the sum is divided in place of those here. No label at all gives 0.
     """
     if labels.shape != logits.shape[:2]:
         raise ValueError(f"labels has shape {tuple(labels.shape)}: give {tuple(logits.shape[:2])}, -100 for no loss")
+    if config.objective == "autoregressive":
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    elif config.shift_logits:
+        logits = torch.cat((logits[:, :1], logits[:, :-1]), dim=1)
     labels = labels.to(logits.device).flatten()
     logits = logits if logits.dtype == torch.float64 else logits.float()
     total = F.cross_entropy(logits.flatten(0, 1), labels, ignore_index=IGNORED, reduction="sum")

@@ -23,7 +23,7 @@ from dlm.models.head import Head, weighted_cross_entropy, weighted_sum
 from dlm.models.moe import MoE
 from dlm.models.predictor import MaskPredictor, PredictCall
 from dlm.models.rotary import rotary_angles, rotate
-from dlm.models.surface import Surface, given, masked_lm_loss, refuse_outputs
+from dlm.models.surface import Surface, given, labels_loss, refuse_outputs
 
 __all__ = ["LLaDAModel", "LLaDAModelLM"]
 
@@ -267,8 +267,8 @@ class LLaDAModelLM(MaskPredictor, Surface, LLaDAPreTrainedModel):
         """transformers' forward: the mask predictor's logits, and with `labels` a loss.
 
         input_ids (B, Q), or inputs_embeds (B, Q, D) in their place; attention_mask (B, Q), 0 at padding;
-        position_ids (B, Q) or (1, Q), by default 0..Q-1. labels (B, Q): the mean cross entropy in nats, at their own
-        place, of those that are not -100; its sum over num_items_in_batch where that is given. Returns logits
+        position_ids (B, Q) or (1, Q), by default 0..Q-1. labels (B, Q): the mean cross entropy in nats of those
+        that are not -100 (`labels_loss`); its sum over num_items_in_batch where that is given. Returns logits
         (B, Q, V), V = config.embedding_size, and with output_hidden_states the embeddings and every layer's output,
         the last one normed. output_attentions and use_cache are for other models: true is refused.
         call: from `predict`, in place of all others; the output is then that of `predict`.
@@ -282,7 +282,7 @@ class LLaDAModelLM(MaskPredictor, Surface, LLaDAPreTrainedModel):
         call = given(input_ids, attention_mask, position_ids, inputs_embeds, output_hidden_states)
         logits, layers = self._asked(call), call.hidden_states
         output = MaskedLMOutput(
-            loss=None if labels is None else masked_lm_loss(logits, labels, num_items_in_batch),
+            loss=None if labels is None else labels_loss(logits, labels, self.config, num_items_in_batch),
             logits=logits,
             hidden_states=None if layers is None else tuple(layers),
         )

@@ -46,6 +46,22 @@ def test_labels_by_hand():
     assert torch.allclose(loss, sum(want) / 3) and torch.equal(first, logits)
 
 
+@pytest.mark.parametrize(
+    ("changes", "pairs"),  # (row, place of the label, place of its prediction)
+    [
+        ({"shift_logits": True}, [(0, 1, 0), (1, 0, 0), (1, 2, 1)]),
+        ({"objective": "autoregressive"}, [(0, 1, 0), (1, 2, 1)]),  # the first token has no prediction
+    ],
+)
+def test_labels_of_a_model_that_predicts_the_next_place(changes, pairs):
+    """Was: the loss of Trainer compared every label with the prediction for the place after it."""
+    model, ids = tiny_model(2, **changes), torch.tensor([[1, MASK, 3], [MASK, 5, 6]])
+    labels = torch.tensor([[-100, 7, -100], [9, -100, 6]])
+    logits = model(ids).logits
+    want = [F.cross_entropy(logits[r, at], labels[r, place]) for r, place, at in pairs]
+    assert torch.allclose(model(ids, labels=labels).loss, sum(want) / len(want))
+
+
 def test_hidden_states_and_embeddings():
     model, ids = tiny_model(3), torch.tensor([[1, 2, 3]])
     out = model(ids, output_hidden_states=True)

@@ -85,7 +85,8 @@ def prepare(settings: Recipe, accelerator) -> Prepared:
     from dlm.checkpoints.pretrained import check_fit, open_tokenizer
     from dlm.data.pairs import Pairs, load_pairs
     from dlm.data.sources import parse_sources
-    from dlm.objectives.preference import Preference, frozen
+    from dlm.objectives.preference import Preference
+    from dlm.objectives.reference import check_vocabulary, frozen
     from dlm.training.recipe import Prepared, chat_format, open_model
 
     model = open_model(settings)
@@ -98,7 +99,7 @@ def prepare(settings: Recipe, accelerator) -> Prepared:
     options = {"beta": settings.beta, "draws": settings.draws, "sft": settings.sft_weight}
     if settings.reference:
         other = open_model(settings, path=settings.reference)
-        check_reference(model, other, settings.reference)
+        check_vocabulary(model, other, settings.reference)
         reference = frozen(other)
     else:
         reference = None if settings.lora else frozen(model)
@@ -110,14 +111,6 @@ def prepare(settings: Recipe, accelerator) -> Prepared:
         return merge_lora(trained, weights), None
 
     return Prepared(adapted, tokenizer, pairs, None, finish, objective=Preference(reference, **options))
-
-
-def check_reference(model, other, name: str) -> None:
-    """Errors: a reference that does not read the policy's tokens."""
-    for field in ("embedding_size", "mask_token_id"):
-        mine, its = getattr(model.config, field), getattr(other.config, field)
-        if mine != its:
-            raise ValueError(f"reference {name} has {field} {its} and the model {mine}: give one with its vocabulary")
 
 
 def parse(argv: list[str]) -> Recipe:

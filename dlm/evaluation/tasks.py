@@ -6,12 +6,10 @@ nothing else, so a new task is a function here and a row of TASKS.
 
 from __future__ import annotations
 
-import re
 import shlex
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from decimal import Decimal, InvalidOperation
 from itertools import takewhile
 from pathlib import Path
 
@@ -20,6 +18,7 @@ import numpy as np
 from dlm.chat_template import chat_ids
 from dlm.data.prompts import read_prompts
 from dlm.data.sources import HUB, read_rows
+from dlm.rewards.texts import final_number
 from dlm.sampling.canvas import Canvas
 from dlm.tokenizer import BLANK, encode_prompt, template
 from dlm.utils.jsonio import to_json
@@ -75,16 +74,6 @@ def exact(*accepted: str) -> Check:
     """Right where an answer is one of these, runs of white space taken as one space."""
     wanted = {" ".join(text.split()) for text in accepted}
     return lambda answer: " ".join(answer.split()) in wanted
-
-
-def final_number(text: str) -> Decimal | None:
-    """The number after the last ####, as GSM8K's answers end (arXiv:2110.14168), else the last number; None: none."""
-    _, mark, tail = text.rpartition("####")
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+", (tail if mark else text).replace("$", ""))
-    try:
-        return Decimal((numbers[0] if mark else numbers[-1]).replace(",", "")) if numbers else None
-    except InvalidOperation:
-        return None
 
 
 def same_number(solution: str) -> Check:

@@ -127,6 +127,18 @@ class Objective(ABC):
     def loss(self, model, batch: Batch, noise: Noise, mask_id: int, chunk: int | None = None) -> Loss:
         """The loss of a batch, a sum that is divided by the step's `count`."""
 
+    def after_step(self, model, step: int) -> None:
+        """Called with the plain model after optimizer step `step` (from 1): a teacher may follow the student here."""
+        return
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of the object: tensors by name."""
+        return {}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `state` gave. Errors: tensors of another model."""
+        assert not tensors, "this objective keeps nothing"
+
     def to(self, device) -> Objective:
         """Called once before the first step: models that the objective holds go to the device."""
         return self

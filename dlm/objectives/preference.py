@@ -10,8 +10,6 @@ times and masks, so that what both do not know cancels.
 
 from __future__ import annotations
 
-import copy
-import hashlib
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -25,8 +23,9 @@ from dlm.models.head import Targets
 from dlm.models.predictor import as_predictor, guess_places
 from dlm.objectives.losses import Loss, Objective
 from dlm.objectives.noise import Noise, NoiseSettings, corrupt, draw_noise
+from dlm.objectives.reference import as_reference, digest
 
-__all__ = ["Draws", "Preference", "dpo", "frozen", "repeat"]
+__all__ = ["Draws", "Preference", "dpo", "repeat"]
 
 
 @dataclass(frozen=True)
@@ -92,11 +91,6 @@ def dpo(policy: Tensor, reference: Tensor, beta: float) -> tuple[Tensor, Tensor]
     return -F.logsigmoid(beta * delta), delta
 
 
-def frozen(model: nn.Module) -> nn.Module:
-    """A copy of a model that is not trained."""
-    return copy.deepcopy(model).eval().requires_grad_(False)
-
-
 class Preference(Objective):
     """DPO on bounds. A batch holds pairs: example 2i is chosen, 2i + 1 rejected, one after the other in one row.
 
@@ -114,10 +108,7 @@ class Preference(Objective):
     @property
     def identity(self) -> str:
         """SHA-256 of the reference's weights; "" where it is the policy without its adapters."""
-        digest = hashlib.sha256()
-        for name, tensor in ({} if self.reference is None else self.reference.state_dict()).items():
-            digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest() if self.reference is not None else ""
+        return digest(self.reference)
 
     def to(self, device) -> Preference:
         if self.reference is not None:
@@ -138,7 +129,7 @@ class Preference(Objective):
         examples = len(batch.index)
         mine, its = Draws(noise.noises[: self.draws]), Draws(noise.noises[-self.draws :])
         inputs = repeat(batch, mine, mask_id)
-        with torch.no_grad(), self._as_reference(model) as reference:
+        with torch.no_grad(), as_reference(self.reference, model) as reference:
             theirs = bounds(reference, repeat(batch, its, mask_id), self.draws * examples, chunk)
         with torch.no_grad() if chunk is not None else nullcontext():
             ours = bounds(model, inputs, self.draws * examples, chunk)
@@ -158,11 +149,6 @@ class Preference(Objective):
             ce=mean.detach(), rate=torch.zeros_like(mean), notes=self._notes(ours.detach(), theirs, delta.detach()),
         )  # fmt: skip
 
-    def _as_reference(self, model):
-        if self.reference is not None:
-            return nullcontext(self.reference)
-        return _WithoutAdapters(getattr(model, "module", model))
-
     def _notes(self, ours: Tensor, theirs: Tensor, delta: Tensor) -> dict[str, Tensor]:
         gained = ours - theirs
         notes = {
@@ -177,17 +163,3 @@ class Preference(Objective):
             notes["variance_shared"] = pairs.var(0).sum() / self.draws
             notes["variance_apart"] = (apart[0::2] + apart[1::2]).sum() / self.draws
         return notes
-
-
-class _WithoutAdapters:
-    """A PEFT model with its adapters off, within the block."""
-
-    def __init__(self, model):
-        self.model, self.off = model, model.disable_adapter()
-
-    def __enter__(self):
-        self.off.__enter__()
-        return self.model
-
-    def __exit__(self, *error):
-        return self.off.__exit__(*error)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from dlm.data.examples import Batch, Examples, drop_prompts, fetch
 from dlm.data.streaming import StreamedExamples
 from dlm.objectives.config import NoiseSettings
@@ -44,6 +46,8 @@ class StepBatches:
 
 class Batches:
     """Makes a run's steps from packed examples, one after another; `position` says where it stands."""
+
+    ahead = True  # other processes may make steps ahead of their time
 
     def __init__(
         self, data: Examples | StreamedExamples, config: TrainingConfig, objective: Objective, *,
@@ -116,6 +120,10 @@ class Batches:
                 f"visibilities: use a larger batch_size, or less accumulation"
             )
         return [(blocks, config.noise(step=step)), (full, config.noise(full=True))]
+
+    def kept(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of the batches, beside their position: nothing."""
+        return {}
 
     def skip(self) -> None:
         """Leave out a step, which another process makes."""

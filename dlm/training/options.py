@@ -5,7 +5,7 @@ No torch here: `dlm train RECIPE --help` lists these.
 
 from dlm.data.choices import ON_BAD_ROW, OVERLONG
 from dlm.models.choices import ATTENTION, FLOATS
-from dlm.objectives.config import ESTIMATORS, NOISE_SCHEDULE_NAMES, OBJECTIVE_NAMES
+from dlm.objectives.config import ESTIMATORS, NOISE_SCHEDULE_NAMES, OBJECTIVE_NAMES, POLICY_NAMES
 
 OPTIMIZERS = ("muon", "adamw")
 LEARNING_RATE_SCHEDULES = ("wsd", "cosine", "constant")  # the keys of `optim.SCHEDULES`
@@ -110,6 +110,19 @@ GROUPS = {  # title: {field: help}
         "draws": "noise draws of each answer",
         "sft_weight": "weight of the chosen answer's bound a token",
     },
+    "policy gradient": {
+        "rewards": "reward functions: names below, regex:EXPRESSION, or module:function",
+        "reward_weights": "their weights (1 each)",
+        "group_size": "answers of each prompt",
+        "inner": "optimizer steps that learn from the same answers",
+        "policy": "how an answer's probability is estimated, and the loss",
+        "ratio_clip": "how far a token's probability may move before its gradient ends",
+        "kl": "weight of the KL divergence to the reference",
+        "prompt_mask": "share of the prompt's tokens masked in one-pass estimates",
+        "shrink": "passes of the sampler that one pass of a trace joins",
+        "sampling": "settings of the sampler, such as gen_length=128|temperature=1",
+        "rollout_rows": "answers that are written at a time",
+    },
     "adapters": {
         "lora": "rank of LoRA adapters; 0: train all weights",
         "lora_alpha": "scale of the adapters",
@@ -145,6 +158,7 @@ CHOICES = {
     "format": FORMATS,
     "overlong": OVERLONG,
     "on_bad_row": ON_BAD_ROW,
+    "policy": POLICY_NAMES,
 }
 
 _NEW = ("model", ("",), "leave out --model, which brings its own shape")
@@ -167,5 +181,8 @@ NEEDS = {  # field: (other field, values with which it has an effect (None: any 
     "lora_alpha": _LORA,
     "lora_targets": _LORA,
     "base_dtype": _LORA,
+    "shrink": ("policy", ("trace",), "add --policy trace"),
+    "prompt_mask": ("policy", ("diffu_grpo", "wd1"), "take another --policy"),
+    "ratio_clip": ("policy", ("diffu_grpo", "trace"), "take another --policy"),
     **dict.fromkeys(GROUPS["shape of a new model"], _NEW),
 }

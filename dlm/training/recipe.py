@@ -27,6 +27,7 @@ from dlm.tokenizer import mask_id
 from dlm.training.accelerator import make_accelerator
 from dlm.training.checks import MANY_EPOCHS, check_batch, check_folders, check_length
 from dlm.training.config import RecipeConfig
+from dlm.training.rollouts import Plan
 from dlm.training.sharding import whole_state
 from dlm.training.trainer import Result, fit
 from dlm.utils.files import locked
@@ -128,7 +129,7 @@ def summary(
 @dataclass(frozen=True)
 class Prepared:
     """What a recipe trains, and on what. finish(model, weights) -> (model, weights): what is exported. objective: in
-    place of the one that the settings name."""
+    place of the one that the settings name. rollouts: how answers are written, where they are learned from."""
 
     model: torch.nn.Module
     tokenizer: object
@@ -136,6 +137,7 @@ class Prepared:
     valid: Examples | None
     finish: Callable = lambda model, weights: (model, weights)
     objective: Objective | None = None
+    rollouts: Plan | None = None
 
 
 def run(recipe: RecipeConfig, argv: list[str], prog: str, prepare: Callable[..., Prepared]) -> int:
@@ -177,6 +179,7 @@ def _run(recipe, argv, prog, prepare, accelerator, report) -> int:
         skip_damaged=recipe.skip_damaged,
         accelerator=accelerator,
         objective=ready.objective,
+        rollouts=ready.rollouts,
     )
     if result.interrupted:
         again = typed_command(argv, f"dlm train {prog}", without=["--skip-damaged"], more=["--resume"])

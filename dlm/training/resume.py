@@ -9,17 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from dlm.data.examples import Examples
 from dlm.training.config import TrainingConfig
 from dlm.training.sharding import check_processes, shard_like
-from dlm.training.state import Damaged, checkpoints, load_state, set_aside, verify
+from dlm.training.state import OBJECTIVE_FILE, Damaged, checkpoints, load_state, set_aside, verify
 
 # Every setting must be the same but for these.
 FREE = {  # the weights do not depend on them; `data`, `model` and `tokenizer` may move: what they hold is compared
     "output", "name", "export", "export_dtype", "resume", "skip_damaged", "tracker", "epochs", "workers",
     "log_every", "log_seconds", "checkpoint_every", "keep_last", "sample_every", "sample_prompts", "sample_length",
-    "valid", "valid_every", "valid_rows", "data", "model", "tokenizer",
+    "valid", "valid_every", "valid_rows", "data", "model", "tokenizer", "rollout_rows",
 }  # fmt: skip
 # these change the last digits of a sum
 ROUNDING = {"accumulation", "activation_checkpointing", "compile", "loss_chunk", "attn_implementation"}
@@ -143,6 +144,8 @@ def load_newest(run, skip_damaged: bool = False) -> None:
             group["base_lr"] = _base_rate(optimizer, run.config)
     if run.ema is not None:
         _take_average(run, weights, folder)
+    if (folder / OBJECTIVE_FILE).is_file():
+        run.objective.load_state(load_file(folder / OBJECTIVE_FILE))
     run.step, run.tokens, run.seconds = state["step"], state["tokens"], state["seconds"]
     run.position = state["position"]
     run.batches.go_to(run.position, state.get("window", ""), folder)

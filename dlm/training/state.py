@@ -25,6 +25,7 @@ from dlm.utils.jsonio import finite, to_json
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 STATE_FILE = "trainer.json"
 EMA_FILE = "ema.safetensors"
+OBJECTIVE_FILE = "objective.safetensors"  # what an objective holds that changes, such as a teacher
 SET_ASIDE = ".damaged"  # what a folder that was skipped is called from then on
 FORMAT = 2  # 1 had no checksums and no digest of the data
 
@@ -49,10 +50,14 @@ def checkpoints(output: str | os.PathLike) -> list[tuple[int, Path]]:
 # -------------------------------------------------------------------------------------------------------- writing
 
 
-def save_state(accelerator, output, state: dict, ema: dict[str, Tensor] | None, keep_last: int) -> Path:
+def save_state(
+    accelerator, output, state: dict, ema: dict[str, Tensor] | None, keep_last: int,
+    kept: dict[str, dict[str, Tensor]] | None = None,
+) -> Path:  # fmt: skip
     """Write the run's state after `state['step']` steps: weights, optimizers, random numbers, EMA, position.
 
-    Every process calls this. Afterwards only the newest `keep_last` checkpoints are left.
+    kept: more files of this process with tensors, by name. Every process calls this. Afterwards only the newest
+    `keep_last` checkpoints are left.
     Errors: a disk that is full or cannot be written; the checkpoints before stay.
     """
     final = step_folder(output, state["step"])
@@ -64,6 +69,9 @@ def save_state(accelerator, output, state: dict, ema: dict[str, Tensor] | None, 
     accelerator.wait_for_everyone()
     try:
         accelerator.save_state(str(temporary))
+        for name, tensors in (kept or {}).items():
+            if tensors:
+                save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary / name)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             if ema is not None:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from dlm.data.examples import Examples
 from dlm.data.streaming import StreamedExamples
 from dlm.models.flops import peak_flops, training_flops
 from dlm.objectives.losses import OBJECTIVES, Objective
+from dlm.rewards.table import RewardError
 from dlm.training import zero
 from dlm.training.accelerator import make_accelerator, prepare_model, sum_over_processes
 from dlm.training.ahead import Ahead, usual_workers
@@ -34,8 +35,9 @@ from dlm.training.growth import plan
 from dlm.training.logging import Display, Metrics, finish_tracker, start_tracker
 from dlm.training.optim import schedule_factor, set_learning_rates
 from dlm.training.resume import identify, load_newest, plain_settings
+from dlm.training.rollouts import ROLLOUT_FILE, Plan, RolloutBatches
 from dlm.training.sharding import is_sharded, whole_average
-from dlm.training.state import checkpoints, save_state
+from dlm.training.state import OBJECTIVE_FILE, checkpoints, save_state
 from dlm.training.stop import StopSignal
 from dlm.training.validation import Validation, check_in
 from dlm.utils.files import locked
@@ -86,12 +88,14 @@ def fit(
     accelerator=None,
     report: Callable[[str], None] = print,
     objective: Objective | None = None,
+    rollouts: Plan | None = None,
 ) -> Result:
     """Train `model` on packed examples; checkpoints, metrics.jsonl and samples go to `config.output`.
 
     tokenizer may be None (no samples then). resume: go on from the newest checkpoint, if there is one; skip_damaged:
     where that one is damaged, set it aside and take the one before.
     report: where lines for people go. objective: an object in place of the one that `config.objective` names.
+    rollouts: answers that the model writes are learned from, to the prompts of `train` (`data.questions`).
     The model is trained in place. Errors: settings that do not fit together; NonFiniteLoss.
     """
     accelerator = accelerator or make_accelerator(config)
@@ -108,7 +112,7 @@ def fit(
     check_targets(train, objective)
     report = report if accelerator.is_main_process else (lambda line: None)
     with locked(config.output) if accelerator.is_main_process else nullcontext():
-        run = Run(model, tokenizer, train, valid, config, mask_id, accelerator, report, objective)
+        run = Run(model, tokenizer, train, valid, config, mask_id, accelerator, report, objective, rollouts)
         if config.block_growth:
             report(plan(config.block_growth, config.block_length, config.max_steps))
         if resume:
@@ -119,7 +123,9 @@ def fit(
 class Run:
     """One run's moving parts: model, optimizers, EMA, batches, counters. `train_step` is one optimizer step."""
 
-    def __init__(self, model, tokenizer, train, valid, config, mask_id, accelerator, report, objective=None):
+    def __init__(
+        self, model, tokenizer, train, valid, config, mask_id, accelerator, report, objective=None, rollouts=None
+    ):  # fmt: skip
         self.tokenizer, self.valid, self.config = tokenizer, valid, config
         self.mask_id, self.accelerator, self.report = mask_id, accelerator, report
         self.objective = (objective or OBJECTIVES[config.objective]).to(accelerator.device)
@@ -136,7 +142,8 @@ class Run:
         self.micro_batch = config.batch_size // (accelerator.num_processes * config.accumulation)
         self.chunk = config.chunk(self.micro_batch * train.length, vocabulary)
         self.ema = EMA(self.plain, config.ema) if config.ema > 0 else None
-        self.batches = Batches(
+        make = Batches if rollouts is None else partial(RolloutBatches, self, rollouts)
+        self.batches = make(
             train, config, self.objective, rank=accelerator.process_index, world=accelerator.num_processes,
             pad_id=mask_id if pad is None or pad >= vocabulary else pad,  # no token sees padding: any id would do
             end_id=end_id, mask_id=mask_id,
@@ -176,13 +183,14 @@ class Run:
         )  # fmt: skip
         device, ahead = self.accelerator.device, None
         workers = usual_workers(device, self.batches.data) if config.workers is None else config.workers
+        workers = workers if self.batches.ahead else 0
         every = config.log_every if device.type == "cuda" else 1
         stopped, ended = False, self.step >= config.max_steps
         try:
             ahead = Ahead(self.batches, self.step, workers)
             self.since = time.perf_counter()
             while not (ended or stopped):
-                self.waiting.append(self.train_step(ahead.next()))
+                self.waiting.append(self.train_step(self._next(ahead)))
                 self.step += 1
                 due = self._due()
                 asked = stop.requested and self.accelerator.num_processes == 1  # several must agree: with `read`
@@ -211,6 +219,17 @@ class Run:
             if ahead is not None:
                 ahead.close()
         return stopped
+
+    def _next(self, ahead: Ahead) -> StepBatches:
+        """The next step's batches. Errors: RewardError, after a checkpoint to go on from."""
+        try:
+            return ahead.next()
+        except RewardError as error:
+            if self.accelerator.num_processes > 1:  # the others are not here
+                last = self.last_checkpoint or "none yet"
+                raise RewardError(f"{error} (last good checkpoint: {last}), then go on with --resume") from error
+            self.save()
+            raise RewardError(f"{error}, then go on with --resume from {self.last_checkpoint}") from error
 
     def _due(self) -> dict[str, bool]:
         """What is to be done after this step, beside training."""
@@ -241,6 +260,7 @@ class Run:
             optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             self.ema.update(self.plain, self.step)
+        self.objective.after_step(self.plain, self.step + 1)
         self.position, self.window = made.position, made.window
         return step
 
@@ -353,7 +373,11 @@ class Run:
             "processes": self.accelerator.num_processes,
             "config": plain_settings(self.config),
         }
-        self.last_checkpoint = save_state(self.accelerator, self.output, state, self._average(), self.config.keep_last)
+        kept = {OBJECTIVE_FILE: self.objective.state() if self.accelerator.is_main_process else {}}
+        kept[ROLLOUT_FILE.format(self.accelerator.process_index)] = self.batches.kept()
+        self.last_checkpoint = save_state(
+            self.accelerator, self.output, state, self._average(), self.config.keep_last, kept
+        )
 
     def _check_finite(self) -> None:
         """Errors: weights, optimizer state or moving average that the last update left NaN or infinite."""

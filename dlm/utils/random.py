@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-TRAINING, VALIDATION, CROP, PROMPT, STRATA, WINDOW = range(6)  # streams of randomness that never meet
+# Streams of randomness that never meet.
+TRAINING, VALIDATION, CROP, PROMPT, STRATA, WINDOW, ROLLOUT, PROMPT_MASK, TEACHER = range(9)
 
 
 def example_generator(seed: int, epoch: int, index: int, stream: int = TRAINING) -> np.random.Generator:

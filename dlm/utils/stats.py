@@ -26,6 +26,13 @@ def proportion(right: Sequence[bool]) -> tuple[float, float | None]:
     return share, math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else None
 
 
+def mean_and_error(total: float, squares: float, count: float) -> tuple[float, float | None]:
+    """The mean and its standard error from a sum, a sum of squares and a count; no error of one value alone."""
+    mean = total / count
+    variance = max(0.0, squares / count - mean * mean)
+    return mean, math.sqrt(variance / (count - 1)) if count > 1 else None
+
+
 # ---------------------------------------------------------------- of measurements
 
 

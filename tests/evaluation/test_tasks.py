@@ -10,12 +10,12 @@ from dlm.evaluation.tasks import (
     Question,
     by_program,
     exact,
-    final_number,
     from_rows,
     open_task,
     same_number,
     tell_apart,
 )
+from dlm.rewards.texts import final_number
 from tests.helpers import commandline
 
 tokenizer = commandline.tokenizer  # a fixture

@@ -12,7 +12,8 @@ from torch import nn
 from dlm.data.examples import Example, pack
 from dlm.models.predictor import as_predictor
 from dlm.objectives.noise import NoiseSettings
-from dlm.objectives.preference import Preference, dpo, frozen
+from dlm.objectives.preference import Preference, dpo
+from dlm.objectives.reference import frozen
 from tests.helpers.toys import MASK, tiny_model
 
 PROMPT = [3, 4]

@@ -1,0 +1,1 @@
+"""Texts -> numbers: reward functions with TRL's signature, `(prompts, completions, **columns) -> list of float`."""

@@ -149,13 +149,13 @@ class Policy(Objective):
         raise AssertionError("the parts of a policy gradient come from rollouts")
 
     def log_probs(self, model, batch: Batch, answers: Answers, mask_id: int) -> tuple[Tensor, Tensor]:
-        """(N,) the log probabilities of the scored tokens in row order, in fp32, and (N,) the entropy of each, nats."""
+        """(N,) the log probabilities of the scored tokens in row order, in fp32 or more, and (N,) the entropy there, nats."""
         xt = batch.tokens.masked_fill(answers.hidden, mask_id)
         valid = batch.segments != PAD_SEGMENT
         places = guess_places(model, answers.scored, batch.positions)
-        logits = as_predictor(model)(
-            xt, batch.positions, valid=None if bool(valid.all()) else valid, logits_to_keep=places
-        ).float() / self.temperature  # fmt: skip
+        asked = {"valid": None if bool(valid.all()) else valid, "logits_to_keep": places}
+        logits = as_predictor(model)(xt, batch.positions, **asked)
+        logits = (logits if logits.dtype == torch.float64 else logits.float()) / self.temperature
         ids = [token for token in {mask_id, *self.forbidden} if token < logits.shape[-1]]
         logits = logits.index_fill(1, torch.tensor(ids, device=logits.device), -torch.inf)
         log_p = logits.log_softmax(dim=-1)
@@ -184,7 +184,7 @@ class Policy(Objective):
             notes["kl"] = apart.exp() - apart - 1
             loss = loss + self.kl * notes["kl"]
         size = len(batch.index)
-        examples = torch.zeros(size, device=loss.device).index_add(0, owner, loss * weight)
+        examples = torch.zeros(size, dtype=loss.dtype, device=loss.device).index_add(0, owner, loss * weight)
         return Loss(
             total=examples.sum(), count=self.count(batch), examples=examples.detach(),
             lengths=torch.bincount(owner, minlength=size), ce=-log_p.detach(), rate=torch.ones_like(weight),

@@ -12,7 +12,7 @@ from fractions import Fraction
 
 from dlm.rewards.texts import last_part, text_of
 
-__all__ = ["countdown", "sudoku4x4", "sudoku9x9", "value_of"]
+__all__ = ["countdown", "sudoku4x4", "sudoku9x9", "sudoku_solved", "value_of"]
 
 NUMBERS_RIGHT = 0.1  # of an equation that has the right numbers and another value
 LONGEST_EQUATION = 200
@@ -36,6 +36,16 @@ def sudoku4x4(prompts, completions, solution: Sequence[str], puzzle: Sequence[st
 def sudoku9x9(prompts, completions, solution: Sequence[str], puzzle: Sequence[str] | None = None, **columns):
     """As `sudoku4x4`, of 81 cells."""
     return _cells(81, prompts, completions, solution, puzzle)
+
+
+def sudoku_solved(prompts, completions, solution: Sequence[str], puzzle: Sequence[str] | None = None, **columns):
+    """1 where every empty cell of a puzzle of either size is right, else 0."""
+    sizes = [len(_digits(right)) for right in solution]
+    puzzles = prompts if puzzle is None else puzzle
+    return [
+        float(_cells(size, [given], [completion], [right], [text_of(given)])[0] == 1)
+        for size, given, completion, right in zip(sizes, puzzles, completions, solution, strict=True)
+    ]
 
 
 def _cells(size: int, prompts, completions, solution, puzzle) -> list[float]:

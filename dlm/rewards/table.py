@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from numbers import Real
 
 from dlm.rewards.answers import gsm8k_answer, gsm8k_format, pattern
-from dlm.rewards.puzzles import countdown, sudoku4x4, sudoku9x9
+from dlm.rewards.puzzles import countdown, sudoku4x4, sudoku9x9, sudoku_solved
 from dlm.rewards.texts import text_of
 from dlm.utils.errors import one_line
 from dlm.utils.names import nearest
@@ -26,6 +26,7 @@ REWARDS: dict[str, Callable] = {
     "countdown": countdown,
     "sudoku4x4": sudoku4x4,
     "sudoku9x9": sudoku9x9,
+    "sudoku_solved": sudoku_solved,
     "gsm8k_answer": gsm8k_answer,
     "gsm8k_format": gsm8k_format,
 }

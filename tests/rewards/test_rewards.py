@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from dlm.rewards.answers import gsm8k_answer, gsm8k_format
-from dlm.rewards.puzzles import countdown, sudoku4x4, sudoku9x9, value_of
+from dlm.rewards.puzzles import countdown, sudoku4x4, sudoku9x9, sudoku_solved, value_of
 from dlm.rewards.table import REWARDS, RewardError, open_rewards, score, weighted
 
 PUZZLE, SOLVED = "3102200002100320", "3142243142131324"
@@ -19,6 +19,7 @@ def test_sudoku_counts_the_empty_cells_that_are_right():
     assert sudoku4x4(
         [[{"role": "user", "content": PUZZLE}]], [[{"role": "assistant", "content": SOLVED}]], [SOLVED]
     ) == [1]
+    assert sudoku_solved([PUZZLE] * 5, texts, [SOLVED] * 5) == [1, 0, 0, 0, 0]
     with pytest.raises(ValueError, match=r"puzzle 0 has 16 cells and its solution 16: give columns .* of 81 digits"):
         sudoku9x9([PUZZLE], [SOLVED], [SOLVED])
 

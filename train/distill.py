@@ -1,9 +1,13 @@
-"""Make a diffusion model certain of several tokens a pass: a teacher writes texts, and the model learns them.
+"""Make a diffusion model good at several tokens a pass: a teacher writes texts, or says what its own passes give.
 
 dlm train distill --model runs/both/export --teacher runs/twin/export --data stories.txt.xz \\
     --objective block_diffusion --block-length 8 --output runs/certain --export runs/certain/export
 
+dlm train distill --teach sdtt --model my-model --data stories.txt.xz --steps 64 --rounds 3 --output runs/few-passes
+
 Certainty-forcing (dParallel, arXiv:2509.26488): the bound on the texts plus the entropy of right predictions.
+SDTT (arXiv:2410.21035): the student's pass at x_t against several passes of the teacher; each round halves the steps.
+Consistency: the bound, and the student's prediction at x_t against a teacher's at a later x_s.
 Texts of one model have fewer ways to go on than people's (sequence-level distillation, Kim and Rush, arXiv:1606.07947).
 """
 
@@ -17,8 +21,10 @@ from typing import TYPE_CHECKING
 if __package__ in (None, ""):  # `accelerate launch train/distill.py` from a clone: find dlm/ beside train/
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dlm.objectives.config import TEACHING_NAMES
 from dlm.training.config import RecipeConfig
 from dlm.utils import settings
+from dlm.utils.names import check_name
 
 if TYPE_CHECKING:
     from dlm.data.documents import Documents
@@ -31,10 +37,14 @@ FIRST, LAST = 4, 16  # tokens of a text that a beginning has
 class Recipe(RecipeConfig):
     """What all recipes share, who writes, and how much of what is learned is written.
 
-    teacher: folder or hub id of the model that writes, autoregressive or not; empty: `model` itself. texts: how many;
-    each begins as a text of `data` does and has at most sequence_length tokens. temperature: of the writing. written:
-    the share of the examples that are such texts; the rest is `data`. certainty: what the entropy of right predictions
-    weighs beside the bound.
+    teach: `certainty`, `sdtt` or `consistency`. steps: passes for a text that the student learns to do with, in the
+    first of `rounds`, each with half of those before and the student as its teacher; teacher_passes: the teacher's for
+    one of the student's. consistency: weight of the divergence; teacher_ema: decay of a teacher that is the student's
+    moving average, 0 for one that stays.
+    teacher: folder or hub id of the model that writes or teaches; empty: `model` itself. texts: how many, none but for
+    `certainty` where no number is given; each begins as a text of `data` does and has at most sequence_length tokens.
+    temperature: of the writing. written: the share of the examples that are such texts; the rest is `data`. certainty:
+    what the entropy of right predictions weighs beside the bound.
     """
 
     output: str = "runs/distill"
@@ -43,20 +53,50 @@ class Recipe(RecipeConfig):
     learning_rate: float = 5e-4
     sample_every: int = 0
     teacher: str = ""
-    texts: int = 2000
+    teach: str = "certainty"
+    texts: int | None = None
     temperature: float = 0.7
     written: float = 0.7
     certainty: float = 2.0
+    steps: int = 64
+    rounds: int = 1
+    teacher_passes: int = 2
+    consistency: float = 1.0
+    teacher_ema: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
+        check_name("teach", self.teach, TEACHING_NAMES)
+        if self.texts is None:
+            object.__setattr__(self, "texts", 2000 if self.teach == "certainty" else 0)
         if self.objective == "autoregressive":
             raise ValueError("objective is autoregressive, which commits one token a pass: use a diffusion objective")
-        if self.texts < 1 or not self.temperature >= 0 or not 0 < self.written <= 1 or not self.certainty >= 0:
+        if (
+            self.texts < (self.teach == "certainty")
+            or not self.temperature >= 0
+            or not 0 < self.written <= 1
+            or not self.certainty >= 0
+        ):
             raise ValueError(
                 f"texts {self.texts}, temperature {self.temperature}, written {self.written}, certainty "
                 f"{self.certainty}: give at least one text, a share above 0 and at most 1, and nothing negative"
             )
+        if self.teach != "certainty" and (self.objective != "diffusion" or self.complementary or self.decoding_share):
+            raise ValueError(f"teach {self.teach} needs objective diffusion, without complementary and decoding_share")
+        if (
+            min(self.steps, self.rounds, self.teacher_passes) < 1
+            or self.consistency < 0
+            or not 0 <= self.teacher_ema < 1
+        ):
+            raise ValueError(
+                f"steps {self.steps}, rounds {self.rounds}, teacher_passes {self.teacher_passes}, consistency "
+                f"{self.consistency}, teacher_ema {self.teacher_ema}: give 1 or more of the first three, a weight that "
+                f"is not negative and a decay below 1"
+            )
+        if self.teach == "sdtt" and self.steps < 2 ** (self.rounds - 1):
+            raise ValueError(f"steps {self.steps} cannot be halved {self.rounds - 1} times: give fewer rounds")
+        if self.max_steps < self.rounds:
+            raise ValueError(f"max_steps {self.max_steps} is below rounds {self.rounds}: a round has 1 step or more")
         if not self.model:
             raise ValueError("no model: name the diffusion model that learns with --model")
         if self.streaming:
@@ -69,7 +109,6 @@ def prepare(settings: Recipe, accelerator) -> Prepared:
     from dlm.data.documents import load_documents
     from dlm.data.examples import Examples
     from dlm.data.sources import parse_sources
-    from dlm.objectives.distillation import CertaintyForcing
     from dlm.training.recipe import Prepared, load_examples, open_model
 
     with accelerator.main_process_first():
@@ -80,15 +119,36 @@ def prepare(settings: Recipe, accelerator) -> Prepared:
 
         sources = parse_sources(settings.data)
         data = [load(source.path) for source in sources]
-        made = written(settings, data, tokenizer)
+        made = written(settings, data, tokenizer) if settings.texts else None
         valid = load_examples(settings.valid, settings.sequence_length, load) if settings.valid else None
     shares = [source.weight or len(part) for source, part in zip(sources, data, strict=True)]
-    weights = [settings.written] + [(1 - settings.written) * share / sum(shares) for share in shares]
+    share = settings.written if made is not None else 0.0
+    weights = [share] + [(1 - share) * one / sum(shares) for one in shares]
     parts = [(part, weight) for part, weight in zip([made, *data], weights, strict=True) if weight > 0]
     train = Examples([part for part, _ in parts], settings.sequence_length, [weight for _, weight in parts])
     model = open_model(settings)
     check_fit(model.config, tokenizer)
-    return Prepared(model, tokenizer, train, valid, objective=CertaintyForcing(settings.certainty))
+    return Prepared(model, tokenizer, train, valid, objective=objective_of(settings, model))
+
+
+def objective_of(settings: Recipe, model):
+    """What is minimised. Errors: a teacher of another vocabulary, family or shape."""
+    from dlm.objectives.distillation import CertaintyForcing
+    from dlm.objectives.reference import check_same_shape, check_vocabulary, frozen
+    from dlm.objectives.teacher import Consistency, StepDistillation
+    from dlm.training.recipe import open_model
+
+    if settings.teach == "certainty":
+        return CertaintyForcing(settings.certainty)
+    teacher = model
+    if settings.teacher:
+        teacher = open_model(settings, path=settings.teacher)
+        check_vocabulary(model, teacher, settings.teacher)
+        check_same_shape(model, teacher, settings.teacher)
+    if settings.teach == "consistency":
+        return Consistency(frozen(teacher), weight=settings.consistency, decay=settings.teacher_ema)
+    each = settings.max_steps // settings.rounds if settings.rounds > 1 else 0
+    return StepDistillation(frozen(teacher), steps=settings.steps, passes=settings.teacher_passes, round_steps=each)
 
 
 def written(settings: Recipe, data: list[Documents], tokenizer) -> Documents:

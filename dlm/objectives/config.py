@@ -6,12 +6,21 @@ from dataclasses import dataclass
 
 from dlm.utils.names import check_name
 
-__all__ = ["EPSILON", "ESTIMATORS", "NOISE_SCHEDULE_NAMES", "OBJECTIVE_NAMES", "POLICY_NAMES", "NoiseSettings"]
+__all__ = [
+    "EPSILON",
+    "ESTIMATORS",
+    "NOISE_SCHEDULE_NAMES",
+    "OBJECTIVE_NAMES",
+    "POLICY_NAMES",
+    "TEACHING_NAMES",
+    "NoiseSettings",
+]
 
 OBJECTIVE_NAMES = ("diffusion", "block_diffusion", "autoregressive")  # the keys of `losses.OBJECTIVES`
 NOISE_SCHEDULE_NAMES = ("linear", "cosine", "polynomial", "geometric")  # the keys of `noise.NOISE_SCHEDULES`
 EPSILON = 1e-3  # smallest mask rate of the estimators that draw a time: LLaDA's
 POLICY_NAMES = ("diffu_grpo", "trace", "wd1")  # the keys of `policy.METHODS`
+TEACHING_NAMES = ("certainty", "sdtt", "consistency")  # what `dlm train distill` learns by
 ESTIMATORS = ("count", "uniform", "stratified", "d3pm")
 
 

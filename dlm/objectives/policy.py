@@ -149,7 +149,7 @@ class Policy(Objective):
         raise AssertionError("the parts of a policy gradient come from rollouts")
 
     def log_probs(self, model, batch: Batch, answers: Answers, mask_id: int) -> tuple[Tensor, Tensor]:
-        """Log probabilities of the scored tokens in row order (N,), fp32 or more, and the entropies there (N,), nats."""
+        """Log probabilities of the scored tokens in row order (N,), in fp32 or more, and entropies (N,) in nats."""
         xt = batch.tokens.masked_fill(answers.hidden, mask_id)
         valid = batch.segments != PAD_SEGMENT
         places = guess_places(model, answers.scored, batch.positions)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-__all__ = ["as_reference", "check_vocabulary", "digest", "frozen"]
+__all__ = ["as_reference", "check_same_shape", "check_vocabulary", "digest", "frozen"]
 
 
 def frozen(model: nn.Module) -> nn.Module:
@@ -44,3 +44,13 @@ def check_vocabulary(model: nn.Module, reference: nn.Module, name: str) -> None:
         mine, its = getattr(model.config, field), getattr(reference.config, field)
         if mine != its:
             raise ValueError(f"reference {name} has {field} {its} and the model {mine}: give one with its vocabulary")
+
+
+def check_same_shape(model: nn.Module, teacher: nn.Module, name: str) -> None:
+    """Raises ValueError for a teacher of another family, or whose weights have other names or shapes."""
+    mine, its = ({key: tuple(value.shape) for key, value in one.state_dict().items()} for one in (model, teacher))
+    kinds = [(one.config.model_type, getattr(one.config, "shift_logits", None)) for one in (model, teacher)]
+    odd = next((key for key in {**mine, **its} if mine.get(key) != its.get(key)), None)
+    if kinds[0] != kinds[1] or odd:
+        what = f"{odd} is {its.get(odd)} there and {mine.get(odd)} here" if odd else f"{kinds[1][0]}, not {kinds[0][0]}"
+        raise ValueError(f"teacher {name} is of another shape or family ({what}): give one like the model")

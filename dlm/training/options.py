@@ -5,7 +5,7 @@ No torch here: `dlm train RECIPE --help` lists these.
 
 from dlm.data.choices import ON_BAD_ROW, OVERLONG
 from dlm.models.choices import ATTENTION, FLOATS
-from dlm.objectives.config import ESTIMATORS, NOISE_SCHEDULE_NAMES, OBJECTIVE_NAMES, POLICY_NAMES
+from dlm.objectives.config import ESTIMATORS, NOISE_SCHEDULE_NAMES, OBJECTIVE_NAMES, POLICY_NAMES, TEACHING_NAMES
 
 OPTIMIZERS = ("muon", "adamw")
 LEARNING_RATE_SCHEDULES = ("wsd", "cosine", "constant")  # the keys of `optim.SCHEDULES`
@@ -123,6 +123,19 @@ GROUPS = {  # title: {field: help}
         "sampling": "settings of the sampler, such as gen_length=128|temperature=1",
         "rollout_rows": "answers that are written at a time",
     },
+    "distillation": {
+        "teach": "what the model learns by",
+        "teacher": "folder or hub id of the model that writes or teaches (the model itself)",
+        "texts": "texts that the teacher writes (2000 for certainty, else 0)",
+        "temperature": "of the writing",
+        "written": "share of the examples that are written",
+        "certainty": "weight of the entropy of right predictions",
+        "steps": "passes for a text that the student learns to do with",
+        "rounds": "rounds, each with half the passes",
+        "teacher_passes": "of the teacher for one of the student",
+        "consistency": "weight of the divergence between x_t and a later x_s",
+        "teacher_ema": "decay of a teacher that follows the student; 0: it stays",
+    },
     "adapters": {
         "lora": "rank of LoRA adapters; 0: train all weights",
         "lora_alpha": "scale of the adapters",
@@ -159,6 +172,7 @@ CHOICES = {
     "overlong": OVERLONG,
     "on_bad_row": ON_BAD_ROW,
     "policy": POLICY_NAMES,
+    "teach": TEACHING_NAMES,
 }
 
 _NEW = ("model", ("",), "leave out --model, which brings its own shape")
@@ -183,6 +197,13 @@ NEEDS = {  # field: (other field, values with which it has an effect (None: any 
     "base_dtype": _LORA,
     "shrink": ("policy", ("trace",), "add --policy trace"),
     "prompt_mask": ("policy", ("diffu_grpo", "wd1"), "take another --policy"),
+    "steps": ("teach", ("sdtt",), "add --teach sdtt"),
+    "rounds": ("teach", ("sdtt",), "add --teach sdtt"),
+    "teacher_passes": ("teach", ("sdtt",), "add --teach sdtt"),
+    "consistency": ("teach", ("consistency",), "add --teach consistency"),
+    "teacher_ema": ("teach", ("consistency",), "add --teach consistency"),
+    "certainty": ("teach", ("certainty",), "add --teach certainty"),
+    "written": ("texts", None, "give --texts"),
     "ratio_clip": ("policy", ("diffu_grpo", "trace"), "take another --policy"),
     **dict.fromkeys(GROUPS["shape of a new model"], _NEW),
 }

@@ -1,11 +1,16 @@
 """`dlm train distill`, and requests mixed into `dlm train pretrain`: from files to a model that loads."""
 
 import json
+import shutil
 
 import pytest
+import torch
+from accelerate.state import AcceleratorState
 
 import dlm
+from dlm.training.state import checkpoints
 from tests.helpers.commandline import make_checkpoint, run, tokenizer  # noqa: F401
+from tests.helpers.recipes import weights
 from train import distill, pretrain
 
 SHORT = ["--max-steps", "2", "--batch-size", "2", "--sequence-length", "40", "--precision", "no", "--tracker", "none"]
@@ -46,3 +51,27 @@ def test_requests_are_mixed_into_pretraining(texts, tokenizer, capsys):  # noqa:
     assert pretrain.main([*SHORT, *data, *shape, "--output", f"{texts / 'run'}"]) == 0
     assert pretrain.main([*SHORT, *data[:3], f"{texts / 'chats.jsonl'}", *shape, "--output", f"{texts / 'b'}"]) == 2
     assert "weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("teach", [["sdtt", "--steps=4", "--rounds=2"], ["consistency", "--teacher-ema=0.9"]])
+def test_a_teacher_of_the_same_shape_and_an_exact_resume(texts, tokenizer, teach, capsys):  # noqa: F811
+    """The checkpoint keeps a teacher that moved: killed after the first round, or in the middle of an average."""
+    student = make_checkpoint(texts / "student", tokenizer)
+    options = [*SHORT[2:], "--max-steps=4", "--checkpoint-every=2", "--log-every=1", f"--data={texts / 'texts.jsonl'}"]
+    options += [f"--model={student}", f"--teach={teach[0]}", *teach[1:]]
+
+    def start(name, *more):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        return distill.main([*options, f"--output={texts / name}", *more])
+
+    assert start("whole") == 0
+    shutil.copytree(texts / "whole", texts / "parts")
+    shutil.rmtree(texts / "parts" / "model")
+    [(_, second), (_, last)] = checkpoints(texts / "parts")
+    assert (second / "objective.safetensors").is_file()
+    shutil.rmtree(last)
+    assert start("parts", "--resume") == 0
+    assert torch.equal(weights(texts / "whole" / "model"), weights(texts / "parts" / "model"))
+    other = make_checkpoint(texts / "other", tokenizer, n_layers=1)
+    assert start("bad", f"--teacher={other}") == 2
+    assert "is of another shape or family" in capsys.readouterr().err

@@ -5,6 +5,8 @@ dlm train sft --data puzzles.jsonl --format plain ...          (reads prompt and
 dlm train grpo --data puzzles.jsonl --rewards sudoku4x4 ...    (reads prompt, and the columns of the reward)
 
 Problem number i is a function of (seed, i) alone. --without FILE leaves out the prompts of a file, such as a test set.
+With --careless 0.6 so many of the responses of Sudoku are of a solver that looks at rows alone: demonstrations of mixed
+quality, from which rewards pick the better ones.
 """
 
 from __future__ import annotations
@@ -43,6 +45,26 @@ def _fits(above: str, row: str, number: int) -> bool:
     """Whether row `number` repeats no digit of its columns, and in rows 1 and 3 none of its boxes."""
     pairs = all(digit not in above[column::4] for column, digit in enumerate(row))
     return pairs and (number % 2 == 0 or all(not {*row[c : c + 2]} & {*above[-4:][c : c + 2]} for c in (0, 2)))
+
+
+def by_rows_alone(puzzle: str) -> str:
+    """A careless answer: each row's missing digits in ascending order, whatever columns and boxes hold."""
+    answer = ""
+    for start in range(0, 16, 4):
+        row = puzzle[start : start + 4]
+        missing = iter(sorted(set("1234") - set(row)))
+        answer += "".join(next(missing) if digit == "0" else digit for digit in row)
+    return answer
+
+
+def careless(rows: list[dict], share: float, seed: int) -> list[dict]:
+    """The rows, of which so large a share has an answer by rows alone as its response."""
+    if not 0 <= share <= 1 or (share and "puzzle" not in rows[0]):
+        raise ValueError(f"--careless is {share}: a share of the responses of sudoku4x4, from 0 to 1")
+    drawn = [example_generator(seed, 1, number).random() < share for number in range(len(rows))]
+    return [
+        row | {"response": by_rows_alone(row["puzzle"])} if less else row for row, less in zip(rows, drawn, strict=True)
+    ]
 
 
 class Sudoku4x4:
@@ -100,6 +122,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--kind", default="sudoku4x4", metavar="NAME", help=f"{', '.join(KINDS)} (sudoku4x4)")
     parser.add_argument("--count", type=int, default=20_000, metavar="N", help="how many (20000)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the problems (0)")
+    parser.add_argument("--careless", type=float, default=0.0, metavar="X", help="share of careless responses (0)")
     parser.add_argument("--without", metavar="FILE", help="prompts that are left out: one a line, or JSONL")
     parser.add_argument("--output", metavar="FILE", help="where the JSONL goes")
     args = parser.parse(argv)
@@ -107,7 +130,7 @@ def run(argv: list[str]) -> int:
     if not args.output or args.count < 1:
         raise ValueError("give --output FILE and a --count of 1 or more")
     without = frozenset(read_prompts(args.without)) if args.without else frozenset()
-    rows = problems(args.kind, args.count, args.seed, without)
+    rows = careless(problems(args.kind, args.count, args.seed, without), args.careless, args.seed)
     Path(args.output).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     print(f"wrote {len(rows):,} problems to {args.output}")
     return 0

@@ -8,7 +8,18 @@ from pathlib import Path
 
 from dlm.models.flops import PEAKS, peak_flops
 from dlm.objectives.config import OBJECTIVE_NAMES
-from dlm.training.estimate import GB, LLADA_8B, MEMORY, MFU, SHARDING, USABLE, Estimate, estimate
+from dlm.training.estimate import (
+    GB,
+    LLADA_8B,
+    MEMORY,
+    MFU,
+    RECIPES,
+    SHARDING,
+    USABLE,
+    Estimate,
+    estimate,
+    work_of,
+)
 from dlm.utils.jsonio import read_json, to_json
 from dlm.utils.settings import OptionParser, flag
 
@@ -31,6 +42,14 @@ def options() -> OptionParser:
     add("--tokens", type=float, default=2.3e12, metavar="N", help="to train on, in all (2.3e12)")
     add("--sequence-length", type=int, default=4096, metavar="N", help="tokens of a row (4096)")
     add("--rows", type=int, default=1, metavar="N", help="rows of one micro-batch on one GPU (1)")
+    add("--recipe", choices=RECIPES, default="pretrain", metavar="NAME", help=_names(RECIPES))
+    add("--lora", type=int, default=0, metavar="N", help="rank of adapters; 0: all weights are trained (0)")
+    add("--draws", type=int, default=8, metavar="N", help="preference: noise draws of an answer (8)")
+    add("--steps", type=int, default=128, metavar="N", help="grpo: passes that write an answer (128)")
+    add("--passes", type=int, default=1, metavar="N", help="grpo: passes that learn from it, more for a trace (1)")
+    add("--inner", type=int, default=1, metavar="N", help="grpo: optimizer steps that use the same answers (1)")
+    add("--no-kl", action="store_true", help="grpo: without a reference")
+    add("--teacher-passes", type=int, default=0, metavar="N", help="distill: 2 for sdtt, 1 for consistency (0)")
     add("--objective", choices=OBJECTIVE_NAMES, default="diffusion", metavar="NAME", help=_names(OBJECTIVE_NAMES))
     add("--optimizer", choices=("adamw", "muon"), default="adamw", metavar="NAME", help="adamw, muon (adamw)")
     add("--sharding", choices=SHARDING, default="none", metavar="NAME", help="none (DDP), zero2, fsdp (also ZeRO-3)")
@@ -53,9 +72,12 @@ def _names(names: Sequence[str]) -> str:
 def main(argv: Sequence[str]) -> int:
     """Runs the command. Raises ValueError for an unknown option or device, and for a folder without a config."""
     args = options().parse(argv)
-    for name in ("tokens", "sequence_length", "rows", "gpus"):
+    for name in ("tokens", "sequence_length", "rows", "gpus", "draws", "steps", "passes", "inner"):
         if getattr(args, name) <= 0:
             raise ValueError(f"{flag(name)} is {getattr(args, name)}: it must be above 0")
+    for name in ("lora", "teacher_passes"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"{flag(name)} is {getattr(args, name)}: it must not be negative")
     if not 0 < args.mfu <= 1:
         raise ValueError(f"--mfu is {args.mfu}: a share, above 0 and at most 1")
     peak = peak_flops(args.gpu)
@@ -66,6 +88,10 @@ def main(argv: Sequence[str]) -> int:
     if not memory > 0:
         raise ValueError(f"--gpu-memory is {memory}: it must be above 0")
     config = read_shape(args)
+    work = work_of(
+        args.recipe, lora=args.lora > 0, draws=args.draws, steps=args.steps, passes=args.passes, inner=args.inner,
+        kl=not args.no_kl, teacher_passes=args.teacher_passes,
+    )  # fmt: skip
 
     def run(**changes) -> Estimate:
         asked = {
@@ -75,7 +101,7 @@ def main(argv: Sequence[str]) -> int:
         return estimate(
             config, tokens=args.tokens, peak=peak, mfu=args.mfu, width=args.sequence_length, ema=not args.no_ema,
             optimizer=args.optimizer, block_diffusion=args.objective == "block_diffusion",
-            predicted=1.0 if args.objective == "autoregressive" else 0.5, **asked,
+            predicted=1.0 if args.objective == "autoregressive" else 0.5, work=work, lora=args.lora, **asked,
         )  # fmt: skip
 
     result = run()
@@ -143,6 +169,7 @@ def table(result: Estimate, args, advice: str) -> str:
         ("  gradients", f"{result.gradients / GB:,.1f} GB"),
         ("  optimizer", f"{result.optimizer / GB:,.1f} GB"),
         ("  moving average", f"{result.average / GB:,.1f} GB"),
+        ("  reference, teacher", f"{result.copies / GB:,.1f} GB"),
         ("  activations", f"{result.activations / GB:,.1f} GB ({args.rows} x {args.sequence_length} tokens)"),
         ("fits", advice),
     ]

@@ -22,6 +22,45 @@ USABLE = 0.9  # of the memory; the rest is the CUDA context, communication buffe
 
 
 @dataclass(frozen=True)
+class Work:
+    """What a recipe computes for each row of its batch. trained, forward: passes with a gradient and without one;
+    copies: whole frozen models beside the one that is trained (a reference, a teacher), which sharding does not divide.
+    """
+
+    trained: float = 1.0
+    forward: float = 0.0
+    copies: int = 0
+
+
+RECIPES = ("pretrain", "sft", "preference", "grpo", "distill")
+
+
+def work_of(
+    recipe: str, *, lora: bool = False, draws: int = 8, steps: int = 128, passes: int = 1, inner: int = 1,
+    kl: bool = True, teacher_passes: int = 0,
+) -> Work:  # fmt: skip
+    """The work of a recipe. preference: `draws` of policy and reference. grpo: an answer is written in `steps` passes
+    and learned from in `inner` times `passes` (1, or those of a trace); kl: against a reference. distill:
+    `teacher_passes`, 0 for certainty-forcing. With adapters (lora) the model without them is the reference.
+    """
+    if recipe == "preference":
+        return Work(draws, draws, int(not lora))
+    if recipe == "grpo":
+        learned = inner * passes
+        return Work(learned, steps + (learned if inner > 1 else 0) + learned * kl, int(kl and not lora))
+    if recipe == "distill":
+        return Work(1, teacher_passes, int(teacher_passes > 0))
+    return Work()
+
+
+def adapter_parameters(config, rank: int) -> int:
+    """Weights of LoRA adapters of this rank on all linear layers of the blocks: rank x (in + out) each."""
+    width, kv, mlp = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim, config.mlp_hidden_size
+    sides = 2 * (config.d_model + width) + 2 * (config.d_model + kv) + 3 * (config.d_model + mlp)
+    return rank * sides * config.n_layers
+
+
+@dataclass(frozen=True)
 class Estimate:
     """Of one run. Memory in bytes on each GPU; time in seconds; tokens_per_second over all GPUs."""
 
@@ -31,6 +70,7 @@ class Estimate:
     gradients: float
     optimizer: float
     average: float
+    copies: float
     activations: float
     tokens_per_second: float
     seconds: float
@@ -38,7 +78,7 @@ class Estimate:
 
     @property
     def memory(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.average + self.activations
+        return self.weights + self.gradients + self.optimizer + self.average + self.copies + self.activations
 
 
 def activation_bytes(config, tokens: int, predicted: int, *, checkpointing: bool, chunk: int | None = None) -> float:
@@ -58,29 +98,34 @@ def activation_bytes(config, tokens: int, predicted: int, *, checkpointing: bool
 def estimate(
     config, *, tokens: float, gpus: int, peak: float, mfu: float, width: int, rows: int, sharding: str = "none",
     checkpointing: bool = False, ema: bool = True, optimizer: str = "adamw", block_diffusion: bool = False,
-    predicted: float = 0.5,
+    predicted: float = 0.5, work: Work | None = None, lora: int = 0,
 ) -> Estimate:  # fmt: skip
     """Memory and time of training on `tokens` tokens.
 
     peak: operations a second of one GPU; mfu: the share of it that is reached. width, rows: of one micro-batch on one
     GPU. predicted: share of the tokens that logits are computed at (half of them are masked on average). Block
-    diffusion computes every row twice, noisy and clean.
+    diffusion computes every row twice, noisy and clean. work: what a recipe computes of each row, which `tokens` and
+    `rows` count once; its trained passes are taken one after another. lora: rank of adapters, 0 where all is trained.
     """
     from dlm.models.head import loss_chunk
 
     copies = 2 if block_diffusion else 1
-    total = training_flops(config, tokens * copies, width * copies, tokens * predicted)
+    work, sizes = work or Work(), (tokens * copies, width * copies, tokens * predicted)
+    total = work.trained * training_flops(config, *sizes, frozen=lora > 0)
+    total += work.forward * training_flops(config, *sizes) / 3  # forward is two of the six operations
     size = parameters(config)
+    trained = adapter_parameters(config, lora) if lora else size
     weights, gradients, states = (gpus if share else 1 for share in SHARDING[sharding])
     seconds = total / (gpus * peak * mfu)
     held = 8 if optimizer == "adamw" else 4  # Muon has one moment for its matrices
     return Estimate(
         parameters=size,
         flops=total,
-        weights=size * (4 + 2) / weights,  # fp32, and the bf16 copies that autocast makes
-        gradients=size * 4 / gradients,
-        optimizer=size * held / states,
-        average=size * 4 / weights if ema else 0.0,
+        weights=(size + (trained if lora else 0)) * (4 + 2) / weights,  # fp32, and the bf16 copies of autocast
+        gradients=trained * 4 / gradients,
+        optimizer=trained * held / states,
+        average=trained * 4 / weights if ema else 0.0,
+        copies=work.copies * size * (4 + 2),
         activations=activation_bytes(
             config,
             rows * width * copies,

@@ -15,8 +15,9 @@ from dlm.models.flops import PEAKS, block_parameters, parameters, peak_flops, tr
 from dlm.models.transformer import LLaDAModelLM
 from dlm.training import state
 from dlm.training.accelerator import checkpoint_activations
-from dlm.training.estimate import LLADA_8B, activation_bytes, estimate
+from dlm.training.estimate import LLADA_8B, Work, activation_bytes, adapter_parameters, estimate, work_of
 from dlm.training.logging import Display, start_tracker, tracker_of
+from dlm.training.lora import TARGETS, add_lora
 from dlm.training.state import checkpoints
 from tests.helpers.ranks import settings, tiny_data
 from tests.helpers.training import fresh_accelerate, train, weights
@@ -52,6 +53,29 @@ def test_operations_are_those_that_torch_counts(frozen):
     with FlopCounterMode(display=False) as counter:
         model.predict(tokens, logits_to_keep=keep).sum().backward()
     assert counter.get_total_flops() == training_flops(model.config, 64, 32, 32, frozen=frozen)
+
+
+def test_the_work_of_post_training_by_hand():
+    """Preference: draws of policy and reference. GRPO: the sampler's passes, what is learned from, the reference."""
+    assert work_of("sft") == Work(1, 0, 0)
+    assert work_of("preference", draws=4) == Work(4, 4, 1) and work_of("preference", draws=4, lora=True).copies == 0
+    assert work_of("grpo", steps=16, passes=4, inner=2) == Work(8, 16 + 8 + 8, 1)
+    assert work_of("grpo", steps=16, kl=False) == Work(1, 16, 0)
+    assert work_of("distill", teacher_passes=2) == Work(1, 2, 1)
+    config = model_of().config
+    asked = {"tokens": 1000, "gpus": 1, "peak": 1e12, "mfu": 1.0, "width": 100, "rows": 2}
+    plain, tuned = estimate(config, **asked), estimate(config, **asked, work=Work(2, 3, 1), lora=4)
+    assert tuned.copies == 6 * parameters(config) and tuned.gradients < plain.gradients
+    forward = training_flops(config, 1000, 100, 500) / 3
+    wanted = 2 * training_flops(config, 1000, 100, 500, frozen=True) + 3 * forward
+    assert tuned.flops == pytest.approx(wanted)
+
+
+def test_adapters_are_counted_exactly():
+    model = model_of(n_kv_heads=2)
+    adapted = add_lora(model, 4, 8.0, TARGETS, 0)
+    trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    assert adapter_parameters(model.config, 4) == trained
 
 
 def saved_bytes(layers, checkpointing=False, width=64):

@@ -31,7 +31,9 @@ from dlm.utils.names import check_name
 if TYPE_CHECKING:
     from dlm.training.recipe import Prepared
 
-NOT_OF_ROLLOUTS = ("random_length", "dropout_prompt", "complementary", "decoding_share", "full_share", "streaming")
+NOT_OF_ROLLOUTS = (
+    "random_length", "dropout_prompt", "complementary", "decoding_share", "full_share", "streaming", "block_growth",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

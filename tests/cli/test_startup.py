@@ -18,6 +18,7 @@ def test_names_without_torch_are_the_tables_keys():
     from dlm.kernels.linear import QUANTIZED
     from dlm.objectives.losses import OBJECTIVES
     from dlm.objectives.noise import NOISE_SCHEDULES
+    from dlm.objectives.policy import METHODS as POLICIES
     from dlm.sampling.commit import COMMITS
     from dlm.sampling.methods import METHODS
     from dlm.sampling.propose import CONFIDENCES
@@ -33,6 +34,7 @@ def test_names_without_torch_are_the_tables_keys():
     assert tuple(NOISE_SCHEDULES) == sampling.NOISE_NAMES
     assert tuple(REVISIONS) == sampling.REVISION_NAMES
     assert tuple(SPLITS) == sampling.SPLIT_NAMES
+    assert tuple(POLICIES) == objectives.POLICY_NAMES
     assert tuple(OBJECTIVES) == objectives.OBJECTIVE_NAMES
     assert tuple(NOISE_SCHEDULES) == objectives.NOISE_SCHEDULE_NAMES
     assert tuple(SCHEDULES) == training.LEARNING_RATE_SCHEDULES

@@ -187,6 +187,12 @@ def check_sizes(folder: Path, config: Any, tensors: Tensors) -> None:
             f"the weights of {folder} do not fit its config.json, which asks for {layers} layers: the files have "
             f"{len(blocks)}. The checkpoint is damaged or of another family"
         )
+    experts = getattr(config, "num_experts", None)
+    if isinstance(experts, int) and experts > len(tensors.shapes):
+        raise ValueError(
+            f"the weights of {folder} do not fit its config.json, which asks for {experts} experts: the files have "
+            f"{len(tensors.shapes)} tensors. The checkpoint is damaged or of another family"
+        )
     for field in ("vocab_size", "embedding_size", "intermediate_size", "hidden_size"):
         rows = getattr(config, field, None)
         if isinstance(rows, int) and rows * width > tensors.parameters:

@@ -298,11 +298,17 @@ def open_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
 
 
 def check_fit(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ValueError for a tokenizer with more tokens than the model has embeddings."""
+    """Raises ValueError for a tokenizer with more tokens than the model has embeddings, or with another mask token."""
     if len(tokenizer) > config.embedding_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens and the model {config.embedding_size} embeddings: "
             f"use the tokenizer that belongs to the model"
+        )
+    own, theirs = config.mask_token_id, tokenizer.mask_token_id
+    if own is not None and theirs is not None and own != theirs:
+        raise ValueError(
+            f"the tokenizer's mask token {tokenizer.mask_token} has id {theirs}, and the model was trained with "
+            f"mask_token_id {own}: use the tokenizer that belongs to the model, or correct mask_token_id in config.json"
         )
 
 

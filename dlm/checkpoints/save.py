@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dlm.checkpoints.load import quiet
+from dlm.sampling.methods import methods_for
 from dlm.utils.files import whole_folder
 from dlm.utils.jsonio import to_json
 
@@ -27,7 +28,8 @@ def save_model(
     dtype: torch.dtype | None = None,
     notes: dict | None = None,
 ) -> Path:
-    """Write a model folder: config, safetensors, tokenizer, and `training.json` where `notes` are given.
+    """Write a model folder: config, safetensors, tokenizer, sampling defaults, and `training.json` where `notes` are
+    given.
 
     state: the model's state, where the model holds a part of it alone (`whole_state`). weights: parameters by name to
     write in place of the model's own (its moving average). dtype: the type on disk.
@@ -40,6 +42,9 @@ def save_model(
     if dtype is not None:
         fresh = fresh.to(dtype)
     fresh.config.dtype = next(fresh.parameters()).dtype
+    defaults = getattr(getattr(model, "generation_config", None), "dlm", None)
+    if defaults and defaults.get("method", "none") in methods_for(fresh.config):  # training may have changed its blocks
+        fresh.generation_config.dlm = defaults
     with whole_folder(folder) as temporary, quiet():
         fresh.save_pretrained(temporary)
         if tokenizer is not None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 import dlm
 from dlm.checkpoints.convert import convert
 from dlm.checkpoints.files import TWIN
+from dlm.checkpoints.save import save_model
 from dlm.data.documents import Documents
 from dlm.data.examples import Examples
 from dlm.models.attention import block_causal, full
@@ -170,3 +171,7 @@ def test_the_shipped_twin_is_converted_trained_and_writes(tmp_path, capsys):
     settings = dlm.SamplingConfig(gen_length=8, method="block_causal")
     written = dlm.generate(model.eval(), ["Once"], settings, tokenizer=tokenizer).sequences[0].tolist()
     assert tokenizer.mask_token_id not in written and len(written) == 8
+    again = dlm.load_pretrained(save_model(model, tmp_path / "trained", tokenizer))
+    assert again.defaults == {"method": "block_causal"} and again.block_length == 4
+    model.config.block_length, model.config.objective = None, "diffusion"  # as training under full attention leaves it
+    assert dlm.load_pretrained(save_model(model, tmp_path / "full", tokenizer)).defaults == {}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 import dlm
@@ -17,6 +17,7 @@ from dlm.kernels.packing import packed
 from dlm.models.attention import block_causal, full
 from dlm.models.families import FAMILIES, expected_tensors, family_of, recognise
 from dlm.models.predictor import as_predictor
+from dlm.tokenizer import train_tokenizer
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "families"
 NAMES = sorted(folder.name for folder in FOLDER.iterdir())
@@ -119,6 +120,90 @@ def test_refused_in_one_line(tmp_path, name, changes, words):
     with pytest.raises(ValueError, match=words) as error:
         dlm.load(tmp_path / "model")
     assert "\n" not in str(error.value)
+
+
+DAMAGED = {
+    "a tensor missing": ("sdar", "model.layers.1.self_attn.q_norm.weight", None, "missing model.layers.1.self_attn.q"),
+    "a tensor more": ("dream", "model.layers.0.self_attn.q_norm.weight", (16,), "unexpected model.layers.0.self_attn"),
+    "a tensor of LLaDA's name": ("a2d_llama", "model.transformer.ln_f.weight", (64,), "unexpected model.tr"),
+    "a router of fewer experts": ("llada2", "model.layers.1.mlp.gate.weight", (4, 64), r"\[4, 64\] and config"),
+    "a fused projection cut": ("llada2", "model.layers.0.attention.query_key_value.weight", (64, 64), r" \[64, 64\]"),
+    "an expert missing": ("llada_moe", "model.layers.1.mlp.experts.3.up_proj.weight", None, "do not fit"),
+}  # fmt: skip
+CONTRADICTIONS = {
+    "more layers": ("rnd1", {"num_hidden_layers": 3}, "missing model.layers.2.input_layernorm"),
+    "wider": ("dream", {"intermediate_size": 177}, "config.json asks for"),
+    "other heads": ("sdar", {"head_dim": 32}, "config.json asks for"),
+    "more experts": ("rnd1", {"num_experts": 16}, "missing model.layers.0.mlp.experts.10"),
+    "another vocabulary": ("fast_dllm_v2", {"vocab_size": 301}, "asks for \\[301, 64\\]"),
+    "tied": ("a2d_qwen2", {"tie_word_embeddings": False}, "missing lm_head.weight"),
+    "biases": ("sdar", {"attention_bias": True}, "missing model.layers.0.self_attn.k_proj.bias"),
+    "10^9 experts": ("rnd1", {"num_experts": 10**9}, "asks for 1000000000 experts"),
+}
+
+
+@pytest.mark.parametrize(("name", "key", "shape", "words"), DAMAGED.values(), ids=DAMAGED.keys())
+def test_tensors_that_do_not_fit_are_named_before_memory_is_taken(tmp_path, monkeypatch, name, key, shape, words):
+    shutil.copytree(FOLDER / name, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    state = load_file(file)
+    if shape is None:
+        del state[key]
+    else:
+        state[key] = torch.zeros(shape)
+    save_file(state, file, {"format": "pt"})
+    refused(monkeypatch, tmp_path / "model", words)
+
+
+@pytest.mark.parametrize(("name", "changes", "words"), CONTRADICTIONS.values(), ids=CONTRADICTIONS.keys())
+def test_a_config_that_contradicts_the_weights_is_refused_before_memory_is_taken(
+    tmp_path, monkeypatch, name, changes, words
+):
+    shutil.copytree(FOLDER / name, tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**fields(name), **changes}))
+    refused(monkeypatch, tmp_path / "model", words)
+
+
+def refused(monkeypatch, folder, words):
+    """Opening the folder is a ValueError of one line, and no model is made."""
+
+    def made(*arguments, **options):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("dlm.checkpoints.pretrained.open_model", made)
+    with pytest.raises(ValueError, match=words) as error:
+        dlm.load(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_another_mask_token_of_the_tokenizer_is_refused(tmp_path):
+    """Fault: the tokenizer's mask token was not compared, so prompts were checked for another one."""
+    shutil.copytree(FOLDER / "dream", tmp_path / "model")
+    tokenizer = train_tokenizer(["the fox saw the sea"] * 4, 270)
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="has id 266, and the model was trained with mask_token_id 298") as error:
+        dlm.load(tmp_path / "model")
+    assert "\n" not in str(error.value)
+
+
+LENGTHS = {
+    "sdar": (4, {8: "trained with blocks of 4: leave it out", 2: "trained with blocks of 4"}),
+    "fast_dllm_v2": (32, {12: "leave it out or give a number that divides it", 64: "trained with blocks of 32"}),
+}
+
+
+@pytest.mark.parametrize(("name", "own", "wrong"), [(k, *v) for k, v in LENGTHS.items()], ids=LENGTHS.keys())
+def test_block_lengths_that_the_attention_was_not_trained_with_are_refused(models, name, own, wrong):
+    model = models[name]
+    model.config.mask_token_id, before, model.config.block_length = 298, model.config.block_length, own
+    options = {"gen_length": 4, "method": "block_causal"}
+    try:
+        for length, words in wrong.items():
+            with pytest.raises(ValueError, match=words):
+                dlm.generate(model, [[5, 7]], dlm.SamplingConfig(block_length=length, **options))
+        dlm.generate(model, [[5, 7]], dlm.SamplingConfig(block_length=own, **options))
+    finally:
+        model.config.block_length = before
 
 
 def test_windows_that_a_family_does_not_read_are_no_matter(tmp_path):

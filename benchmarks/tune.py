@@ -68,6 +68,7 @@ def parser(argv: Sequence[str]) -> Parser:
     group = made.add_argument_group("what is searched (LIST: values with commas between them)")
     group.add_argument("--methods", metavar="LIST", help="default: all that suit the model")
     group.add_argument("--block-lengths", metavar="LIST", help="default: 8,16,32,64, or what the model was trained on")
+    group.add_argument("--revisions", metavar="LIST", help="default: none,edit,verify")
     made.set_defaults(swept=TUNED)
     made.add_model()
     made.add_sampling(shown_defaults(argv), leave_out=TUNED)
@@ -184,6 +185,17 @@ def block_lengths(args, opened: Pretrained, length: int):
     return of
 
 
+def revisions_of(args, opened: Pretrained) -> list[dict]:
+    """Fields of SamplingConfig of each revision that is tried. Errors: a name that is none."""
+    from dlm.benchmarking.tune import REVISIONS
+
+    names = args.revisions.split(",") if args.revisions else list(REVISIONS)
+    for name in names:
+        check_name("revisions", name, REVISIONS)
+    shifted = getattr(opened.config, "shift_logits", False)
+    return [REVISIONS[name] for name in names if not (shifted and name == "verify")]
+
+
 def main(argv: Sequence[str]) -> int:
     args = parser(argv).parse(argv)
     check(args)
@@ -216,9 +228,7 @@ def main(argv: Sequence[str]) -> int:
     methods = args.methods.split(",") if args.methods else methods_for(opened.config)
     for method in methods:
         check_name("method", method, methods_for(opened.config))
-    reference, others = candidates(
-        sampling, methods, block_lengths(args, opened, places), verify=not getattr(opened.config, "shift_logits", False)
-    )
+    reference, others = candidates(sampling, methods, block_lengths(args, opened, places), revisions_of(args, opened))
     prompt = max(int(canvas.valid.sum()) for canvas in canvases) - places
     machine = machine_here(device, opened.model.dtype, opened.number_type)
     cost = {

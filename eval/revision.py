@@ -24,24 +24,32 @@ from dlm.cli.parser import Parser, check_least
 from dlm.cli.scripts import guarded
 from dlm.utils.names import check_name
 
-# name: fields of SamplingConfig, over a text that has no mask and over one that is written.
-RULES: dict[str, dict] = {
-    "none": {},
-    "edit 0.5": {"revise": "edit", "edit_threshold": 0.5},
-    "edit 0.7": {"revise": "edit", "edit_threshold": 0.7},
-    "edit 0.9": {"revise": "edit", "edit_threshold": 0.9},
-    "verify 0.003": {"revise": "verify", "verify_threshold": 0.003},
-    "verify 0.01": {"revise": "verify", "verify_threshold": 0.01},
-    "verify 0.03": {"revise": "verify", "verify_threshold": 0.03},
-    "verify 0.1": {"revise": "verify", "verify_threshold": 0.1},
-    "ancestral": {"commit": "ancestral"},
-    "cap": {"commit": "ancestral", "revise": "remask", "remask": "cap"},
-    "rescale": {"commit": "ancestral", "revise": "remask", "remask": "rescale"},
-    "confidence": {"commit": "ancestral", "revise": "remask", "remask": "confidence"},
-    "loop": {"commit": "ancestral", "revise": "remask", "remask": "loop"},
+# kind: (fields of SamplingConfig, the one that a number after a colon sets).
+RULES: dict[str, tuple[dict, str | None]] = {
+    "none": ({}, None),
+    "edit": ({"revise": "edit"}, "edit_threshold"),
+    "verify": ({"revise": "verify"}, "verify_threshold"),
+    "ancestral": ({"commit": "ancestral"}, None),
+    "cap": ({"commit": "ancestral", "revise": "remask", "remask": "cap"}, "remask_eta"),
+    "rescale": ({"commit": "ancestral", "revise": "remask", "remask": "rescale"}, "remask_eta"),
+    "confidence": ({"commit": "ancestral", "revise": "remask", "remask": "confidence"}, "remask_eta"),
+    "loop": ({"commit": "ancestral", "revise": "remask", "remask": "loop"}, "remask_eta"),
 }
+CHOSEN = "none,edit:0.7,edit:0.9,edit:0.97,verify:0.001,verify:0.01,ancestral,cap,rescale,confidence,loop"
 TIMES = 16  # steps of the reverse process over a text that has no mask
-REPAIRS = tuple(name for name in RULES if name not in ("none", "ancestral"))
+
+
+def fields_of(rule: str) -> dict:
+    """`verify:0.01` -> fields of SamplingConfig. Errors: an unknown rule; a value that is no number."""
+    name, colon, value = rule.partition(":")
+    check_name("rules", name, RULES)
+    fields, number = RULES[name]
+    if not colon:
+        return fields
+    try:
+        return fields | {number: float(value)}
+    except ValueError:
+        raise ValueError(f"rule {rule!r}: what follows the colon must be a number, as in verify:0.01") from None
 
 
 def options(argv: list[str]):
@@ -57,7 +65,7 @@ def options(argv: list[str]):
     add("--gen-length", type=int, default=64, metavar="N", help="tokens of a text (default: 64)")
     add("--steps", default="16,32", metavar="N,N", help="passes that each rule has for a text (default: 16,32)")
     add("--temperature", type=float, default=0.8, metavar="T", help="of the texts (default: 0.8)")
-    add("--rules", metavar="LIST", help=f"default: all of {', '.join(RULES)}")
+    add("--rules", metavar="LIST", default=CHOSEN, help=f"default: {CHOSEN}")
     add("--judge", metavar="PATH", help="any autoregressive model (default: the twin of the model that ships)")
     add("--seed", type=int, default=0, metavar="N", help="of the damage and of the first text")
     add("--out", metavar="FILE", help="write the results there as JSON")
@@ -71,9 +79,10 @@ def options(argv: list[str]):
         args.passes = [int(part) for part in args.steps.split(",")]
     except ValueError:
         raise ValueError(f"--steps is {args.steps!r}: give whole numbers, as in 16,32") from None
-    args.chosen = args.rules.split(",") if args.rules else list(RULES)
-    for name in args.chosen:
-        check_name("rules", name, RULES)
+    args.chosen = {rule: fields_of(rule) for rule in args.rules.split(",")}
+    for rule, fields in args.chosen.items():
+        if None in fields:
+            raise ValueError(f"rule {rule!r}: {rule.split(':')[0]} takes no number")
     if args.texts and args.judge is None and args.model is not None:
         raise ValueError("this model has no judge of its own: give --judge, or --texts 0")
     return args
@@ -164,9 +173,11 @@ def run(argv: list[str]) -> int:
     print(
         f"repair of {args.rows} windows of {args.length} tokens, {100 * (wrong != clean).mean():.2f}% of them replaced"
     )
-    for name in (name for name in args.chosen if name in REPAIRS):
+    for name, fields in args.chosen.items():
+        if "revise" not in fields:
+            continue
         began = time.perf_counter()
-        row = {"rule": name} | repair(opened, clean, wrong, RULES[name])
+        row = {"rule": name} | repair(opened, clean, wrong, fields)
         results["repair"].append(row | {"seconds": time.perf_counter() - began})
         print(
             f"  {name:<13} {row['before']:5.2f}% -> {row['after']:5.2f}% wrong ({row['change']:+.2f} ± "
@@ -178,8 +189,8 @@ def run(argv: list[str]) -> int:
         judge = open_judge(args.judge or str(TWIN), device=args.device)
         print(f"{args.texts} texts of {args.gen_length} tokens each, temperature {args.temperature:g}")
         for steps in args.passes:
-            for name in args.chosen:
-                row = {"rule": name} | written(opened, judge, RULES[name], steps, args)
+            for name, fields in args.chosen.items():
+                row = {"rule": name} | written(opened, judge, fields, steps, args)
                 results["writing"].append(row)
                 print(
                     f"  {name:<13} {steps:3d} steps, {row['passes']:5.1f} passes: perplexity "

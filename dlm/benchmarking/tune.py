@@ -19,9 +19,14 @@ from dlm.evaluation.metrics import aup, is_degenerate, unigram_entropy
 from dlm.sampling.config import SamplingConfig
 from dlm.utils.stats import Measure, pareto
 
-__all__ = ["Candidate", "Outcome", "Search", "candidates", "curves", "machine_here", "outcome"]
+__all__ = ["REVISIONS", "Candidate", "Outcome", "Search", "candidates", "curves", "machine_here", "outcome"]
 
 THRESHOLDS = (0.95, 0.9, 0.8, 0.7, 0.5, 0.3)
+REVISIONS: dict[str, dict] = {
+    "none": {},
+    "edit": {"revise": "edit", "edit_threshold": 0.9},
+    "verify": {"revise": "verify", "verify_threshold": 0.01},
+}
 TOKENS_A_PASS = (1, 2, 3, 4, 8)
 FIRST = 4  # questions of the first rung
 KEPT = 0.5  # share of the candidates that goes on to the next rung
@@ -53,14 +58,16 @@ class Candidate:
 
 
 def candidates(
-    sampling: SamplingConfig, methods: Sequence[str], blocks: Callable[[str], Sequence[int]], verify: bool = True
+    sampling: SamplingConfig,
+    methods: Sequence[str],
+    blocks: Callable[[str], Sequence[int]],
+    revisions: Sequence[dict] = tuple(REVISIONS.values()),
 ) -> tuple[Candidate, list[Candidate]]:
     """(reference, others): one token a pass of method none under the settings given, and what may be faster.
 
-    blocks: the block lengths that suit a method; verify: whether that revision suits the model.
+    blocks: the block lengths that suit a method; revisions: the fields of each that is tried.
     """
     length, tried = sampling.gen_length, []
-    revisions = [{}, {"revise": "edit", "edit_threshold": 0.9}, *([{"revise": "verify"}] if verify else [])]
 
     def one(method: str, block: int, **rest) -> Candidate | None:
         tokens = length / rest["steps"] if "steps" in rest else None

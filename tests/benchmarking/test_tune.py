@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from dlm.benchmarking.tune import Candidate, Search, candidates, chosen, curves, front, outcome
+from dlm.benchmarking.tune import REVISIONS, Candidate, Search, candidates, chosen, curves, front, outcome
 from dlm.checkpoints.defaults import write_defaults
 from dlm.checkpoints.files import SHIPPED, read_defaults
 from dlm.sampling.config import SamplingConfig
@@ -88,8 +88,8 @@ def test_candidates_go_together():
     assert reference.fields == {"method": "none", "block_length": 16, "commit": "quota", "steps": 16}
     assert reference not in others and len(set(others)) == len(others)
     assert {one.fields.get("revise") for one in others} == {None, "edit", "verify"}
-    _, without = candidates(config, ["none", "dual"], lambda method: [8, 16], verify=False)
-    assert {one.fields.get("revise") for one in without} == {None, "edit"}  # a model with shifted logits
+    _, without = candidates(config, ["none", "dual"], lambda method: [8, 16], [{}, REVISIONS["edit"]])
+    assert {one.fields.get("revise") for one in without} == {None, "edit"}
     guided = SamplingConfig(gen_length=16, cfg_scale=1.0)
     _, guided_others = candidates(guided, ["none"], lambda method: [8])
     assert all(one.fields.get("revise") != "verify" for one in guided_others)  # settings that do not go together
@@ -137,6 +137,7 @@ def test_the_command_goes_on_and_writes(run, checkpoint, twin, tmp_path):
         ({"confirm": 5}, (), "1 of 6 questions are left"),
         ({"methods": "dul"}, (), "dul"),
         ({"block_lengths": "a"}, (), "--block-lengths is 'a'"),
+        ({"revisions": "edti"}, (), "edit"),
         ({"model": None, "judge": None}, ("--write",), "give --write FOLDER"),
         ({"model": SHIPPED, "judge": None}, ("--write",), "ships with dlm"),
     ],

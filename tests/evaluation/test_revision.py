@@ -23,14 +23,15 @@ def test_the_command_on_a_tiny_model(checkpoint, tmp_path, capsys):
     data, out = tmp_path / "held.txt", tmp_path / "revision.json"
     data.write_text(commandline.STORY * 4)
     words = ["--data", str(data), "--model", str(checkpoint), "--rows", "4", "--length", "8", "--device", "cpu"]
-    words += ["--rules", "none,edit 0.5,verify 0.1,loop", "--gen-length", "8", "--steps", "4", "--out", str(out)]
+    words += ["--rules", "none,edit:0.5,verify:0.1,loop", "--gen-length", "8", "--steps", "4", "--out", str(out)]
     assert main([*words, "--texts", "0"]) == 0
     said, results = capsys.readouterr().out, json.loads(out.read_text())
-    assert [row["rule"] for row in results["repair"]] == ["edit 0.5", "verify 0.1", "loop"] and "mended" in said
+    assert [row["rule"] for row in results["repair"]] == ["edit:0.5", "verify:0.1", "loop"] and "mended" in said
     for row in results["repair"]:
         assert row["after"] == pytest.approx(row["before"] + row["change"])
     for bad, what in (
-        (["--share", "0"], "--share is 0"), (["--rules", "edti 0.5"], "edit 0.5"), ([], "no judge of its own"),
+        (["--share", "0"], "--share is 0"), (["--rules", "edti:0.5"], "edit"), (["--rules", "edit:x"], "edit:x"),
+        (["--rules", "none:1"], "takes no number"), ([], "no judge of its own"),
         (["--texts", "0", "--rows", "900"], "give fewer --rows"), (["--steps", "4,x"], "--steps is '4,x'"),
     ):  # fmt: skip
         assert main([*words, *bad]) == 2

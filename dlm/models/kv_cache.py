@@ -41,6 +41,12 @@ class KVCache:
             self._layers[layer] = (like.new_zeros(shape), like.new_zeros(shape))
         return self._layers[layer]
 
+    def clear(self, rows: list[int]) -> None:
+        """Fills these rows with zeros."""
+        for stored in self._layers.values():
+            for x in stored:
+                x[rows] = 0
+
     def copy_rows(self, other: "KVCache", rows: slice, to: int) -> None:
         """Copies these rows of a cache that is not longer to the rows from `to` on."""
         for layer, stored in other._layers.items():
@@ -67,6 +73,9 @@ class _Rows:
         keys, values = self.cache.stored(layer, k)
         keys[self.rows[:, None], :, positions] = k
         values[self.rows[:, None], :, positions] = v
+        first, count = int(self.rows[0]) if self.rows.device.type == "cpu" else 0, len(self.rows)
+        if self.rows.device.type == "cpu" and self.rows.tolist() == list(range(first, first + count)):  # no copy
+            return keys[first : first + count].transpose(1, 2), values[first : first + count].transpose(1, 2)
         return keys[self.rows].transpose(1, 2), values[self.rows].transpose(1, 2)
 
 

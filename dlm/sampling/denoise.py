@@ -91,6 +91,7 @@ def denoise(
 def turn(batch: Batch) -> DenoiseState:
     """One pass for every row of the batch that is not done."""
     batch.turns += 1
+    batch.make_room()
     active, before = batch.active, batch.canvas
     blocks = torch.tensor([0 if row is None else row.block for row in batch.rows])
     pages = Pages(

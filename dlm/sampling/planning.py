@@ -91,7 +91,7 @@ def plan_pass(batch: Batch, rows: Sequence[Row]) -> Plan:
         within = torch.arange(ascending.shape[1], device=device).minimum(size[:, None] - 1)
         positions = ascending.gather(1, within)
     plan = Plan(index, block, span, positions, counts)
-    batch.plans[kind] = (key, plan)
+    batch.plans[kind] = (key, plan, {row.serial for row in rows})
     return plan
 
 

@@ -126,7 +126,7 @@ class Batch:
         starts_masked = first_masked(layout, canvas.masked)
         shown = first_block(canvas, layout, eos) if config.grow == "block" else canvas
         ends = canvas.valid.sum(dim=1).tolist()
-        lengths, seeds, rules = shown.valid.sum(dim=1).tolist(), config.row_seeds(count), replace(config, seed=0)
+        lengths, seeds, rules = shown.valid.sum(dim=1).tolist(), config.row_seeds(count), rules_of(config)
         written: list[Written | None] = [None] * count
         for i, here in enumerate(constraints or ()):
             if here and config.moves:
@@ -195,6 +195,10 @@ class Batch:
         assert self.rows[row.index] is row, f"row {row.serial} is not in this batch"
         row.end()
         self.rows[row.index] = None
+        self.plans = {kind: kept for kind, kept in self.plans.items() if row.serial not in kept[2]}
+        if row.fault is not None and self.cache is not None:  # what is hidden is still multiplied by 0, and NaN stays
+            each = self.cache.rows // self.branches
+            self.cache.clear([row.index + branch * each for branch in range(self.branches)])
         valid, layout = self.canvas.valid.clone(), self.layout.clone()
         valid[row.index], layout[row.index] = False, -1
         self.canvas, self.layout = replace(self.canvas, valid=valid), layout
@@ -222,8 +226,7 @@ class Batch:
         return Canvas(tokens, editable & keep, valid & keep, self.canvas.mask_id)
 
     def _place(self, canvas: Canvas, layout: Tensor, joined: list[Row], extra: Tensor | None) -> None:
-        """Writes the rows that join into the canvas and the layout, which grow where they must, and makes room in
-        the cache."""
+        """Writes the rows that join into the canvas and the layout, which grow where they must."""
         if self.canvas is None:
             self.canvas, self.layout, self.extra = canvas, layout, extra
             self.certain = torch.ones(layout.shape, device=layout.device)
@@ -251,12 +254,13 @@ class Batch:
         self.rows += [None] * (max((row.index for row in joined), default=-1) + 1 - len(self.rows))
         for row in joined:
             self.rows[row.index] = row
-        cached = [row.branches for row in self.rows if row is not None and row.method.cached]
-        if cached:
-            self._make_room(max(cached))
 
-    def _make_room(self, branches: int) -> None:
-        """A cache with a row for every branch of every row, the second branches behind all the first."""
+    def make_room(self) -> None:
+        """A cache with a row for every branch of every row, the second branches behind all the first: once for all that
+        joined before a pass."""
+        branches = max((row.branches for row in self.rows if row is not None and row.method.cached), default=0)
+        if not branches:
+            return
         rows, slots = self.canvas.tokens.shape
         before, kept = self.cache, self.branches
         self.branches = max(branches, kept)
@@ -268,6 +272,13 @@ class Batch:
                 count = before.rows // kept
                 self.cache.copy_rows(before, slice(branch * count, (branch + 1) * count), branch * rows)
             getattr(self.predictor, "give_back", lambda cache: None)(before)
+
+
+def rules_of(config: SamplingConfig) -> SamplingConfig:
+    """The settings that passes read: rows that differ in their seed, length or text to match alone share commits."""
+    same = SamplingConfig()
+    names = ("seed", "gen_length", "regex", "json_schema", "choices")
+    return replace(config, **{name: getattr(same, name) for name in names})
 
 
 def first_masked(layout: Tensor, masked: Tensor) -> list[list[bool]]:

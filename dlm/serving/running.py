@@ -40,6 +40,9 @@ class Running:
     def follow(self, state: DenoiseState, tokens: Sequence[int], written: int) -> None:
         """Takes note of a pass; tokens (T,) of this row after it, of which it committed `written`."""
         self.written += written
+        if self.row.config.moves:  # its region changes
+            canvas, index = state.canvas, self.row.index
+            self.region = (canvas.editable & canvas.valid)[index].nonzero()[:, 0].tolist()
         request, index = self.handle.request, self.row.index
         if self.noted or request.canvas:
             self._note(state, index)

@@ -111,7 +111,7 @@ def texts(
     canvas = bool(body.stream and body.stream_canvas)
     return [
         Request(
-            [*ids, *[opened.mask_id] * length, *behind],
+            [*ids, *[opened.mask_id] * config.start_length, *behind],
             dataclasses.replace(config, seed=(seed + i) % 2**63),
             stop=body.stops,
             stream=bool(body.stream),

@@ -1,0 +1,238 @@
+"""The engine: what a request gets is what it gets alone, and one request's trouble is not another's."""
+
+import dataclasses
+import random
+import threading
+import time
+
+import pytest
+import torch
+
+import dlm
+from dlm.serving.engine import Engine
+from dlm.serving.requests import Cancelled, Closing, Expired, QueueFull, Request, RowFailed
+from tests.helpers.commandline import STORY
+
+
+def canvas_ids(opened, prompt, length):
+    return opened.tokenizer(prompt)["input_ids"] + [opened.mask_id] * length
+
+
+def request(opened, prompt="Once upon", length=8, **settings):
+    own = {
+        "method": "block_causal",
+        "seed": 1,
+        **{k: v for k, v in settings.items() if k in dlm.SamplingConfig.__match_args__},
+    }
+    more = {name: value for name, value in settings.items() if name not in own}
+    return Request(canvas_ids(opened, prompt, length), dlm.SamplingConfig(**own), **more)
+
+
+def random_request(opened, rng):
+    words = STORY.split()
+    prompt = " ".join(rng.choice(words) for _ in range(rng.randint(0, 12)))
+    length = rng.randint(1, 14)
+    more = rng.choice([{"grow": "block"}, {"whole_blocks": True}, {"align": "prompt"}, {}, {}, {}])
+    config = dlm.SamplingConfig(
+        method=rng.choice(["none", "block_causal"]),
+        commit=rng.choice(["quota", "threshold", "factor"]),
+        threshold=0.02,
+        confidence=rng.choice([None, "margin", "random"]) if rng.random() < 0.3 else None,
+        temperature=rng.choice([0.0, 0.8]),
+        cfg_scale=rng.choice([0.0, 0.0, 0.0, 0.7]),
+        stop_at_eos=rng.random() < 0.5,
+        suppress_eos=rng.random() < 0.2,
+        seed=rng.randrange(10**6),
+        **more,
+    )
+    return prompt, length, config
+
+
+def make_random(opened, seed, count):
+    rng, made = random.Random(seed), []
+    while len(made) < count:
+        try:
+            made.append(random_request(opened, rng))
+        except ValueError:  # settings that contradict each other
+            continue
+    return made
+
+
+def alone(opened, prompt, length, config):
+    """The ids and passes of `dlm.generate`, and the confidences that `dlm.denoise` reports."""
+    canvas = dlm.Canvas.from_templates([canvas_ids(opened, prompt, length)], opened.mask_id)
+    sure, state = {}, None
+    for state in dlm.denoise(
+        opened.predictor, canvas, config, vocab_size=len(opened.tokenizer), eos_token_ids=opened.end_ids
+    ):
+        for slot in state.committed[0].nonzero()[:, 0].tolist():
+            sure[slot] = float(state.confidence[0, slot])
+    out = dlm.generate(opened.predictor, canvas, config, tokenizer=opened.tokenizer)
+    ids = out.sequences[0].tolist()
+    ends = [i for i, token in enumerate(ids) if token in opened.end_ids]
+    return ids[: ends[0]] if ends else ids, int(out.nfe[0]), sure
+
+
+@pytest.mark.parametrize("count", [40, pytest.param(300, marks=pytest.mark.slow)])
+def test_random_requests_at_once_are_what_they_are_alone(engine, opened, count):
+    """Ids, passes and, on processors whose products allow it, the bits of every confidence."""
+    made = make_random(opened, count, count)
+    handles = [None] * count
+
+    def send(part):
+        for i in range(part, count, 4):
+            prompt, length, config = made[i]
+            time.sleep(0.002)
+            handles[i] = engine.submit(Request(canvas_ids(opened, prompt, length), config, likely=0))
+
+    threads = [threading.Thread(target=send, args=(part,)) for part in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    results = [handle.result(120) for handle in handles]
+    before, exact = torch.get_num_threads(), getattr(opened.predictor, "exact_rows", False)
+    torch.set_num_threads(engine._threads)
+    try:
+        for (prompt, length, config), result in zip(made, results, strict=True):
+            ids, nfe, sure = alone(opened, prompt, length, config)
+            assert list(result.ids) == ids, config
+            assert result.nfe == nfe, config
+            first = len(canvas_ids(opened, prompt, 0))
+            if exact:
+                found = [place.probability for place in result.places]
+                assert found == [sure.get(first + i, 1.0) for i in range(len(found))], config
+    finally:
+        torch.set_num_threads(before)
+    assert engine.stats.rows.sum > engine.stats.rows.count  # some shared a pass
+
+
+def test_requests_of_other_lengths_share_a_commit(make_engine, opened):
+    """Was: settings that differed in gen_length alone were committed one by one."""
+    engine = make_engine(max_rows=4)
+    handles = engine.submit_all([request(opened, length=6 + i, gen_length=6 + i, seed=i) for i in range(3)])
+    for handle in handles:
+        handle.result(30)
+    assert engine.stats.passes <= 8 + 3
+
+
+class Slow:
+    """A predictor whose passes take time, and go wrong for rows that hold a token."""
+
+    def __init__(self, predictor, seconds=0.0, bad=None):
+        self.predictor, self.seconds, self.bad, self.config = predictor, seconds, bad, predictor.config
+        self.device, self.kernels, self.calls = predictor.device, predictor.kernels, 0
+
+    def __call__(self, tokens, *args, **options):
+        time.sleep(self.seconds)
+        self.calls += 1
+        logits = self.predictor(tokens, *args, **options)
+        if self.bad is not None:
+            logits[(tokens == self.bad).any(dim=1)] = torch.nan
+        return logits
+
+
+@pytest.fixture
+def slow(opened, make_engine):
+    """slow(seconds, bad, **settings): an engine of such a predictor."""
+
+    def make(seconds=0.0, bad=None, **settings):
+        engine = make_engine(**settings)
+        engine._new_batch = lambda make=engine._new_batch: replaced(make(), opened.predictor, seconds, bad)
+        return engine
+
+    def replaced(batch, predictor, seconds, bad):
+        batch.predictor = Slow(predictor, seconds, bad)
+        return batch
+
+    return make
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_row_of_nan_fails_alone(slow, opened, temperature):
+    bad = opened.tokenizer(" fox", add_special_tokens=False)["input_ids"][0]
+    engine = slow(bad=bad)
+    good = [request(opened, "The cat sat", 9, method="none", temperature=temperature, seed=i) for i in range(2)]
+    broken = request(opened, "a little fox", 9, method="none", temperature=temperature)
+    first, failed, second = engine.submit_all([good[0], broken, good[1]])
+    with pytest.raises(RowFailed, match="logits are nan"):
+        failed.result(30)
+    for handle, asked in ((first, good[0]), (second, good[1])):
+        ids, _, _ = alone(opened, "The cat sat", 9, asked.config)
+        assert list(handle.result(30).ids) == ids
+    assert engine.submit(good[0]).result(30).ids == first.result().ids  # the server goes on
+
+
+def test_a_pass_that_raises_loses_its_rows_and_not_the_engine(make_engine, opened, monkeypatch):
+    engine = make_engine()
+    with monkeypatch.context() as patch:
+        patch.setattr("dlm.serving.engine.turn", lambda batch: 1 / 0)
+        with pytest.raises(RowFailed, match="division by zero"):
+            engine.submit(request(opened)).result(30)
+    assert engine.submit(request(opened)).result(30).written == 8
+
+
+def test_cancelled_row_leaves_at_the_next_pass(slow, opened):
+    engine = slow(0.02)
+    handle = engine.submit(request(opened, length=60, stream=True))
+    next(iter(handle))
+    handle.cancel()
+    with pytest.raises(Cancelled):
+        handle.result(10)
+    assert engine.stats.passes < 20
+    assert engine.running == 0 and engine.kv_used == 0
+    assert engine.stats.outcomes["cancelled"] == 1
+
+
+def test_full_queue_and_time_limit(slow, opened):
+    engine = slow(0.03, max_rows=1, max_waiting=1, timeout=0.25)
+    first = engine.submit(request(opened, length=60))
+    while not engine.running:
+        time.sleep(0.005)
+    second = engine.submit(request(opened))
+    with pytest.raises(QueueFull):
+        engine.submit(request(opened))
+    for handle in (first, second):
+        with pytest.raises(Expired, match=r"0\.25 s"):
+            handle.result(10)
+    assert engine.stats.refused == 1 and engine.stats.outcomes["timeout"] == 2
+
+
+def test_keys_and_values_are_counted_before_a_row_joins(slow, opened):
+    """Two rows of 24 slots fit, three do not; a request that never fits is refused."""
+    engine = slow(0.01)
+    bytes_of_two = 2 * 24 * engine.slot_bytes
+    engine.settings = dataclasses.replace(engine.settings, kv_bytes=bytes_of_two)
+    length = 24 - len(canvas_ids(opened, "Once upon", 0))
+    handles = engine.submit_all([request(opened, length=length, seed=i) for i in range(5)])
+    most = 0
+    while not all(handle.finished for handle in handles):
+        most = max(most, engine.running)
+        assert engine.kv_used <= bytes_of_two
+        time.sleep(0.002)
+    assert most == 2
+    with pytest.raises(ValueError, match="keys and values of"):
+        engine.submit(request(opened, length=60)).result(10)
+
+
+def test_drain_finishes_what_is_there_and_close_does_not(slow, opened):
+    engine = slow(0.01, max_rows=1)
+    handles = engine.submit_all([request(opened), request(opened)])
+    assert not engine.drain(0.01)
+    with pytest.raises(Closing):
+        engine.submit(request(opened))
+    assert engine.drain(30)
+    assert [handle.result().written for handle in handles] == [8, 8]
+    other = slow(0.02)
+    lost = other.submit(request(opened, length=60))
+    other.close()
+    with pytest.raises(Closing):
+        lost.result(10)
+
+
+def test_autoregressive_checkpoint_is_refused_in_a_line():
+    from pathlib import Path
+
+    folder = Path(dlm.__file__).parent / "assets" / "llama-stories-6m-autoregressive"
+    with pytest.raises(ValueError, match="predicts the next token, and cannot fill in masks: give a diffusion model"):
+        Engine(dlm.load_pretrained(folder))

@@ -165,10 +165,13 @@ def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast | None:
     own_code = fields.get("auto_map") is not None  # its Python would read tokenizer.json too
     try:
         if (own_code or fields.get("tokenizer_class") in _FAST) and (folder / "tokenizer.json").is_file():
-            return PreTrainedTokenizerFast.from_pretrained(str(folder), trust_remote_code=False)
-        from transformers import AutoTokenizer  # whose import takes long
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), trust_remote_code=False)
+        else:
+            from transformers import AutoTokenizer  # whose import takes long
 
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        tokenizer("a")  # a field of the wrong type is met only here
+        return tokenizer
     except Exception as error:  # each library has its own: `tokenizers` raises a bare Exception, others KeyError ...
         if own_code:
             raise ValueError(

@@ -121,6 +121,14 @@ def whole_file_cases() -> Iterator[Case]:
                 continue
             optional = kind == "a folder" and name in ("tokenizer_config.json", "generation_config.json")
             yield Case(f"{name}: {kind}", EITHER if optional else REFUSED, spoil(name, kind, content, GENERATE))
+    for value in ("x", [], {}):
+
+        def limit(folder, checkpoint, value=value):
+            model = copied(folder, checkpoint)
+            edited(model / "tokenizer_config.json", model_max_length=value)
+            return [*GENERATE, "--model", model]
+
+        yield Case(f"tokenizer_config.json model_max_length={value!r}", REFUSED, limit)
     for kind, content in list(contents.items())[:6]:
         yield Case(f"info, config.json: {kind}", REFUSED, spoil("config.json", kind, content, ("info",)))
 

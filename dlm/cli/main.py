@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from dlm.cli.scripts import check_output
 from dlm.utils.errors import one_line
 from dlm.utils.names import nearest
 from dlm.utils.peers import first_to_say, rank_prefix
@@ -82,8 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows ? for what it lacks
     try:
-        if sys.stdout is None:
-            raise ValueError("standard output is closed, so nothing could be shown: redirect it to a file or /dev/null")
+        check_output()
         code = run(argv)
         sys.stdout.flush()
         return code

@@ -68,9 +68,16 @@ def bench(argv: Sequence[str]) -> int:
     return run("bench", argv)
 
 
+def check_output() -> None:
+    """Raises ValueError where standard output is closed: what a command says would be lost without a word."""
+    if sys.stdout is None:
+        raise ValueError("standard output is closed, so nothing could be shown: redirect it to a file or /dev/null")
+
+
 def guarded(prog: str, run: Callable[[list[str]], int], argv: Sequence[str] | None) -> int:
     """Run a script's `run(argv)`; a user's mistake is one line and exit code 2, Ctrl-C 130."""
     try:
+        check_output()
         return run(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)

@@ -43,6 +43,9 @@ def lay_out(
 # ---------------------------------------------------------------- how many passes, and how many tokens in each
 
 
+MOST_PASSES = 100_000  # of one block, where each of them has to be listed
+
+
 def apportion(total: int, sizes: Sequence[int]) -> list[int]:
     """`total` passes shared over blocks of these sizes by largest remainder, at least one each, earlier first.
 
@@ -64,7 +67,11 @@ def apportion(total: int, sizes: Sequence[int]) -> list[int]:
 
 
 def remainder_first(masked: int, passes: int) -> list[int]:
-    """masked // passes tokens each and one more in the first passes, as LLaDA splits: 8 over 3 is 3, 3, 2."""
+    """masked // passes tokens each and one more in the first passes, as LLaDA splits: 8 over 3 is 3, 3, 2.
+
+    Passes beyond the number of masked tokens would commit nothing, and are not listed.
+    """
+    passes = min(passes, max(masked, 1))
     base, extra = divmod(masked, passes)
     return [base + (i < extra) for i in range(passes)]
 
@@ -116,13 +123,21 @@ SPLITS: dict[str, Callable[[int, int], list[int]]] = {
 }
 
 
+def check_passes(passes: int) -> None:
+    """Raises ValueError for more than `MOST_PASSES` of one block, before their list is made."""
+    if passes > MOST_PASSES:
+        raise ValueError(f"steps asks for {passes:,} passes of one block: give {MOST_PASSES:,} at most")
+
+
 def share_out(
     masked: int, passes: int, split: str = "remainder_first", *, eps: float = 1e-3, lead: bool = False
 ) -> list[int]:
     """The quotas of a block over `passes` passes; with `lead` its first pass commits one place. eps: for `time`.
 
-    A quota of zero costs no pass, so it is left out.
+    A quota of zero costs no pass, so it is left out. Raises ValueError for more passes than a list may hold.
     """
+    if split != "remainder_first":
+        check_passes(passes)
     if split == "time":
         quotas = [1, *timed(masked - 1, passes, eps=eps, start=1)] if lead else timed(masked, passes, eps=eps)
     else:
@@ -161,6 +176,7 @@ def quotas_of(config: SamplingConfig, masked: Sequence[int], spans: Sequence[int
     if config.commit in ("origin", "ancestral"):
         steps = config.steps_per_block
         passes = [steps] * len(busy) if steps else apportion(config.steps or sum(masked), [masked[b] for b in busy])
+        check_passes(max(passes))
         found = [chances(n, eps=config.time_eps) if config.commit == "origin" else [1] * n for n in passes]
     elif config.steps_per_block is not None:
         found = [

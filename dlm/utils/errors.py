@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 from dlm.utils.printable import safe
 
 __all__ = ["one_line", "shortened"]
@@ -12,6 +14,8 @@ def one_line(error: BaseException) -> str:
     text = str(error)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"
+    elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        text = f"{error.strerror}, for standard output or a file: make room, or name another place"
     return safe(" ".join(text.split())) or type(error).__name__
 
 

@@ -1,7 +1,9 @@
 """Bad input: one clear line on standard error that names the value, the reason and the fix; exit code 2."""
 
+import contextlib
 import io
 import json
+import os
 import subprocess
 import sys
 from unittest import mock
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 import dlm
-from dlm.cli import chat, live, main, session
+from dlm.cli import chat, live, main, scripts, session
 from tests.helpers import commandline
 from tests.helpers.commandline import ENVIRONMENT, make_checkpoint
 
@@ -206,6 +208,24 @@ def test_closed_streams_are_one_line(checkpoint):
     command = f"{sys.executable} -m dlm info {checkpoint} >&-"
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 2 and "standard output is closed" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_script_with_closed_output_is_one_line(monkeypatch, capsys):
+    """Fault: `python -m eval.perplexity ... >&-` measured, and said nothing, with exit code 0."""
+    monkeypatch.setattr("sys.stdout", None)
+    assert scripts.guarded("dlm eval perplexity", lambda words: 0, []) == 2
+    assert "standard output is closed" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_a_full_device_is_one_line(monkeypatch, capsys):
+    full = io.TextIOWrapper(io.BufferedWriter(io.FileIO("/dev/full", "w")))
+    monkeypatch.setattr("sys.stdout", full)
+    assert main.main(["--help"]) == 2
+    error = capsys.readouterr().err
+    assert "No space left on device, for standard output or a file: make room" in error and error.count("\n") == 1
+    with contextlib.suppress(OSError):
+        full.close()
 
 
 @pytest.mark.parametrize("line", [b"caf\xe9\n", b"\xff\n"])

@@ -221,6 +221,12 @@ def recipe_cases() -> Iterator[Case]:
             f"config: {kind}", REFUSED, "a.yaml", content,
             lambda path, folder, checkpoint: ["train", "sft", "--config", path, "--output", folder / "out"],
         )  # fmt: skip
+    for name, option in {"10^8": "100000000", "a million": "1000000"}.items():
+        words = ("generate", "The cat", "--gen-length", "4", "--no-live", "--steps", option)
+        yield plain(f"generate --steps {name}", ANSWERED, *words)
+    for rule in (("--split", "rounded"), ("--split", "time"), ("--commit", "origin")):
+        words = ("generate", "The cat", "--gen-length", "4", "--no-live", "--steps", "100000000", *rule)
+        yield plain(f"generate --steps 10^8 {' '.join(rule)}", REFUSED, *words)
     for option, value in {"--gpus": "0", "--gpu": "x", "--sequence-length": "-1", "--tokens": "x"}.items():
         yield plain(f"estimate {option} {value}", REFUSED, "train", "--estimate", option, value, model=False)
     for kind, content in CONTENTS.items():

@@ -34,7 +34,7 @@ def stable_places(
 ) -> Tensor:
     """bool (R, M): the places where each of the last `kl_passes` divergences is below `kl_bound`.
 
-    A divergence is KL(now || the pass before), in nats (KLASS, arXiv:2511.05664, section 4). log_p (R, M, V). Every
+    A divergence is KL(now || the pass before), in nats (KLASS, arXiv:2511.05664, alg. 1). log_p (R, M, V). Every
     row keeps what this pass predicted at its eligible places.
     """
     stable = torch.zeros_like(eligible)

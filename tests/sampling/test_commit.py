@@ -446,3 +446,18 @@ def test_rows_of_masks_alone_do_not_depend_on_their_batch():
             config = SamplingConfig(gen_length=12, block_length=4, method=method, cfg_scale=1.5)
             together = generate(model, [[], [1, 2, 3], [], [4, 4]], config).sequences
             assert torch.equal(together[2], generate(model, [[]], config).sequences[0])
+
+
+def test_order_temperature_draws_places_from_the_rows_generators():
+    """It crashed: the loop looked for the generators where they no longer were."""
+    from dlm import SamplingConfig, generate
+    from tests.helpers.toys import tiny_model
+
+    model, found = tiny_model(3), set()
+    for seed in range(4):
+        config = SamplingConfig(gen_length=6, block_length=6, steps=2, order_temperature=5.0, seed=seed)
+        out = generate(model, [[1, 2]], config)
+        again = generate(model, [[7], [1, 2]], SamplingConfig(**vars(config) | {"seed": (9, seed)}))
+        assert out.sequences[0].tolist() == again.sequences[1].tolist()
+        found.add(tuple(out.sequences[0].tolist()))
+    assert len(found) > 1

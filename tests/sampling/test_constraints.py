@@ -12,7 +12,7 @@ import torch
 import dlm
 from dlm import Canvas, SamplingConfig, denoise, generate
 from dlm.sampling.automaton import compile_pattern, schema_pattern
-from dlm.sampling.constraints import choice_pattern
+from dlm.sampling.constraints import Constraint, choice_pattern
 from dlm.sampling.places import Places, _open
 from tests.helpers.toys import Table, tiny_model
 
@@ -311,3 +311,17 @@ def test_blanks_with_patterns(shipped):
     *_, last = denoise(model, canvas, SamplingConfig(), eos_token_ids=eos, constraints=constraints)
     text = tokenizer.decode(last.canvas.tokens[0], skip_special_tokens=True)
     assert re.match(r"Tom is [0-9]+ years old and", text), text
+
+
+def test_a_row_beside_a_constrained_one_is_not_edited_into_what_is_suppressed():
+    """The most probable token that an edit writes forgot suppress_eos where another row of the batch was bound."""
+    table = torch.zeros(6, 8)
+    table[:, END] = 9.0
+    config = SamplingConfig(
+        gen_length=3, block_length=3, revise="edit", edit_threshold=0.0, suppress_eos=True, temperature=0.7
+    )
+    rules = [[], [Constraint(compile_pattern(LETTERS, "(ab)*", (END,)), (1, 2, 3))]]
+    for rows, wanted in (([[0], [1]], rules), ([[0]], None)):
+        canvas = Canvas.from_prompts(rows, 3, MASK)
+        for state in denoise(Table(table), canvas, config, eos_token_ids=(END,), constraints=wanted):
+            assert END not in state.canvas.tokens[0]

@@ -135,3 +135,9 @@ def test_every_method_of_the_settings_is_a_row_of_the_table():
     for name in METHODS:
         commit = "threshold" if METHODS[name].several else "quota"
         assert dlm.SamplingConfig(method=name, commit=commit).method == name
+
+
+def test_c2f_has_no_first_place_of_a_block():
+    """It was taken, and a pass could then be asked about no place at all."""
+    with pytest.raises(ValueError, match="commit_first"):
+        dlm.SamplingConfig(method="c2f", commit_first=True)

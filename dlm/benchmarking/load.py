@@ -1,6 +1,7 @@
 """A load for the engine: requests with drawn lengths that arrive as a Poisson process, and what they waited for.
 
-Times are in seconds. What comes out of one load is a row: a dict of numbers, as it stands in the JSON.
+Times are in seconds. What comes out of one load is a row: a dict of numbers, as it stands in the JSON. A `clock` counts
+what throughput is of: time, or the process's own, which other work on the machine does not change.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Lengths", "Need", "alone", "at_once", "demands", "in_turn", "percentiles", "poisson", "table", "together"]
 
 PERCENTILES = (50, 90, 99)
+Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -88,25 +90,29 @@ def percentiles(values: Sequence[float], name: str) -> dict[str, float | None]:
 # ---------------------------------------------------------------- a plain loop, without the engine
 
 
-def alone(predictor, needs: Sequence[Need], config: SamplingConfig, known: dict[str, Any], mask_id: int) -> dict:
+def alone(
+    predictor, needs: Sequence[Need], config: SamplingConfig, known: dict[str, Any], mask_id: int, clock: Clock
+) -> dict:
     """One request after the other in a plain loop over `denoise`."""
     times = []
-    began = time.perf_counter()
+    began = clock()
     for need in needs:
         start = time.perf_counter()
         run([need.ids(mask_id)], predictor, dataclasses.replace(config, seed=need.seed), known, mask_id)
         times.append(time.perf_counter() - start)
-    seconds = time.perf_counter() - began
+    seconds = clock() - began
     return row("plain loop, one at a time", needs, seconds, percentiles(times, "latency"))
 
 
-def together(predictor, needs: Sequence[Need], config: SamplingConfig, known: dict[str, Any], mask_id: int) -> dict:
+def together(
+    predictor, needs: Sequence[Need], config: SamplingConfig, known: dict[str, Any], mask_id: int, clock: Clock
+) -> dict:
     """All requests as one batch of `denoise` from the first pass to the last: the machine's own limit for batches,
     where they are equally long."""
     seeds = tuple(need.seed for need in needs)
-    began = time.perf_counter()
+    began = clock()
     run([need.ids(mask_id) for need in needs], predictor, dataclasses.replace(config, seed=seeds), known, mask_id)
-    return row(f"plain loop, a batch of {len(needs)}", needs, time.perf_counter() - began, {})
+    return row(f"plain loop, a batch of {len(needs)}", needs, clock() - began, {})
 
 
 def run(rows: Sequence[Sequence[int]], predictor, config: SamplingConfig, known: dict[str, Any], mask_id: int) -> None:
@@ -124,10 +130,10 @@ def request_of(need: Need, config: SamplingConfig, mask_id: int) -> Request:
     return Request(need.ids(mask_id), dataclasses.replace(config, seed=need.seed), stream=True)
 
 
-def at_once(engine: Engine, needs: Sequence[Need], config: SamplingConfig, count: int, name: str) -> dict:
+def at_once(engine: Engine, needs: Sequence[Need], config: SamplingConfig, count: int, name: str, clock: Clock) -> dict:
     """Always `count` requests under way: the next one comes when one is done."""
     places, handles = threading.Semaphore(count), []
-    return measured(engine, needs, name, handles, lambda: _keep(engine, needs, config, places, handles))
+    return measured(engine, needs, name, handles, lambda: _keep(engine, needs, config, places, handles), clock)
 
 
 def _keep(engine, needs, config, places: threading.Semaphore, handles: list[Handle]) -> int:
@@ -148,7 +154,9 @@ def _then(handle: Handle, do) -> None:
         do()
 
 
-def in_turn(engine: Engine, needs: Sequence[Need], config: SamplingConfig, at: Sequence[float], name: str) -> dict:
+def in_turn(
+    engine: Engine, needs: Sequence[Need], config: SamplingConfig, at: Sequence[float], name: str, clock: Clock
+) -> dict:
     """Each request at its time, whether those before it are done or not; a full queue refuses some."""
     handles: list[Handle] = []
 
@@ -162,22 +170,25 @@ def in_turn(engine: Engine, needs: Sequence[Need], config: SamplingConfig, at: S
                 refused += 1
         return refused
 
-    return measured(engine, needs, name, handles, send)
+    return measured(engine, needs, name, handles, send, clock)
 
 
-def measured(engine: Engine, needs: Sequence[Need], name: str, handles: list[Handle], send) -> dict:
+def measured(
+    engine: Engine, needs: Sequence[Need], name: str, handles: list[Handle], send: Callable[[], int], clock: Clock
+) -> dict:
     """The row of what `send` sends. Raises what a request ended with."""
     stats = engine.stats
     before = stats.passes, stats.row_passes, stats.busy, stats.joining, stats.model
-    began = time.perf_counter()
+    began, started = clock(), time.perf_counter()
     refused = send()
     results = [handle.result() for handle in handles]
-    seconds = time.perf_counter() - began
+    seconds, wall = clock() - began, time.perf_counter() - started
     after = stats.passes, stats.row_passes, stats.busy, stats.joining, stats.model
     passes, rows, busy, joining, model = (b - a for a, b in zip(before, after, strict=True))
     more = {
         **percentiles([result.seconds for result in results], "latency"),
         **percentiles([result.first_text for result in results], "first_text"),
+        "wall_seconds": wall,
         "refused": refused,
         "rows_per_pass": rows / max(passes, 1),
         "engine_overhead": (busy + joining - model) / max(model, 1e-9),

@@ -58,7 +58,20 @@ def test_a_row_and_the_table():
 def test_a_short_run_of_the_command(checkpoint, tmp_path, capsys):  # noqa: F811
     file = tmp_path / "serve.json"
     words = ["--model", str(checkpoint), "--requests", "6", "--prompt-tokens", "2:4", "--output-tokens", "2:6"]
-    words += ["--concurrency", "3", "--alone", "2", "--rates", "200", "--block-length", "2", "--json", str(file)]
+    words += [
+        "--clock",
+        "cpu",
+        "--concurrency",
+        "3",
+        "--alone",
+        "2",
+        "--rates",
+        "200",
+        "--block-length",
+        "2",
+        "--json",
+        str(file),
+    ]
     assert serve.main(words) == 0
     found = json.loads(file.read_text())
     assert {"command", "commit", "hardware", "versions", "seed", "model"} <= set(found)

@@ -7,7 +7,7 @@ Every decoding method is a row of `methods.METHODS`, every commit rule an entry 
 alike share one forward pass.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -227,11 +227,7 @@ def commit(
     config, where = rows[0].config, (plan.index[:, None], request.slots)
     written = [row.written for row in rows]
     bound = any(constraint is not None for constraint in written)
-    suppressed = rows[0].eos if config.suppress_eos else ()
-    if config.grow == "expand":
-        suppressed = () if batch.growth_tokens[1] is None else suppressed  # end-of-text takes a place out
-    else:
-        suppressed += tuple(token for token in batch.growth_tokens if token is not None)
+    suppressed = suppressed_of(batch, rows[0])
     options = {
         "mask_id": batch.canvas.mask_id,
         "vocab_size": batch.vocab_size,
@@ -267,17 +263,8 @@ def commit(
     drawn = None
     if config.commit == "ancestral" or config.revise == "remask":
         drawn = draw_steps(rows, eligible, revisable, batch.certain[where])
-    stable = None
-    if config.commit == "stable":
-        stable = stable_places(rows, request.slots, eligible, prediction(logits, config), config)
     take = None if drawn is None else drawn.take
-    rule = Step(quota, config.threshold, config.factor, config.entropy_bound, drawn=take, stable=stable)
-    if rows[0].method.several:
-        block = batch.layout[where]
-        forced = torch.stack([torch.isin(b, b.new_tensor(row.forced)) for b, row in zip(block, rows, strict=True)])
-        choose = partial(by_blocks, eligible=eligible, step=rule, block=block, forced=forced, rule=config.commit)
-    else:
-        choose = partial(COMMITS[config.commit], eligible=eligible, step=rule)
+    choose = commit_rule(batch, rows, request.slots, eligible, where, logits, quota, take)
     chosen = choose(certain)
     if batch.telemetry is not None:
         batch.telemetry.note(batch, rows, request, visible_to(rows), logits, certain, chosen, choose, allowed)
@@ -295,15 +282,8 @@ def commit(
         token, confidence, chosen = commit_in_order(
             written, request.slots, token, confidence, chosen, again, keep_count=fixed
         )
-    if config.grow == "confidence":
-        sure = confidence
-        if config.ordering != "probability":
-            sure = prediction(logits, config).gather(-1, token[..., None])[..., 0].exp()
-        chosen, grown = insertions(batch, rows, request.slots, eligible, chosen, sure)
-        pages.grown.update(grown)
-    elif config.grow == "expand":
-        chosen, grown = expansions(batch, rows, request.slots, token, chosen)
-        pages.grown.update(grown)
+    if config.moves:
+        chosen = grow(batch, rows, request.slots, eligible, logits, token, confidence, chosen, pages)
     if (revision := REVISIONS[config.revise]) is not None:
         best = (token, confidence)
         if revision.compares and not config.is_greedy:
@@ -321,6 +301,44 @@ def commit(
         batch.certain[where] = torch.where(chosen, confidence.float(), batch.certain[where])
     pages.committed[where] = chosen
     pages.confidence[where] = confidence.float().masked_fill(~chosen, 0.0)  # torch.where copies its 0.0 to a GPU
+
+
+def suppressed_of(batch: Batch, row: Row) -> tuple[int, ...]:
+    """The ids that no place of the row may take beside the mask: end-of-text where it is asked for, and the tokens of
+    growth where nothing grows."""
+    suppressed = row.eos if row.config.suppress_eos else ()
+    if row.config.grow == "expand":
+        return () if batch.growth_tokens[1] is None else suppressed  # end-of-text takes a place out
+    return suppressed + tuple(token for token in batch.growth_tokens if token is not None)
+
+
+def commit_rule(
+    batch: Batch, rows: list[Row], slots: Tensor, eligible: Tensor, where, logits: Tensor, quota: Tensor, take
+) -> Callable[[Tensor], Tensor]:
+    """The commit rule of a pass: confidence (R, M) -> which places are committed."""
+    config, stable = rows[0].config, None
+    if config.commit == "stable":
+        stable = stable_places(rows, slots, eligible, prediction(logits, config), config)
+    rule = Step(quota, config.threshold, config.factor, config.entropy_bound, drawn=take, stable=stable)
+    if not rows[0].method.several:
+        return partial(COMMITS[config.commit], eligible=eligible, step=rule)
+    block = batch.layout[where]
+    forced = torch.stack([torch.isin(b, b.new_tensor(row.forced)) for b, row in zip(block, rows, strict=True)])
+    return partial(by_blocks, eligible=eligible, step=rule, block=block, forced=forced, rule=config.commit)
+
+
+def grow(batch: Batch, rows: list[Row], slots, eligible, logits, token, confidence, chosen, pages: Pages) -> Tensor:
+    """Which places (R, M) are committed of rows that change their length; how they change goes into `pages`."""
+    config = rows[0].config
+    if config.grow == "expand":
+        chosen, grown = expansions(batch, rows, slots, token, chosen)
+    else:
+        sure = confidence
+        if config.ordering != "probability":
+            sure = prediction(logits, config).gather(-1, token[..., None])[..., 0].exp()
+        chosen, grown = insertions(batch, rows, slots, eligible, chosen, sure)
+    pages.grown.update(grown)
+    return chosen
 
 
 def without_hidden(canvas: Canvas, request: Request, *, cached: bool) -> tuple[Canvas, Request]:

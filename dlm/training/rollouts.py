@@ -95,9 +95,14 @@ def write(model, prompts: Sequence[Sequence[int]], seeds: Sequence[int], samplin
           vocab_size: int, ends: Sequence[int], rows: int, device=None) -> tuple[list[dict], int, int]:  # fmt: skip
     """The canvas of each prompt once it is filled: tokens, region, order, target, and the passes of all of them.
 
-    Returns the rows, the forward passes of all rows, and the tokens that they committed. At most `rows` rows share a
+    Raises ValueError for growth that moves tokens. Returns the rows, the forward passes of all rows, and the tokens that they committed. At most `rows` rows share a
     batch; what a row becomes does not depend on that.
     """
+    if sampling.grow not in ("none", "block"):
+        raise ValueError(
+            f"grow is {sampling.grow!r}, which moves tokens while they are written, and a reward's answer is followed "
+            f"place by place: use grow block, or none"
+        )
     made, passes, committed = [], 0, 0
     for start in range(0, len(prompts), rows):
         some = slice(start, start + rows)

@@ -20,6 +20,7 @@ from tests.helpers.recipes import fresh, records, weights
 from train import grpo
 
 assert fresh  # a fixture for every test here
+KILLS = 3
 SAMPLING = "gen_length=6|block_length=6|steps=3|temperature=1"
 MINE = """
 def vowels(prompts, completions, bonus, **columns):
@@ -160,7 +161,7 @@ def test_bad_input_is_one_line(start, capsys, more, message):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a child is forked, so that imports are paid once")
-def test_a_run_killed_at_random_moments_ends_with_the_same_bits(tmp_path, start, kills=3):
+def test_a_run_killed_at_random_moments_ends_with_the_same_bits(tmp_path, start, kills=KILLS):
     """SIGKILL in a rollout, a step or the writing of a checkpoint."""
     tqdm.set_lock(threading.RLock())  # its own is shared with forked children
     more, moments = ["--max-steps=12", "--checkpoint-every=1", "--inner=3"], random.Random(0)

@@ -18,13 +18,10 @@ from typing import TYPE_CHECKING
 if __package__ in (None, ""):  # `accelerate launch train/grpo.py` from a clone: find dlm/ beside train/
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dlm.checkpoints.files import SHIPPED
-from dlm.data.choices import ON_BAD_ROW
 from dlm.objectives.config import POLICY_NAMES
 from dlm.rewards.table import open_rewards
 from dlm.sampling.settings import sampling_of
-from dlm.training.config import RecipeConfig
-from dlm.training.lora import TARGETS, add_lora, merge_lora
+from dlm.training.tuning import TuningConfig, adapted
 from dlm.utils import settings
 from dlm.utils.names import check_name
 
@@ -37,17 +34,16 @@ NOT_OF_ROLLOUTS = (
 
 
 @dataclass(frozen=True)
-class Recipe(RecipeConfig):
-    """What all recipes share, how rows become prompts, and the policy gradient.
+class Recipe(TuningConfig):
+    """What tuning recipes share (TuningConfig), and the policy gradient.
 
     batch_size is in answers: batch_size / group_size prompts a step. policy: `diffu_grpo` (d1), `trace` (TraceRL) or
     `wd1`. reference: a folder or hub id, by default the model as it begins (with `lora` the model without its
-    adapters); it is loaded only where `kl` is above 0. sampling: fields of `SamplingConfig` as name=value. format,
-    separator, on_bad_row: as in `sft`. Prompts that leave no room for gen_length are left out and counted.
+    adapters); it is loaded only where `kl` is above 0. sampling: fields of `SamplingConfig` as name=value.
+    Prompts that leave no room for gen_length are left out and counted.
     """
 
     output: str = "runs/grpo"
-    model: str = str(SHIPPED)
     reference: str = ""
     rewards: tuple[str, ...] = ()
     reward_weights: tuple[str, ...] = ()
@@ -60,30 +56,17 @@ class Recipe(RecipeConfig):
     shrink: int = 1
     sampling: tuple[str, ...] = ("gen_length=128", "temperature=1")
     rollout_rows: int = 64
-    sequence_length: int = 0
     batch_size: int = 64
     learning_rate: float = 1e-5
-    optimizer: str = "adamw"
     schedule: str = "constant"
     warmup_steps: int = 10
     ema: float = 0.0
     valid_every: int = 0
-    sample_every: int = 0
     checkpoint_every: int = 50
-    format: str = "auto"
     prompt_column: str = ""
-    separator: str = "\n"
-    on_bad_row: str = "stop"
-    lora: int = 0
-    lora_alpha: float = 32.0
-    lora_targets: tuple[str, ...] = TARGETS
 
     def __post_init__(self):
-        from dlm.training.options import CHOICES
-
         super().__post_init__()
-        check_name("format", self.format, CHOICES["format"])
-        check_name("on_bad_row", self.on_bad_row, ON_BAD_ROW)
         check_name("policy", self.policy, POLICY_NAMES)
         if self.group_size < 2 or self.inner < 1 or self.shrink < 1 or self.rollout_rows < 1:
             raise ValueError(
@@ -100,9 +83,7 @@ class Recipe(RecipeConfig):
                 f"batch_size {self.batch_size} is not a multiple of group_size {self.group_size}: a step learns from "
                 f"whole groups"
             )
-        for name in NOT_OF_ROLLOUTS:
-            if getattr(self, name):
-                raise ValueError(f"{name} is {getattr(self, name)}, and answers are learned from whole: leave it out")
+        self.refuse(NOT_OF_ROLLOUTS, "answers are learned from whole")
         if self.objective == "autoregressive" or self.estimator == "stratified" or self.eos_padding != "none":
             raise ValueError("rewards need a diffusion objective, eos_padding none, estimator count, uniform or d3pm")
         if self.valid:
@@ -160,14 +141,8 @@ def prepare(settings: Recipe, accelerator) -> Prepared:
         temperature=sampling.temperature, forbidden=tuple(range(len(tokenizer), model.config.embedding_size)),
         columns=questions.columns_digest,
     )  # fmt: skip
-    if not settings.lora:
-        return Prepared(model, tokenizer, questions, None, objective=objective, rollouts=plan)
-    adapted = add_lora(model, settings.lora, settings.lora_alpha, settings.lora_targets, settings.seed)
-
-    def finish(trained, weights):
-        return merge_lora(trained, weights), None
-
-    return Prepared(adapted, tokenizer, questions, None, finish, objective=objective, rollouts=plan)
+    made, finish = adapted(model, settings)
+    return Prepared(made, tokenizer, questions, None, finish, objective=objective, rollouts=plan)
 
 
 def parse(argv: list[str]) -> Recipe:

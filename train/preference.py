@@ -17,12 +17,8 @@ from typing import TYPE_CHECKING
 if __package__ in (None, ""):  # `accelerate launch train/preference.py` from a clone: find dlm/ beside train/
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dlm.checkpoints.files import SHIPPED
-from dlm.data.choices import ON_BAD_ROW
-from dlm.training.config import RecipeConfig
-from dlm.training.lora import TARGETS, add_lora, merge_lora
+from dlm.training.tuning import TuningConfig, adapted
 from dlm.utils import settings
-from dlm.utils.names import check_name
 
 if TYPE_CHECKING:
     from dlm.training.recipe import Prepared
@@ -31,49 +27,33 @@ NOT_OF_PAIRS = ("random_length", "dropout_prompt", "complementary", "decoding_sh
 
 
 @dataclass(frozen=True)
-class Recipe(RecipeConfig):
-    """What all recipes share, how pairs become examples, and the preference.
+class Recipe(TuningConfig):
+    """What tuning recipes share (TuningConfig), and the preference.
 
     batch_size is in pairs. reference: a folder or hub id, by default the model itself as it begins (with `lora` the
     model without its adapters). beta: how strongly the policy may leave the reference; draws: noise draws of each
-    answer; sft_weight: weight of the chosen answer's bound a token. format, separator, on_bad_row: as in `sft`; pairs
-    longer than sequence_length are left out and counted.
+    answer; sft_weight: weight of the chosen answer's bound a token. Pairs longer
+    than sequence_length are left out and counted.
     """
 
     output: str = "runs/preference"
-    model: str = str(SHIPPED)
     reference: str = ""
     beta: float = 0.1
     draws: int = 8
     sft_weight: float = 0.0
-    sequence_length: int = 0
     batch_size: int = 8
     learning_rate: float = 2e-5
-    optimizer: str = "adamw"
     warmup_steps: int = 20
     valid_every: int = 0
-    sample_every: int = 0
-    format: str = "auto"
-    separator: str = "\n"
-    on_bad_row: str = "stop"
-    lora: int = 0
-    lora_alpha: float = 32.0
-    lora_targets: tuple[str, ...] = TARGETS
 
     def __post_init__(self):
-        from dlm.training.options import CHOICES
-
         super().__post_init__()
-        check_name("format", self.format, CHOICES["format"])
-        check_name("on_bad_row", self.on_bad_row, ON_BAD_ROW)
         if self.beta <= 0 or self.draws < 1 or self.sft_weight < 0 or self.lora < 0:
             raise ValueError(
                 f"beta is {self.beta}, draws {self.draws}, sft_weight {self.sft_weight}, lora {self.lora}: give a beta "
                 f"above 0, 1 or more draws, and the others not negative"
             )
-        for name in NOT_OF_PAIRS:
-            if getattr(self, name):
-                raise ValueError(f"{name} is {getattr(self, name)}, and pairs are compared whole: leave it out")
+        self.refuse(NOT_OF_PAIRS, "pairs are compared whole")
         if self.objective != "diffusion" or self.estimator == "stratified" or self.eos_padding != "none":
             raise ValueError("preferences need objective diffusion, eos_padding none, estimator count, uniform or d3pm")
         if self.valid:
@@ -103,14 +83,8 @@ def prepare(settings: Recipe, accelerator) -> Prepared:
         reference = frozen(other)
     else:
         reference = None if settings.lora else frozen(model)
-    if not settings.lora:
-        return Prepared(model, tokenizer, pairs, None, objective=Preference(reference, **options))
-    adapted = add_lora(model, settings.lora, settings.lora_alpha, settings.lora_targets, settings.seed)
-
-    def finish(trained, weights):
-        return merge_lora(trained, weights), None
-
-    return Prepared(adapted, tokenizer, pairs, None, finish, objective=Preference(reference, **options))
+    made, finish = adapted(model, settings)
+    return Prepared(made, tokenizer, pairs, None, finish, objective=Preference(reference, **options))
 
 
 def parse(argv: list[str]) -> Recipe:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from dlm.models.choices import float_name
 from dlm.objectives.config import NoiseSettings
@@ -10,6 +10,10 @@ from dlm.training import options
 from dlm.training.growth import block_at, read_growth
 from dlm.utils.names import check_name
 
+NOISE = {  # a field of `NoiseSettings`: what it is called among the settings of a run; the others have the same name
+    "schedule": "noise_schedule", "exponent": "noise_exponent", "steps": "diffusion_steps", "low": "lowest_rate",
+    "high": "highest_rate",
+}  # fmt: skip
 # How Accelerate calls a precision; here float32 and fp32 are the same name.
 MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -55,19 +59,19 @@ class TrainingConfig:
     final_factor: float = 0.0
     ema: float = 0.999
     objective: str = "diffusion"
-    estimator: str = "count"
-    noise_schedule: str = "linear"
-    noise_exponent: float = 2.0
-    diffusion_steps: int = 1000
-    lowest_rate: float = 0.0
-    highest_rate: float = 1.0
-    block_length: int | None = None
+    estimator: str = NoiseSettings.estimator
+    noise_schedule: str = NoiseSettings.schedule
+    noise_exponent: float = NoiseSettings.exponent
+    diffusion_steps: int = NoiseSettings.steps
+    lowest_rate: float = NoiseSettings.low
+    highest_rate: float = NoiseSettings.high
+    block_length: int | None = NoiseSettings.block_length
     block_growth: str = ""
-    rate_alpha: float = 1.0
-    rate_beta: float = 1.0
-    complementary: bool = False
-    decoding_share: float = 0.0
-    decoding_block: int = 4
+    rate_alpha: float = NoiseSettings.rate_alpha
+    rate_beta: float = NoiseSettings.rate_beta
+    complementary: bool = NoiseSettings.complementary
+    decoding_share: float = NoiseSettings.decoding_share
+    decoding_block: int = NoiseSettings.decoding_block
     full_share: float = 0.0
     random_length: float = 0.0
     packing: bool = True
@@ -185,20 +189,9 @@ class TrainingConfig:
         length = self.block_length
         if self.block_growth and step is not None:
             length = block_at(self.block_growth, length, step, self.max_steps)
-        return NoiseSettings(
-            estimator=self.estimator,
-            schedule=self.noise_schedule,
-            exponent=self.noise_exponent,
-            steps=self.diffusion_steps,
-            low=self.lowest_rate,
-            high=self.highest_rate,
-            block_length=length if blocks else None,
-            rate_alpha=self.rate_alpha,
-            rate_beta=self.rate_beta,
-            complementary=self.complementary,
-            decoding_share=0.0 if blocks and self.full_share else self.decoding_share,
-            decoding_block=self.decoding_block,
-        )
+        given = {field.name: getattr(self, NOISE.get(field.name, field.name)) for field in fields(NoiseSettings)}
+        share = 0.0 if blocks and self.full_share else self.decoding_share
+        return NoiseSettings(**given | {"block_length": length if blocks else None, "decoding_share": share})
 
     def chunk(self, places: int, vocabulary: int) -> int | None:
         """Of how many places logits are held at a time in a micro-batch of `places`; None: of all that are asked."""

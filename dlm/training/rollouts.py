@@ -95,8 +95,8 @@ def write(model, prompts: Sequence[Sequence[int]], seeds: Sequence[int], samplin
           vocab_size: int, ends: Sequence[int], rows: int, device=None) -> tuple[list[dict], int, int]:  # fmt: skip
     """The canvas of each prompt once it is filled: tokens, region, order, target, and the passes of all of them.
 
-    Raises ValueError for growth that moves tokens. Returns the rows, the forward passes of all rows, and the tokens that they committed. At most `rows` rows share a
-    batch; what a row becomes does not depend on that.
+    Returns the rows, the forward passes of all rows, and the tokens that they committed. At most `rows` rows share a
+    batch; what a row becomes does not depend on that. Raises ValueError for growth that moves tokens.
     """
     if sampling.grow not in ("none", "block"):
         raise ValueError(

@@ -100,6 +100,8 @@ def _announce(engine: Engine, server: uvicorn.Server, bound: socket.socket, host
     if engine.failure is not None:
         server.should_exit = True
         return
+    while not server.started and not server.should_exit:
+        time.sleep(0.005)
     fields = {"url": f"http://{shown}:{port}/", "model": engine.pretrained.name}
     log.info("ready", extra={"fields": fields | {"loading_seconds": round(time.monotonic() - began, 3)}})
 

@@ -1,8 +1,11 @@
 """A tiny random checkpoint that answers chats, an engine for it, and clients that talk to its app in this process."""
 
+import time
+
 import httpx
 import openai
 import pytest
+import torch
 
 import dlm
 from dlm.serving.engine import Engine, EngineSettings
@@ -66,3 +69,35 @@ def client(app):
     """OpenAI's own client of the app."""
     transport = httpx.AsyncClient(transport=httpx.ASGITransport(app, raise_app_exceptions=False))
     return openai.AsyncOpenAI(base_url=f"{BASE}/v1", api_key="none", http_client=transport, max_retries=0)
+
+
+class Slow:
+    """A predictor whose passes take time, and go wrong for rows that hold a token."""
+
+    def __init__(self, predictor, seconds=0.0, bad=None):
+        self.predictor, self.seconds, self.bad, self.config = predictor, seconds, bad, predictor.config
+        self.device, self.kernels, self.calls = predictor.device, predictor.kernels, 0
+
+    def __call__(self, tokens, *args, **options):
+        time.sleep(self.seconds)
+        self.calls += 1
+        logits = self.predictor(tokens, *args, **options)
+        if self.bad is not None:
+            logits[(tokens == self.bad).any(dim=1)] = torch.nan
+        return logits
+
+
+@pytest.fixture
+def slow(opened, make_engine):
+    """slow(seconds, bad, **settings): an engine of such a predictor."""
+
+    def make(seconds=0.0, bad=None, **settings):
+        engine = make_engine(**settings)
+        engine._new_batch = lambda make=engine._new_batch: replaced(make(), opened.predictor, seconds, bad)
+        return engine
+
+    def replaced(batch, predictor, seconds, bad):
+        batch.predictor = Slow(predictor, seconds, bad)
+        return batch
+
+    return make

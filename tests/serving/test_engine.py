@@ -116,38 +116,6 @@ def test_requests_of_other_lengths_share_a_commit(make_engine, opened):
     assert engine.stats.passes <= 8 + 3
 
 
-class Slow:
-    """A predictor whose passes take time, and go wrong for rows that hold a token."""
-
-    def __init__(self, predictor, seconds=0.0, bad=None):
-        self.predictor, self.seconds, self.bad, self.config = predictor, seconds, bad, predictor.config
-        self.device, self.kernels, self.calls = predictor.device, predictor.kernels, 0
-
-    def __call__(self, tokens, *args, **options):
-        time.sleep(self.seconds)
-        self.calls += 1
-        logits = self.predictor(tokens, *args, **options)
-        if self.bad is not None:
-            logits[(tokens == self.bad).any(dim=1)] = torch.nan
-        return logits
-
-
-@pytest.fixture
-def slow(opened, make_engine):
-    """slow(seconds, bad, **settings): an engine of such a predictor."""
-
-    def make(seconds=0.0, bad=None, **settings):
-        engine = make_engine(**settings)
-        engine._new_batch = lambda make=engine._new_batch: replaced(make(), opened.predictor, seconds, bad)
-        return engine
-
-    def replaced(batch, predictor, seconds, bad):
-        batch.predictor = Slow(predictor, seconds, bad)
-        return batch
-
-    return make
-
-
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_a_row_of_nan_fails_alone(slow, opened, temperature):
     bad = opened.tokenizer(" fox", add_special_tokens=False)["input_ids"][0]

@@ -170,7 +170,7 @@ def line(row: dict, header: bool) -> str:
     for name, digits in (("nats_per_token", 4), ("perplexity", 2), ("bits_per_byte", 4)):
         value, error = row[name]["value"], row[name]["error"]
         form = f".{digits}f" if value < 1e5 else ".3e"
-        cells.append(f"{sign}{value:{form}} ± {error:{form}}")
+        cells.append(f"{sign}{value:{form}} ± {'-' if math.isnan(error) else format(error, form)}")
     sampling = row["nats_per_token"]["sampling_error"]
     text = (
         f"{cut(Path(row['corpus']).name, 28):<28} {cut(row['model'], 32):<32} {cells[0]:>18} {cells[1]:>22} "
@@ -185,7 +185,9 @@ def line(row: dict, header: bool) -> str:
 
 
 def remark(row: dict) -> str | None:
-    """Why a row has no sampling error, in a line; None where it has one."""
+    """Why a row has no error, in a line; None where it has both."""
+    if math.isnan(row["nats_per_token"]["error"]):
+        return f"no error of the noise for {Path(row['corpus']).name}: it needs two draws of it, give --draws 2 or more"
     if not math.isnan(row["nats_per_token"]["sampling_error"]):
         return None
     from dlm.data.sources import SEPARATOR

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dlm.utils.errors import one_line
+from dlm.utils.errors import cause_of, shortened
 from dlm.utils.jsonio import parse_json, read_json
 
 SEPARATOR = "<|endoftext|>"  # on a line of its own between the documents of a text file
@@ -251,7 +251,9 @@ def _hub_rows(name: str, split: str, streaming: bool) -> Iterator[tuple[str, dic
         except StopIteration:
             return
         except Exception as error:  # of `datasets`, of Arrow, of the network: each has classes of its own
-            raise ValueError(f"{name}, row {number}: the data set cannot be read on ({one_line(error)})") from error
+            raise ValueError(
+                f"{name}, row {number}: the data set cannot be read on ({shortened(cause_of(error))})"
+            ) from error
         yield f"{name}, row {number}", row
         number += 1
 
@@ -267,4 +269,4 @@ def _hub(name: str, split: str, streaming: bool = False):
     try:
         return datasets.load_dataset(place, configuration, split=split, streaming=streaming)
     except Exception as error:  # of `datasets`, of Arrow, of the hub: each has classes of its own
-        raise ValueError(f"{name}: the data set cannot be loaded ({one_line(error)[:300]})") from error
+        raise ValueError(f"{name}: the data set cannot be loaded ({shortened(cause_of(error))})") from error

@@ -6,7 +6,7 @@ import errno
 
 from dlm.utils.printable import safe
 
-__all__ = ["one_line", "shortened"]
+__all__ = ["cause_of", "one_line", "shortened"]
 
 
 def one_line(error: BaseException) -> str:
@@ -22,3 +22,10 @@ def one_line(error: BaseException) -> str:
 def shortened(text: str, most: int = 500) -> str:
     """The text, its middle left out where it is longer than `most` characters."""
     return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 4 :]}"
+
+
+def cause_of(error: BaseException) -> str:
+    """What an error of a library began with, on one line: its own message often says only that something failed."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return one_line(error)

@@ -344,3 +344,24 @@ def test_settings_that_do_not_fit_are_one_line(base, tmp_path, capsys, options, 
 def test_a_recipe_runs_without_a_config():
     recipe = parse(["--data", "a.jsonl"])
     assert recipe.model and recipe.format == "auto" and recipe.lora_targets[0] == "q_proj"
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (['{"prompt": "a", "response": "b"}', '{"question": 1}'], "column names don't match"),
+        (['{"prompt": "a", "response": "b"}\n{nope'], "JSON parse error"),
+    ],
+)
+def test_a_data_set_that_cannot_be_loaded_says_why(base, tmp_path, capsys, monkeypatch, files, message):
+    """Fault: "An error occurred while generating the dataset", whatever it was."""
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("DLM_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "set").mkdir()
+    for number, text in enumerate(files):
+        (tmp_path / "set" / f"{number}.jsonl").write_text(text + "\n")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    words = ["--model", str(base), "--data", f"hf:{tmp_path / 'set'}", "--output", str(tmp_path / "run")]
+    assert main([*words, "--max-steps", "1", "--precision", "no"]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("sft: hf:") and message in told

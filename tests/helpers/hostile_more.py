@@ -253,6 +253,69 @@ def recipe_cases() -> Iterator[Case]:
         yield plain(f"no command {' '.join(words)}", REFUSED, *words, model=False)
 
 
+COMMANDS = {  # options of the other commands that cannot be; each is refused before any work
+    ("serve",): {
+        "--port": ["-1", "99999999", "x"], "--max-rows": ["0", "x"], "--max-waiting": ["-1"], "--max-length": ["0", "1000000000000"],
+        "--kv-memory": ["nan", "-1"], "--max-body": ["0"], "--timeout": ["nan", "-1"], "--dtype": ["float8_e5m2"], "--device": ["meta"],
+        "--host": ["no.such.host.invalid"],
+    },
+    ("bench", "tune"): {
+        "--keep": ["2", "nan"], "--budget": ["-1", "nan"], "--limit": ["0"], "--methods": ["nome"], "--task": ["nothing"],
+        "--prompts": ["/nowhere"], "--clock": ["sun"], "--confirm": ["-1"], "--revisions": ["x"], "--block-lengths": ["x", "0"],
+    },
+    ("bench", "serve"): {
+        "--requests": ["0", "x"], "--prompt-tokens": ["x", "0", "9:1"], "--output-tokens": ["x", "0"], "--concurrency": ["0"],
+        "--alone": ["-1"], "--loads": ["nan", "-1"], "--clock": ["sun"], "--threads": ["0"],
+    },
+    ("bench", "speed"): {"--cells": ["x", "none:0:1", "none:8:0", "nome:8:8"], "--threads": ["0"], "--config": ["x"]},
+    ("bench", "growth"): {"--config": ["x"], "--threads": ["0"]},
+    ("eval", "generative"): {"--judge": ["/nowhere"], "--prompts": ["/nowhere"], "--num-samples": ["0"]},
+    ("eval", "rewards"): {"--data": ["/nowhere.jsonl"], "--reward": ["nothing"]},
+    ("train", "grpo"): {"--data": ["/nowhere.jsonl"], "--max-steps": ["-1"], "--export-dtype": ["int8"], "--batch-size": ["0"]},
+    ("train", "preference"): {"--data": ["/nowhere.jsonl"], "--max-steps": ["-1"]},
+    ("train", "distill"): {"--data": ["/nowhere.txt"], "--max-steps": ["-1"], "--batch-size": ["0"]},
+}  # fmt: skip
+
+
+def command_cases() -> Iterator[Case]:
+    for command, options in COMMANDS.items():
+        own = [] if command[-1] in ("growth",) else None
+        for option, values in options.items():
+            for value in values:
+
+                def make(folder, checkpoint, command=command, option=option, value=value, own=own):
+                    model = ["--model", checkpoint] if own is None and option != "--config" else []
+                    out = ["--output", folder / "out"] if command[0] == "train" else []
+                    out += ["--out", folder / "tune.json"] if command[-1] == "tune" else []
+                    return [*command, *model, *out, option, value]
+
+                yield Case(f"{' '.join(command)} {option} {value}", REFUSED, make)
+
+    def convert(spoil, *more):
+        def make(folder, checkpoint):
+            source = folder / "source"
+            source.mkdir()
+            spoil(source, folder, checkpoint)
+            return ["train", "convert", "--from", source, "--to", folder / "to", *more]
+
+        return make
+
+    yield Case("convert: an empty folder", REFUSED, convert(lambda source, folder, checkpoint: None))
+    for kind, content in CONTENTS.items():
+        yield Case(
+            f"convert, config.json: {kind}", REFUSED,
+            convert(lambda source, folder, checkpoint, content=content: (source / "config.json").write_bytes(content)),
+        )  # fmt: skip
+
+    def occupied(source, folder, checkpoint):
+        shutil.rmtree(source)
+        shutil.copytree(checkpoint, source)
+        (folder / "to").mkdir()
+        (folder / "to" / "mine.txt").write_text("mine")
+
+    yield Case("convert: a folder of the user's", REFUSED, convert(occupied))
+
+
 def more_cases() -> list[Case]:
-    kinds = (chat_cases, choose_cases, recording_cases, grid_cases, resume_cases, recipe_cases)
+    kinds = (chat_cases, choose_cases, recording_cases, grid_cases, resume_cases, recipe_cases, command_cases)
     return [case for kind in kinds for case in kind()]

@@ -164,10 +164,10 @@ def run_pass(batch: Batch, rows: list[Row], pages: Pages) -> None:
         row.nfe += 1 + (shadow is not None and cache is not None)
         row.computed += row.branches * count
     bad = faults_of(batch, rows, request, logits)
-    kinds: dict[SamplingConfig, list[int]] = {}
+    kinds: dict[tuple[SamplingConfig, bool], list[int]] = {}  # a row beside a constrained one is as it is alone
     for place, row in enumerate(rows):
         if place not in bad:
-            kinds.setdefault(row.config, []).append(place)
+            kinds.setdefault((row.config, row.written is None), []).append(place)
     if len(kinds) == 1 and not bad:
         commit(batch, rows, plan, request, eligible, logits, shadow, pages)
         return

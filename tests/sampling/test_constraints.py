@@ -325,3 +325,18 @@ def test_a_row_beside_a_constrained_one_is_not_edited_into_what_is_suppressed():
         canvas = Canvas.from_prompts(rows, 3, MASK)
         for state in denoise(Table(table), canvas, config, eos_token_ids=(END,), constraints=wanted):
             assert END not in state.canvas.tokens[0]
+
+
+def test_a_row_beside_a_constrained_one_is_as_sure_as_alone():
+    """Its confidence counted what suppress_eos takes out of the prediction, and it committed in another order."""
+    table = torch.zeros(6, 8, dtype=torch.float64)
+    table[1, 0], table[1, END] = 2.0, 3.0  # the surer place only where end-of-text is not counted
+    table[2, 0] = 2.0
+    config = SamplingConfig(gen_length=3, block_length=3, suppress_eos=True)
+    rules = [[], [Constraint(compile_pattern(LETTERS, "(ab)*", (END,)), (1, 2, 3))]]
+    first = []
+    for rows, wanted in (([[0], [1]], rules), ([[0]], None)):
+        canvas = Canvas.from_prompts(rows, 3, MASK)
+        state = next(denoise(Table(table), canvas, config, eos_token_ids=(END,), constraints=wanted))
+        first.append((state.committed[0].tolist()[:4], state.confidence[0].tolist()[:4]))
+    assert first[0] == first[1] and first[0][0] == [False, True, False, False]

@@ -39,11 +39,14 @@ def _parsed(argv: Sequence[str]):
     )
     limits.add_argument("--max-length", type=int, metavar="N", help="tokens of prompt and answer (the model's limit)")
     limits.add_argument("--kv-memory", type=float, default=1.0, metavar="GB", help="for keys and values (1)")
+    limits.add_argument(
+        "--prefix-memory", type=float, default=0.064, metavar="GB", help="for blocks of prompts (0.064)"
+    )
     limits.add_argument("--max-body", type=int, default=2**20, metavar="BYTES", help="of a request (1048576)")
     limits.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="for a request, 0: none (600)")
     args = parser.parse(argv)
     check_least(args, 1, "max_rows", "max_body", "max_length")
-    check_least(args, 0, "max_waiting", "timeout", "port")
+    check_least(args, 0, "max_waiting", "timeout", "port", "prefix_memory")
     if args.port > 65535:
         raise ValueError(f"--port is {args.port}: give 65535 or less")
     if not args.kv_memory > 0:

@@ -47,6 +47,16 @@ class KVCache:
             for x in stored:
                 x[rows] = 0
 
+    def part(self, row: int, slots: slice) -> list[tuple[Tensor, Tensor]]:
+        """A copy of a row's keys and values (H, slots, D) at these slots, layer by layer."""
+        return [tuple(x[row, :, slots].clone() for x in self._layers[layer]) for layer in sorted(self._layers)]
+
+    def put(self, row: int, slots: slice, parts: list[tuple[Tensor, Tensor]]) -> None:
+        """Writes what `part` gave."""
+        for layer, part in enumerate(parts):
+            for x, kept in zip(self.stored(layer, part[0].transpose(0, 1)), part, strict=True):
+                x[row, :, slots] = kept
+
     def copy_rows(self, other: "KVCache", rows: slice, to: int) -> None:
         """Copies these rows of a cache that is not longer to the rows from `to` on."""
         for layer, stored in other._layers.items():

@@ -77,6 +77,9 @@ def plan_pass(batch: Batch, rows: Sequence[Row]) -> Plan:
     if computed is None:
         positions, counts = None, [row.length for row in rows]
     else:
+        if any(row.known for row in rows):
+            known = torch.tensor([row.known for row in rows], device=device)[:, None]
+            computed = computed & (torch.arange(computed.shape[1], device=device) >= known)
         masked = batch.canvas.masked[index] & span
         if alone:
             computed = narrowed(computed, masked, span, rows)

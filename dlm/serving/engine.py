@@ -20,6 +20,7 @@ from dlm.sampling.constraints import Constraint, constraint_of
 from dlm.sampling.denoise import turn
 from dlm.sampling.methods import METHODS
 from dlm.sampling.rows import Batch
+from dlm.serving.prefixes import Prefixes
 from dlm.serving.requests import Cancelled, Closing, Expired, Handle, PassFailed, QueueFull, Request, RowFailed
 from dlm.serving.running import Running
 from dlm.serving.stats import Stats
@@ -36,17 +37,19 @@ log = logging.getLogger("dlm.serving")
 @dataclass(frozen=True)
 class EngineSettings:
     """max_rows: rows of the model's batch (guidance takes two). max_waiting: requests that may wait. max_slots: of one
-    request, None for the model's own limit. kv_bytes: of memory for keys and values. timeout: seconds that a request
-    may take, waiting included; None for no limit."""
+    request, None for the model's own limit. kv_bytes: of memory for keys and values. prefix_bytes: of that
+    kind for blocks of prompts that may come again, 0 for none. timeout: seconds that a request may take, waiting
+    included; None for no limit."""
 
     max_rows: int = 16
     max_waiting: int = 64
     max_slots: int | None = None
     kv_bytes: int = 2**30
+    prefix_bytes: int = 2**26
     timeout: float | None = 600.0
 
     def __post_init__(self):
-        for name, least in (("max_rows", 1), ("max_waiting", 0), ("kv_bytes", 1)):
+        for name, least in (("max_rows", 1), ("max_waiting", 0), ("kv_bytes", 1), ("prefix_bytes", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}: give {least} or more")
         if self.max_slots is not None and self.max_slots < 1:
@@ -84,6 +87,7 @@ class Engine:
         self._waiting: deque[_Waiting] = deque()
         self._running: list[Running] = []
         self._batch: Batch | None = None
+        self.prefixes = Prefixes(self.settings.prefix_bytes)
         self._abandon = False
         self._threads = torch.get_num_threads()
         self._thread = threading.Thread(target=self._run, name="dlm-engine", daemon=True)
@@ -297,8 +301,15 @@ class Engine:
         batch, before = self._batch, time.monotonic()
         batch.likely = max((running.handle.request.likely or 0 for running in self._running), default=0)
         count = len(self._running)
+        new = [running.row for running in self._running if running.row.nfe == 0]
+        batch.make_room()
+        for row in new:
+            self.prefixes.lend(batch, row)
         with self.stats.model_time(batch):
             state = turn(batch)
+        for row in new:
+            if row.fault is None:
+                self.prefixes.keep(batch, row)
         written = state.committed.sum(dim=1).tolist()
         tokens = state.canvas.tokens.tolist()
         for running in list(self._running):

@@ -34,6 +34,7 @@ def serve(args) -> int:
         max_waiting=args.max_waiting,
         max_slots=args.max_length,
         kv_bytes=int(args.kv_memory * 1e9),
+        prefix_bytes=int(args.prefix_memory * 1e9),
         timeout=args.timeout or None,
     )
     settings = ServerSettings(

@@ -35,6 +35,8 @@ def exposition(engine: Engine) -> str:
     metric("requests_running", "gauge", "Requests that are denoised now.", ("", engine.running))
     metric("kv_cache_bytes", "gauge", "Memory of keys and values.", ("", engine.kv_used))
     outcomes = [(f'{{outcome="{name}"}}', count) for name, count in sorted(stats.outcomes.items())]
+    metric("prefix_cache_bytes", "gauge", "Memory of prompts' blocks kept.", ("", engine.prefixes.bytes))
+    metric("prefix_slots_total", "counter", "Slots not computed again.", ("", engine.prefixes.reused))
     metric("requests_total", "counter", "Requests that ended, by how.", *outcomes)
     metric("requests_refused_total", "counter", "Requests refused for a full queue.", ("", stats.refused))
     metric("passes_total", "counter", "Passes of the loop, all rows together.", ("", stats.passes))

@@ -116,6 +116,24 @@ def test_requests_of_other_lengths_share_a_commit(make_engine, opened):
     assert engine.stats.passes <= 8 + 3
 
 
+def test_blocks_of_a_prompt_are_computed_once(make_engine, opened):
+    """The second prompt begins with two blocks of the first: fewer slots are computed, and no bit changes."""
+    engine = make_engine()
+    head = "The cat sat on the mat, and then it slept."
+    for number, tail in enumerate([" She walked", " Once upon a time there was", " She walked"]):
+        asked = request(opened, head + tail, 9 + number, likely=0)
+        result = engine.submit(asked).result(30)
+        ids, nfe, sure = alone(opened, head + tail, 9 + number, asked.config)
+        assert (list(result.ids), result.nfe) == (ids, nfe)
+        if getattr(opened.predictor, "exact_rows", False):
+            first = len(canvas_ids(opened, head + tail, 0))
+            assert [place.probability for place in result.places] == [sure[first + i] for i in range(len(ids))]
+            assert (engine.prefixes.reused > 0) == (number > 0)
+    again = make_engine(prefix_bytes=0)
+    again.submit(asked).result(30)
+    assert again.prefixes.reused == again.prefixes.bytes == 0
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_a_row_of_nan_fails_alone(slow, opened, temperature):
     bad = opened.tokenizer(" fox", add_special_tokens=False)["input_ids"][0]

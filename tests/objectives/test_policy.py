@@ -107,14 +107,14 @@ def deviations(found, wanted):
 @pytest.mark.parametrize("method", ["diffu_grpo", "trace"])
 def test_of_one_token_answers_the_mean_is_the_exact_gradient(method, measured):
     model = toy()
-    away = deviations(estimates(model, method, 1, 500), exact_gradient(model, 1))
+    away = deviations(estimates(model, method, 1, 200), exact_gradient(model, 1))
     assert len(away) > 100
     measured(f"standard errors from the exact gradient, {method}, one token", away.max(), 4)
 
 
 def test_a_trace_in_random_order_has_the_exact_gradient_of_longer_answers(measured):
     model = toy()
-    away = deviations(estimates(model, "trace", 4, 300), exact_gradient(model, 4))
+    away = deviations(estimates(model, "trace", 4, 150), exact_gradient(model, 4))
     measured("standard errors from the exact gradient, trace, four tokens", away.max(), 4)
 
 
@@ -128,7 +128,7 @@ def test_the_bias_of_one_pass(measured):
     weight = log_p.exp().detach() * (rewards - (log_p.exp() * rewards).sum().detach())
     field = sum(alone[place, [a[place] for a in answers]] for place in range(4)) / 4
     expected = flat((weight * field).sum(), model)
-    away = deviations(estimates(model, "diffu_grpo", 4, 300), expected)
+    away = deviations(estimates(model, "diffu_grpo", 4, 150), expected)
     measured("standard errors from the mean-field gradient, one pass, four tokens", away.max(), 4)
     exact = exact_gradient(model, 4)
     measured("bias of one pass, relative to the exact gradient", (4 * expected - exact).norm() / exact.norm())

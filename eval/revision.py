@@ -35,7 +35,7 @@ RULES: dict[str, tuple[dict, str | None]] = {
     "confidence": ({"commit": "ancestral", "revise": "remask", "remask": "confidence"}, "remask_eta"),
     "loop": ({"commit": "ancestral", "revise": "remask", "remask": "loop"}, "remask_eta"),
 }
-CHOSEN = "none,edit:0.7,edit:0.9,edit:0.97,verify:0.001,verify:0.01,ancestral,cap,rescale,confidence,loop"
+CHOSEN = "none,edit:0.7,edit:0.9,edit:0.97,verify:0.0001,verify:0.001,ancestral,cap,rescale,confidence,loop"
 TIMES = 16  # steps of the reverse process over a text that has no mask
 
 

@@ -25,7 +25,7 @@ THRESHOLDS = (0.95, 0.9, 0.8, 0.7, 0.5, 0.3)
 REVISIONS: dict[str, dict] = {
     "none": {},
     "edit": {"revise": "edit", "edit_threshold": 0.9},
-    "verify": {"revise": "verify", "verify_threshold": 0.01},
+    "verify": {"revise": "verify", "verify_threshold": 0.0001},
 }
 TOKENS_A_PASS = (1, 2, 3, 4, 8)
 FIRST = 4  # questions of the first rung

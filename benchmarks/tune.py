@@ -200,7 +200,7 @@ def main(argv: Sequence[str]) -> int:
     args = parser(argv).parse(argv)
     check(args)
     from dlm.benchmarking.quality import Appraiser
-    from dlm.benchmarking.tune import Search, candidates, chosen, machine_here, predicted
+    from dlm.benchmarking.tune import Search, candidates, chosen, feasible, machine_here, predicted
     from dlm.checkpoints.defaults import check_writable
     from dlm.sampling.methods import methods_for
 
@@ -229,6 +229,7 @@ def main(argv: Sequence[str]) -> int:
     for method in methods:
         check_name("method", method, methods_for(opened.config))
     reference, others = candidates(sampling, methods, block_lengths(args, opened, places), revisions_of(args, opened))
+    others = [one for one in others if feasible(opened.model, canvases, sampling, one)]
     prompt = max(int(canvas.valid.sum()) for canvas in canvases) - places
     machine = machine_here(device, opened.model.dtype, opened.number_type)
     cost = {

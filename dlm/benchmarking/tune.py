@@ -15,8 +15,11 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 
 from dlm.benchmarking.cost import Machine, Shape, generation
+from dlm.benchmarking.grid import block_sizes
 from dlm.evaluation.metrics import aup, is_degenerate, unigram_entropy
+from dlm.sampling.canvas import Canvas
 from dlm.sampling.config import SamplingConfig
+from dlm.sampling.schedule import schedule
 from dlm.utils.stats import Measure, pareto
 
 __all__ = ["REVISIONS", "Candidate", "Outcome", "Search", "candidates", "curves", "machine_here", "outcome"]
@@ -92,6 +95,20 @@ def candidates(
     reference = one(slowest, block, commit="quota", steps=length)
     assert reference is not None
     return reference, [each for each in dict.fromkeys(tried) if each is not None and each != reference]
+
+
+def feasible(model, canvases: Sequence[Canvas], sampling: SamplingConfig, candidate: Candidate) -> bool:
+    """Whether a candidate can write every canvas: a block-causal model's blocks count from slot 0, so that a region
+    may have one more than its length says, and each needs a pass."""
+    try:
+        config = replace(sampling, **candidate.fields)
+        for canvas in canvases:
+            sizes = block_sizes(model, canvas, config)
+            if config.commit == "quota":
+                schedule(config.steps, sizes)
+    except ValueError:
+        return False
+    return True
 
 
 # ---------------------------------------------------------------- what it would cost

@@ -5,11 +5,13 @@ import shutil
 
 import pytest
 
-from dlm.benchmarking.tune import REVISIONS, Candidate, Search, candidates, chosen, curves, front, outcome
+from dlm.benchmarking.tune import REVISIONS, Candidate, Search, candidates, chosen, curves, feasible, front, outcome
 from dlm.checkpoints.defaults import write_defaults
 from dlm.checkpoints.files import SHIPPED, read_defaults
+from dlm.sampling.canvas import Canvas
 from dlm.sampling.config import SamplingConfig
 from tests.helpers import commandline, grids
+from tests.helpers.toys import MASK, tiny_model
 
 tokenizer, checkpoint, run = commandline.tokenizer, commandline.checkpoint, commandline.run  # fixtures
 twin = grids.twin
@@ -94,6 +96,17 @@ def test_candidates_go_together():
     _, guided_others = candidates(guided, ["none"], lambda method: [8])
     assert all(one.fields.get("revise") != "verify" for one in guided_others)  # settings that do not go together
     assert all(one.fields.get("steps", 2) >= -(-16 // one.fields["block_length"]) for one in others)
+
+
+def test_a_block_more_than_the_length_says_needs_a_pass():
+    """Blocks of 4 count from slot 0: 8 masks after 3 tokens lie in three of them, and two steps are too few."""
+    model, canvas = tiny_model(3, block_length=4), Canvas.from_prompts([[1, 2, 3]], 8, MASK)
+    config = SamplingConfig(gen_length=8)
+    few, enough = (
+        Candidate((("method", "block_causal"), ("block_length", 4), ("commit", "quota"), ("steps", steps)))
+        for steps in (2, 3)
+    )
+    assert not feasible(model, [canvas], config, few) and feasible(model, [canvas], config, enough)
 
 
 # ---------------------------------------------------------------- the command

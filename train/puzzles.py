@@ -12,7 +12,6 @@ quality, from which rewards pick the better ones.
 from __future__ import annotations
 
 import itertools
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +25,7 @@ from dlm.cli.parser import Parser
 from dlm.cli.scripts import guarded
 from dlm.data.prompts import read_prompts
 from dlm.rewards.puzzles import value_of
+from dlm.utils.jsonio import to_json
 from dlm.utils.names import check_name
 from dlm.utils.random import example_generator
 
@@ -131,7 +131,7 @@ def run(argv: list[str]) -> int:
         raise ValueError("give --output FILE and a --count of 1 or more")
     without = frozenset(read_prompts(args.without)) if args.without else frozenset()
     rows = careless(problems(args.kind, args.count, args.seed, without), args.careless, args.seed)
-    Path(args.output).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    Path(args.output).write_text("".join(to_json(row) + "\n" for row in rows), encoding="utf-8")
     print(f"wrote {len(rows):,} problems to {args.output}")
     return 0
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from dlm.utils.distributed import leave_processes
 from dlm.utils.errors import one_line
 from dlm.utils.names import nearest
-from dlm.utils.peers import first_to_say, rank_prefix
+from dlm.utils.peers import first_to_say, let_others_ask, rank_prefix
 
 FOLDERS = {"train": "train", "eval": "eval", "bench": "benchmarks"}  # command: folder
 
@@ -85,5 +85,6 @@ def guarded(prog: str, run: Callable[[list[str]], int], argv: Sequence[str] | No
     except (ValueError, OSError, ImportError, ArithmeticError) as error:
         if first_to_say():  # of several processes
             print(f"{prog}: error: {rank_prefix()}{one_line(error)}", file=sys.stderr, flush=True)
+        let_others_ask()
         leave_processes(failed=True)
         return 2

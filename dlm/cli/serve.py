@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 
@@ -49,8 +50,10 @@ def _parsed(argv: Sequence[str]):
     check_least(args, 0, "max_waiting", "timeout", "port", "prefix_memory")
     if args.port > 65535:
         raise ValueError(f"--port is {args.port}: give 65535 or less")
-    if not args.kv_memory > 0:
+    if not 0 < args.kv_memory < math.inf:
         raise ValueError(f"--kv-memory is {args.kv_memory}: give gigabytes, above 0")
+    if not math.isfinite(args.timeout):
+        raise ValueError(f"--timeout is {args.timeout}: give seconds, or 0 for none")
     if args.api_key is None:
         args.api_key = os.environ.get("DLM_API_KEY") or None
     return args

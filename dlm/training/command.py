@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from dlm.utils.distributed import leave_processes
 from dlm.utils.errors import one_line
-from dlm.utils.peers import first_to_say, is_lost_connection, lost_line, rank_prefix
+from dlm.utils.peers import first_to_say, is_lost_connection, let_others_ask, lost_line, rank_prefix
 from dlm.utils.settings import parse
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def main(
             raise
         if first_to_say():
             print(f"{prog}: {rank_prefix()}{line}", file=sys.stderr, flush=True)
+        let_others_ask()
         code = 2 if isinstance(error, ValueError | OSError) else 1
     leave_processes(failed=code != 0)
     return code

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import platform
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+ASKING_SECONDS = 2.0
 SAID = "DLM_SAID"  # in the environment: a file that the first process of a `dlm launch` makes which says why it ends
 
 
@@ -94,6 +96,19 @@ def first_to_say() -> bool:
         return group.distributed_c10d._get_default_store().add("dlm/ended", 1) == 1
     except Exception:  # the store has gone with the process that held it
         return True
+
+
+def let_others_ask() -> None:
+    """Wait a moment, where this process holds the job's store, for the others to ask it who says why the job ends."""
+    group = _group()
+    if group is None or group.get_rank() != 0 or group.get_world_size() == 1:
+        return
+    try:
+        store, limit = group.distributed_c10d._get_default_store(), time.monotonic() + ASKING_SECONDS
+        while store.add("dlm/ended", 0) < group.get_world_size() and time.monotonic() < limit:
+            time.sleep(0.05)
+    except Exception:  # the launcher holds it, and has ended
+        return
 
 
 def is_lost_connection(error: BaseException) -> bool:

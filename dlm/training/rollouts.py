@@ -160,6 +160,12 @@ class RolloutBatches:
                 f"cannot share: a group stays in one process; give a batch_size that is a multiple of "
                 f"{world * plan.group}"
             )
+        asked = plan.sampling
+        if run.sharded and (asked.commit != "quota" or asked.stop_at_eos or asked.grow != "none"):
+            raise ValueError(
+                f"commit is {asked.commit!r}, stop_at_eos {asked.stop_at_eos}, grow {asked.grow!r}, and a sharded "
+                f"model needs as many passes in every process: use commit quota alone, or --lora under DDP"
+            )
         self.round: Round | None = None
         self.go_to(None)
 
@@ -185,7 +191,7 @@ class RolloutBatches:
     def kept(self) -> dict[str, Tensor]:
         """What a checkpoint keeps of this process: its answers, inside of a round."""
         inside = self.round is not None and self.run.step % self.plan.inner
-        return {name: value.contiguous() for name, value in self.round.tensors().items()} if inside else {}
+        return {name: value.clone() for name, value in self.round.tensors().items()} if inside else {}
 
     def skip(self) -> None:
         raise AssertionError("rollouts are made where they are used")

@@ -112,7 +112,7 @@ class Row:
 
     @property
     def share(self) -> Tensor:
-        """The next pass's quota () on the device; 0 where the commit rule decides alone."""
+        """The next pass's quota () on the device; 0 where the commit rule decides alone, 1 after `origin`'s last."""
         quotas, commit = self.quotas[self.block], self.config.commit
         if self.config.moves:
             return self.shares.new_tensor(1)

@@ -160,7 +160,11 @@ class Batch:
                 masked,
                 quotas,
                 [0, *accumulate(len(block) for block in quotas)],
-                torch.tensor([*flat, 0], dtype=None if config.commit == "origin" else torch.int64, device=device),
+                torch.tensor(
+                    [*flat, int(config.commit == "origin")],
+                    dtype=None if config.commit == "origin" else torch.int64,
+                    device=device,
+                ),
                 torch.Generator(device).manual_seed(seeds[i]),
                 leads,
                 block_length,

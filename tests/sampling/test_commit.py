@@ -461,3 +461,15 @@ def test_order_temperature_draws_places_from_the_rows_generators():
         assert out.sequences[0].tolist() == again.sequences[1].tolist()
         found.add(tuple(out.sequences[0].tolist()))
     assert len(found) > 1
+
+
+def test_origin_with_sub_blocks_ends():
+    """Its last pass committed all of one sub-block, and nothing was ever committed after it."""
+    from dlm import Canvas, SamplingConfig, denoise
+    from tests.helpers.toys import MASK, tiny_model
+
+    for seed in range(4):
+        config = SamplingConfig(gen_length=9, block_length=9, sub_block_length=2, steps=3, commit="origin", seed=seed)
+        for state in denoise(tiny_model(1), Canvas.from_prompts([[1]], 9, MASK), config):
+            assert state.step < 30
+        assert not state.canvas.masked.any()

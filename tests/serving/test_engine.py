@@ -11,6 +11,7 @@ import torch
 import dlm
 from dlm.serving.engine import Engine
 from dlm.serving.requests import Cancelled, Closing, Expired, QueueFull, Request, RowFailed
+from dlm.tokenizer import EOT
 from tests.helpers.commandline import STORY
 
 
@@ -69,7 +70,8 @@ def alone(opened, prompt, length, config):
             sure[slot] = float(state.confidence[0, slot])
     out = dlm.generate(opened.predictor, canvas, config, tokenizer=opened.tokenizer)
     ids = out.sequences[0].tolist()
-    ends = [i for i, token in enumerate(ids) if token in opened.end_ids]
+    end_of_turn = opened.tokenizer.convert_tokens_to_ids(EOT)  # where `dlm.tokenizer.decode` ends a text too
+    ends = [i for i, token in enumerate(ids) if token in (*opened.end_ids, end_of_turn)]
     return ids[: ends[0]] if ends else ids, int(out.nfe[0]), sure
 
 

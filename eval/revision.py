@@ -36,7 +36,6 @@ RULES: dict[str, tuple[dict, str | None]] = {
     "loop": ({"commit": "ancestral", "revise": "remask", "remask": "loop"}, "remask_eta"),
 }
 CHOSEN = "none,edit:0.7,edit:0.9,edit:0.97,verify:0.0001,verify:0.001,ancestral,cap,rescale,confidence,loop"
-TIMES = 16  # steps of the reverse process over a text that has no mask
 
 
 def fields_of(rule: str) -> dict:
@@ -115,8 +114,7 @@ def repair(opened, clean: np.ndarray, wrong: np.ndarray, fields: dict) -> dict:
     from dlm import Canvas, SamplingConfig, generate
 
     length, after, passes = clean.shape[1], [], []
-    steps = {"steps": TIMES} if fields.get("commit") == "ancestral" else {}
-    config = SamplingConfig(gen_length=length, block_length=length, method="none", **fields, **steps)
+    config = SamplingConfig(gen_length=length, block_length=length, method="none", **fields)
     for at in range(0, len(clean), 32):
         tokens = torch.from_numpy(wrong[at : at + 32])
         yes = torch.ones_like(tokens, dtype=torch.bool)

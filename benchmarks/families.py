@@ -71,13 +71,13 @@ def run(argv: list[str]) -> int:
         return dlm.generate(model, prompt.tolist(), settings).sequences[0].tolist()
 
     same = theirs() == ours()
-    found = {"theirs": [], "ours": []}
+    timings = {"theirs": [], "ours": []}
     for _ in range(args.repeats):
         for name, once in (("theirs", theirs), ("ours", ours)):
             clock, busy = time.perf_counter(), time.process_time()
             once()
-            found[name].append((time.perf_counter() - clock, time.process_time() - busy))
-    best = {name: [min(column) for column in zip(*runs, strict=True)] for name, runs in found.items()}
+            timings[name].append((time.perf_counter() - clock, time.process_time() - busy))
+    best = {name: [min(column) for column in zip(*runs, strict=True)] for name, runs in timings.items()}
     ratios = [one / other for one, other in zip(best["theirs"], best["ours"], strict=True)]
     size = sum(tensor.numel() for tensor in state.values())
     print(f"{args.family}: {size / 1e6:.1f}M parameters, the same tokens: {'yes' if same else 'NO'}")

@@ -56,18 +56,18 @@ def run(argv: list[str]) -> int:
     prompts = [data.prompts[index] for index in numbers]
     columns = {name: [values[index] for index in numbers] for name, values in data.columns.items()}
     places = [data.places[index] for index in numbers]
-    found = {"file": args.file, "model": opened.name, "answers": len(texts), "tokens_per_pass": committed / passes}
+    report = {"file": args.file, "model": opened.name, "answers": len(texts), "tokens_per_pass": committed / passes}
     for reward in rewards:
         values = [value for value in score(reward, prompts, texts, columns, places) if value is not None]
         mean, error = mean_and_error(sum(values), sum(value**2 for value in values), len(values))
         whole = sum(value == 1 for value in values) / len(values)
-        found[reward.name] = {"mean": mean, "error": error, "share_of_1": whole, "values": values}
+        report[reward.name] = {"mean": mean, "error": error, "share_of_1": whole, "values": values}
         print(f"{reward.name}: {mean:.4f}{'' if error is None else f' ± {error:.4f}'}, {whole:.1%} have 1")
     print(f"{len(texts)} answers, {committed / passes:.2f} tokens a pass")
     if args.out:
         from dlm.utils.files import write_json
 
-        write_json(Path(args.out), found | {"texts": texts})
+        write_json(Path(args.out), report | {"texts": texts})
     return 0
 
 

@@ -104,16 +104,18 @@ KINDS: dict[str, Callable[[], Callable[[np.random.Generator], dict]]] = {
 
 def problems(kind: str, count: int, seed: int, without: frozenset[str] = frozenset()) -> list[dict]:
     """`count` problems with prompts that differ from one another and from `without`."""
-    make, seen, found = KINDS[kind](), set(without), []
+    make, seen, puzzles = KINDS[kind](), set(without), []
     for index in itertools.count():
-        if len(found) == count:
-            return found
+        if len(puzzles) == count:
+            return puzzles
         if index > 100 * count + 1000:
-            raise ValueError(f"only {len(found)} different problems of kind {kind} were found: give a smaller --count")
+            raise ValueError(
+                f"only {len(puzzles)} different problems of kind {kind} were found: give a smaller --count"
+            )
         row = make(example_generator(seed, 0, index))
         if row["prompt"] not in seen:
             seen.add(row["prompt"])
-            found.append(row)
+            puzzles.append(row)
 
 
 def run(argv: list[str]) -> int:

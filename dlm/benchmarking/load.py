@@ -83,8 +83,8 @@ def poisson(count: int, rate: float, seed: int) -> list[float]:
 
 def percentiles(values: Sequence[float], name: str) -> dict[str, float | None]:
     """{name_p50: ..., name_p90: ..., name_p99: ...}, interpolated; None where there is no value."""
-    found = np.percentile(values, PERCENTILES).tolist() if len(values) else [None] * len(PERCENTILES)
-    return {f"{name}_p{p}": value for p, value in zip(PERCENTILES, found, strict=True)}
+    values_at = np.percentile(values, PERCENTILES).tolist() if len(values) else [None] * len(PERCENTILES)
+    return {f"{name}_p{p}": value for p, value in zip(PERCENTILES, values_at, strict=True)}
 
 
 # ---------------------------------------------------------------- a plain loop, without the engine

@@ -117,8 +117,8 @@ def _check(opened: Pretrained, out: str | os.PathLike, block_length: int | None)
 
 def _stored_type(opened: Pretrained) -> str:
     """The number type of the files; of several the widest."""
-    found = {DTYPES[name] for name in opened.tensors.dtypes}
-    return max(found, key=lambda name: (getattr(torch, name).itemsize, name))
+    kinds = {DTYPES[name] for name in opened.tensors.dtypes}
+    return max(kinds, key=lambda name: (getattr(torch, name).itemsize, name))
 
 
 # ---------------------------------------------------------------- the mask token

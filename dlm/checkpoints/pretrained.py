@@ -114,10 +114,10 @@ class Pretrained:
     def blank_defaults(self) -> dict[str, Any]:
         """`defaults` for filling blanks: text after a blank counts, so a network that knows both visibilities uses the
         one that sees it, and a text of variable length does not grow."""
-        found = {name: value for name, value in self.defaults.items() if name != "grow"}
-        if found.get("method") == "block_causal" and getattr(self.config, "full_attention", False):
-            return found | {"method": "none"}
-        return found
+        kept = {name: value for name, value in self.defaults.items() if name != "grow"}
+        if kept.get("method") == "block_causal" and getattr(self.config, "full_attention", False):
+            return kept | {"method": "none"}
+        return kept
 
     @cached_property
     def digest(self) -> str:

@@ -57,8 +57,8 @@ def run_offline(args) -> int:
             engine = Engine(opened, limits)
             try:
                 wanted = texts(iter_prompts(args.prompts), args.num_samples, config.seed, output.done, rank, size)
-                found = records(engine, wanted, config, encode)
-                shown = counted(found, output.share, "texts", show=rank == 0, start=output.done)
+                lines = records(engine, wanted, config, encode)
+                shown = counted(lines, output.share, "texts", show=rank == 0, start=output.done)
                 wrong, tokens, seconds = write(shown, output)
             except ValueError as error:
                 raise ValueError(as_options(str(error))) from error

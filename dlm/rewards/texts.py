@@ -17,16 +17,16 @@ def text_of(value) -> str:
 
 def last_part(text: str) -> str:
     """What stands in the last <answer> tags of a text, else its last line."""
-    found = _ANSWER.findall(text)
+    matches = _ANSWER.findall(text)
     lines = text.strip().splitlines()
-    return found[-1] if found else lines[-1] if lines else ""
+    return matches[-1] if matches else lines[-1] if lines else ""
 
 
 def final_number(text: str) -> Decimal | None:
     """The number after the last ####, as GSM8K's answers end (arXiv:2110.14168), else the last number; None: none."""
     _, mark, tail = text.rpartition("####")
-    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+", (tail if mark else text).replace("$", ""))
+    matches = re.findall(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+", (tail if mark else text).replace("$", ""))
     try:
-        return Decimal((found[0] if mark else found[-1]).replace(",", "")) if found else None
+        return Decimal((matches[0] if mark else matches[-1]).replace(",", "")) if matches else None
     except InvalidOperation:
         return None

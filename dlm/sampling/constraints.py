@@ -139,13 +139,13 @@ class Written:
 
     def best(self, scores: dict[int, np.ndarray]) -> dict[int, int]:
         """The tokens of the most probable word at the slots that have scores (V,)."""
-        found = {}
+        word_at = {}
         for places, slots in self.matches:
             here = {i: scores[slot] for i, slot in enumerate(slots) if slot in scores}
             if here:
                 word = places.best(here)
-                found |= {slots[i]: word[i] for i in here}
-        return found
+                word_at |= {slots[i]: word[i] for i in here}
+        return word_at
 
 
 @dataclass

@@ -359,8 +359,8 @@ def note_likely(batch: Batch, rows: list[Row], request: Request, logits: Tensor,
     probabilities, ids = most.values.exp().tolist(), most.indices.tolist()
     for i, (row, slots) in enumerate(zip(rows, request.slots.tolist(), strict=True)):
         for j, slot in enumerate(slots[: request.counts[i]]):
-            found = zip(ids[i][j], probabilities[i][j], strict=True)
-            pages.likely[row.index, slot] = [(token, round(p, 5)) for token, p in found]
+            likeliest = zip(ids[i][j], probabilities[i][j], strict=True)
+            pages.likely[row.index, slot] = [(token, round(p, 5)) for token, p in likeliest]
 
 
 def prediction(logits: Tensor, config: SamplingConfig) -> Tensor:

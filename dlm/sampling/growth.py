@@ -144,7 +144,7 @@ def insertions(
     eligible, chosen (R, M): the places that could be committed, and that a commit rule chose. probability (R, M) of
     each token proposed.
     """
-    config, chosen, found = rows[0].config, chosen.clone(), {}
+    config, chosen, growths = rows[0].config, chosen.clone(), {}
     open_places = eligible & ~chosen & (probability < config.grow_below)
     least = probability.masked_fill(~open_places, torch.inf).argmin(dim=1)
     least_slot, any_open = slots.gather(1, least[:, None])[:, 0].tolist(), open_places.any(dim=1).tolist()
@@ -153,13 +153,13 @@ def insertions(
         if row.sizing and room and row.tail < config.tail_start:
             chosen[i] = False
             last = int((batch.canvas.editable & batch.canvas.valid)[row.index].nonzero()[-1])
-            found[row.index] = {last: 1 + min(config.grow_by, room)}
+            growths[row.index] = {last: 1 + min(config.grow_by, room)}
             continue
         row.sizing = False
         extra = min(config.grow_by - 1, room)
         if extra and any_open[i] and row.tail < config.tail_bound:
-            found[row.index] = {least_slot[i]: 1 + extra}
-    return chosen, found
+            growths[row.index] = {least_slot[i]: 1 + extra}
+    return chosen, growths
 
 
 def expansions(
@@ -169,7 +169,7 @@ def expansions(
 
     An expand token for which there is no room leaves its mask.
     """
-    chosen, found = chosen.clone(), {}
+    chosen, growths = chosen.clone(), {}
     expand, delete = batch.growth_tokens
     for i, row in enumerate(rows):
         removes = {delete} if delete is not None else set(row.eos)
@@ -184,8 +184,8 @@ def expansions(
                 changes[slot] = 2
         row.expanded += sum(count == 2 for count in changes.values())
         if changes:
-            found[row.index] = changes
-    return chosen, found
+            growths[row.index] = changes
+    return chosen, growths
 
 
 def resize(batch: Batch, row: Row, changes: Changes, pages: Pages) -> None:

@@ -287,15 +287,15 @@ def rules_of(config: SamplingConfig) -> SamplingConfig:
 
 def first_masked(layout: Tensor, masked: Tensor) -> list[list[bool]]:
     """For each row's blocks whether the first slot of the block is masked; layout and masked (R, T)."""
-    found = []
+    firsts = []
     for row, here in zip(layout, masked, strict=True):
         count = int(row.max()) + 1 if len(row) else 0
         slots = torch.arange(len(row), device=row.device)
         first = torch.full((count,), len(row), device=row.device)
         inside = row >= 0
         first = first.scatter_reduce(0, row[inside], slots[inside], "amin")
-        found.append(here[first].tolist())
-    return found
+        firsts.append(here[first].tolist())
+    return firsts
 
 
 def first_block(canvas: Canvas, layout: Tensor, eos: Sequence[int]) -> Canvas:

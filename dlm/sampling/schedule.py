@@ -177,14 +177,14 @@ def quotas_of(config: SamplingConfig, masked: Sequence[int], spans: Sequence[int
         steps = config.steps_per_block
         passes = [steps] * len(busy) if steps else apportion(config.steps or sum(masked), [masked[b] for b in busy])
         check_passes(max(passes))
-        found = [chances(n, eps=config.time_eps) if config.commit == "origin" else [1] * n for n in passes]
+        per_block = [chances(n, eps=config.time_eps) if config.commit == "origin" else [1] * n for n in passes]
     elif config.steps_per_block is not None:
-        found = [
+        per_block = [
             share_out(spans[b], config.steps_per_block, config.split, eps=config.time_eps, lead=leads[b]) for b in busy
         ]
     else:
         sizes, marks = [masked[b] for b in busy], [leads[b] for b in busy]
-        found = schedule(config.steps, sizes, config.split, eps=config.time_eps, leads=marks)
-    for block, shares in zip(busy, found, strict=True):
+        per_block = schedule(config.steps, sizes, config.split, eps=config.time_eps, leads=marks)
+    for block, shares in zip(busy, per_block, strict=True):
         quotas[block] = shares
     return quotas

@@ -90,10 +90,10 @@ def refuse_nan(batch: Batch, before: int) -> None:
 
 def is_any(tokens: Tensor, ids: Sequence[int]) -> Tensor:
     """bool, the tokens' shape: whether each is one of `ids`."""
-    found = torch.zeros_like(tokens, dtype=torch.bool)
+    matches = torch.zeros_like(tokens, dtype=torch.bool)
     for token in ids:
-        found |= tokens == token
-    return found
+        matches |= tokens == token
+    return matches
 
 
 def end_faulty(rows: list[Row], bad: list[int], check: Check) -> None:

@@ -156,11 +156,11 @@ def decide_all(
     """
     forbidden = _forbidden(logits.shape[-1], vocab_size, (mask_id, *suppressed), logits.device)
     kernels = fused(logits, kernels)
-    found = [
+    decided = [
         decide(part, other, request.counts, config, suppressed, forbidden, generators, kernels, mask)
         for part, other, mask in _parts(logits, config, allowed)
     ]
-    token, confidence, largest = (torch.cat(x, dim=1).view(request.slots.shape) for x in zip(*found, strict=True))
+    token, confidence, largest = (torch.cat(x, dim=1).view(request.slots.shape) for x in zip(*decided, strict=True))
     return token, confidence, largest
 
 
@@ -191,8 +191,8 @@ def decide(
     what is given masked, for guidance. allowed: bool of the logits' shape, which tokens may be proposed.
     kernels: what `fused` gave."""
     if other is None and allowed is None and kernels is not None and _greedy(config):
-        found = kernels.summarise(logits, forbidden, suppressed)
-        return found.token, found.confidence(config.ordering), found.largest
+        summary = kernels.summarise(logits, forbidden, suppressed)
+        return summary.token, summary.confidence(config.ordering), summary.largest
     logits = guided(logits, other, config)
     most = logits.amax(dim=-1)  # a NaN or +inf anywhere makes the largest so
     logits = logits.clamp_min(torch.finfo(logits.dtype).min)

@@ -1,5 +1,6 @@
 # make demo: set up, then generate text with the model that ships. make test: set up, then linters and tests.
-# make test leaves out the tests that are marked slow (kills, hostile inputs, several processes); make test-all runs them too.
+# make test leaves out the tests that are marked slow (kills, most hostile inputs, several processes); make test-all runs
+# them too, and make test-fast only the parts that everything else is built on.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -13,7 +14,7 @@ SHOW   := awk -v live="$$(test -t 1 && echo 1)" '/^ *(Collecting|Downloading|Ins
           if (live) printf "\r\033[K%s", text; else if (n % 10 == 1 && n != last) print text; last = n; fflush() } \
           END { if (live) printf "\r\033[K" }'
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all test-fast lint clean
 
 demo: $(VENV)/.ready
 	@$(RUN) -m dlm generate "Once upon a time" --delay 0.03
@@ -26,6 +27,9 @@ test: lint
 
 test-all: lint
 	@$(RUN) -m pytest -n $(JOBS) --dist worksteal
+
+test-fast: lint
+	@$(RUN) -m pytest -n $(JOBS) --dist worksteal -m "not slow" tests/utils tests/models tests/objectives tests/sampling
 
 lint: $(VENV)/.ready-dev
 	@$(RUN) -m ruff check .

@@ -8,7 +8,6 @@ Runs alternate; the best of each counts, in seconds and in CPU seconds (which ot
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 import tempfile
 import time
@@ -19,6 +18,7 @@ if __package__ in (None, ""):  # run as a file from a clone: find dlm/ beside be
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dlm.cli.scripts import guarded
+from dlm.utils.files import write_json
 from dlm.utils.settings import OptionParser
 
 VOCABULARY, MASK, END, PROMPT = 8192, 8191, 8190, 32
@@ -57,7 +57,7 @@ def run(argv: list[str]) -> int:
     prompt = torch.randint(0, 8000, (1, PROMPT), generator=torch.Generator().manual_seed(1))
     theirs = {"dream": dream, "llada2": llada2}[args.family](code, fields, state, prompt, args.gen_length)
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(fields))
+        write_json(Path(folder) / "config.json", fields)
         save_file(state, Path(folder) / "model.safetensors", {"format": "pt"})
         model = dlm.load_pretrained(folder, device="cpu").predictor
     config = {

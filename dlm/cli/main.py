@@ -40,7 +40,6 @@ commands:
 
 examples:
   dlm generate "Once upon a time"
-  dlm generate --model GSAI-ML/LLaDA-8B-Base --json --prompts prompts.txt
   dlm infill "The cat ___ on the mat, and then ___{{12}}."
 
 Without --model the small model that ships with dlm is used.

@@ -51,7 +51,8 @@ def test_help_of_commands_lists_options_with_defaults(command, capsys):
         main.main([command, "--help"])
     assert stopped.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert f"--threshold X for --commit threshold: least confidence (default: {dlm.SamplingConfig().threshold})" in text
+    least = "--threshold X for --commit threshold, dynamic, capped and stable: least confidence"
+    assert f"{least} (default: {dlm.SamplingConfig().threshold})" in text
 
 
 # ---------------------------------------------------------------- generate
@@ -229,8 +230,9 @@ def test_info(run, checkpoint, tokenizer, tmp_path):
     assert facts["parameters"] == sum(weight.numel() for weight in model.parameters())
     assert (facts["mask_id"], facts["mask_token"]) == (tokenizer.mask_token_id, "<|mdm_mask|>")
     assert (facts["dtype"], facts["max_length"], facts["block_causal"]) == ("float32", 128, False)
+    suited = ["none", "block_causal", "pipeline", "pipeline_causal"]
     blocks = json.loads(run("info", make_checkpoint(tmp_path / "blocks", tokenizer, block_length=4), "--json")[1])
-    assert (blocks["block_causal"], blocks["block_length"], blocks["methods"]) == (True, 4, ["none", "block_causal"])
+    assert (blocks["block_causal"], blocks["block_length"], blocks["methods"]) == (True, 4, suited)
 
 
 def test_train_lists_and_runs_recipes(run, tmp_path, monkeypatch):

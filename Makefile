@@ -29,7 +29,7 @@ test-all: lint
 	@$(RUN) -m pytest -n $(JOBS) --dist worksteal
 
 test-fast: lint
-	@$(RUN) -m pytest -n $(JOBS) --dist worksteal -m "not slow" tests/utils tests/models tests/objectives tests/sampling
+	@$(RUN) -m pytest -n $(JOBS) --dist worksteal -m "not slow" tests/utils tests/models tests/data tests/objectives
 
 lint: $(VENV)/.ready-dev
 	@$(RUN) -m ruff check .

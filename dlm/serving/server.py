@@ -271,8 +271,7 @@ class _Served:
         entry.note(ask, self.settings.log_texts, self.engine)
         head = {"id": number, "created": int(time.time()), "model": self.name}
         if body.stream:
-            stream = self._stream(kind, ask, handles, head, entry)
-            return StreamingResponse(stream, media_type="text/event-stream", headers=STREAM_HEADERS)
+            return _Streamed(self._stream(kind, ask, handles, head, entry), handles)
         try:
             results = await self._whole(request, handles)
         except Exception as error:
@@ -338,8 +337,24 @@ class _Served:
         finally:  # also where the client has gone
             for handle in handles:
                 handle.cancel()
-            found = [result for result in results if result is not None]
-            logs.write(entry, status, found, self.settings.log_texts, error=problem)
+            done = [result for result in results if result is not None]
+            logs.write(entry, status, done, self.settings.log_texts, error=problem)
+
+
+class _Streamed(StreamingResponse):
+    """Server-sent events whose rows leave when the client does, also one that goes before the first event: then the
+    generator of the events never begins, and nothing of it runs."""
+
+    def __init__(self, events: AsyncIterator[str], handles: list[Handle]):
+        super().__init__(events, media_type="text/event-stream", headers=STREAM_HEADERS)
+        self.handles = handles
+
+    async def __call__(self, scope, receive, send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            for handle in self.handles:
+                handle.cancel()
 
 
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # a proxy must not gather the events

@@ -57,7 +57,7 @@ def test_no_other_page_may_read_answers_unless_it_is_named(engine):
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_frees_its_row(slow, stream):
     """The ASGI messages of a connection that closes after the request was read."""
-    engine = slow(0.02)
+    engine = slow(0.05)  # over in 5 s, if nobody stops it
     app = build_app(engine, ServerSettings())
     body = json.dumps({"prompt": "Once", "max_tokens": 110, "stream": stream, "stop_at_eos": False}).encode()
     headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]

@@ -22,6 +22,7 @@ from dlm.data.documents import Documents
 from dlm.data.examples import Examples
 from dlm.data.sources import parse_sources
 from dlm.data.streaming import StreamedExamples, StreamedSource
+from dlm.kernels.linear import has_kernels
 from dlm.objectives.losses import Objective
 from dlm.tokenizer import mask_id
 from dlm.training.accelerator import make_accelerator
@@ -211,7 +212,8 @@ def _export(recipe, argv, prog, ready: Prepared, result: Result, size: int, acce
 
 
 def processes_line(accelerator) -> str:
-    """How many processes this job is, with a warning where its launcher was asked for another number."""
+    """How many processes this job is, with a warning where its launcher was asked for another number, and where the
+    processor computes bf16 slower than fp32."""
     world, asked = accelerator.num_processes, launcher_processes()
     line = f"processes: {world}, on {accelerator.device.type}"
     if asked is not None and asked != world:
@@ -219,6 +221,8 @@ def processes_line(accelerator) -> str:
             f"\nwarning: the launcher was asked for {asked} processes, and this job has {world}: for several on CPUs "
             f"accelerate launch needs --config_file train/configs/accelerate/cpu_processes.yaml"
         )
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16" and not has_kernels(torch.bfloat16):
+        line += "\nwarning: this processor has no bf16 instructions, and bf16 is slow on it: --precision fp32 is faster"
     return line
 
 

@@ -6,12 +6,14 @@ import socket
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from tqdm import tqdm
 
+from dlm.training import recipe
 from dlm.training.state import checkpoints
 from dlm.training.trainer import Run, fit
 from dlm.utils import launch
@@ -197,6 +199,16 @@ def test_what_the_launcher_was_asked_for(tmp_path, monkeypatch, words, number):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setattr(launch, "_command_line", lambda pid: words)
     assert launch.launcher_processes() == number
+
+
+@pytest.mark.parametrize(
+    ("precision", "quick", "warned"), [("bf16", False, True), ("bf16", True, False), ("no", False, False)]
+)
+def test_bf16_on_a_processor_without_it_is_said(monkeypatch, precision, quick, warned):
+    """Was: the default precision, bf16, is slow on such processors, and nothing said so."""
+    monkeypatch.setattr(recipe, "has_kernels", lambda dtype: quick)
+    accelerator = SimpleNamespace(num_processes=1, device=torch.device("cpu"), mixed_precision=precision)
+    assert ("--precision fp32 is faster" in recipe.processes_line(accelerator)) == warned
 
 
 @pytest.mark.parametrize(

@@ -204,8 +204,9 @@ def run(argv: list[str]) -> int:
     cleaned = {re.sub(r"\W+", "", text.lower())[:200]: text for text in map(clean, raw) if usable(text, limits)}
     if not cleaned:
         raise ValueError(f"{args.data}: none of {len(raw)} texts is a whole story in plain prose")
-    easy = [text for text in cleaned.values() if rarity(text, simple) < limits.rare]
-    rest = [text for text in cleaned.values() if rarity(text, simple) >= limits.rare]
+    easy, rest = [], []
+    for text in cleaned.values():
+        (easy if rarity(text, simple) < limits.rare else rest).append(text)
     nouns = known_nouns(easy, limits)
     rows = [request(text, nouns, limits, example_generator(args.seed, 0, i)) for i, text in enumerate(easy)]
     rows = [json.dumps(row, ensure_ascii=False) for row in rows if row]

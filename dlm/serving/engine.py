@@ -10,7 +10,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -143,14 +144,14 @@ class Engine:
         self._abandon = True
         self.drain()
 
-    @property
+    @cached_property
     def ends(self) -> frozenset[int]:
         """The ids that end a text, whatever a request says."""
         from dlm.tokenizer import EOT
 
         tokenizer = self.pretrained.tokenizer
-        found = {tokenizer.eos_token_id, tokenizer.get_vocab().get(EOT), *self.pretrained.end_ids}
-        return frozenset(found - {None})
+        ids = {tokenizer.eos_token_id, tokenizer.get_vocab().get(EOT), *self.pretrained.end_ids}
+        return frozenset(ids - {None})
 
     @property
     def slot_bytes(self) -> int:
@@ -195,8 +196,6 @@ class Engine:
         return _Waiting(handle, canvas, constraints)
 
     def _with_timeout(self, request: Request) -> Request:
-        from dataclasses import replace
-
         return replace(request, timeout=self.settings.timeout)
 
     # ------------------------------------------------------------ the thread

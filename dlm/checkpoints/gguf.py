@@ -17,6 +17,7 @@ import torch
 from dlm.checkpoints.load import quiet
 from dlm.utils.errors import one_line
 from dlm.utils.files import cache_folder, whole_folder
+from dlm.utils.hardware import memory_size
 
 __all__ = ["dequantized", "is_gguf"]
 
@@ -84,9 +85,6 @@ def _dequantize(path: Path, folder: Path) -> None:
 
 
 def _check_memory(needed: int) -> None:
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # a system that does not say
-        return
-    if needed > free:
-        raise ValueError(f"its weights take {needed / 1e9:.1f} GB in memory and {free / 1e9:.1f} GB are free")
+    size = memory_size()
+    if size is not None and needed > size:
+        raise ValueError(f"its weights take {needed / 1e9:.1f} GB in memory and there are {size / 1e9:.1f} GB in all")

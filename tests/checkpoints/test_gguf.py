@@ -114,3 +114,14 @@ def test_what_is_no_gguf_is_refused_in_one_line(tmp_path, content):
 
 def test_names():
     assert is_gguf("a/b.GGUF") and not is_gguf("gguf")
+
+
+def test_free_pages_do_not_decide_but_the_machines_memory_does(monkeypatch):
+    """Its fault: pages that hold files count as not free, so that a small judge was refused on a busy machine."""
+    monkeypatch.setattr(ours, "memory_size", lambda: 8_000_000_000)
+    monkeypatch.setattr(ours.os, "sysconf", lambda name: 1, raising=False)  # nothing is free
+    ours._check_memory(7_000_000_000)
+    with pytest.raises(ValueError, match=r"9\.0 GB in memory and there are 8\.0 GB in all"):
+        ours._check_memory(9_000_000_000)
+    monkeypatch.setattr(ours, "memory_size", lambda: None)  # a system that does not say
+    ours._check_memory(9_000_000_000)

@@ -19,10 +19,13 @@ pretrain() { python -m train.pretrain "${stories[@]}" --output "$OUTPUT/$1" --ex
 
 pretrain stage1 "$(part 8)" "${shape[@]}" --tokenizer $TOKENS --max-sequence-length 512 --objective autoregressive \
   --schedule constant --ema 0.99 --seed 0
-start=(--model "$OUTPUT/stage1/model" --schedule wsd --decay-fraction 0.6 --warmup-steps 50 --ema 0.995 --seed 1)
-pretrain twin "$(part 24)" "${start[@]}" --objective autoregressive &
-pretrain both "$(part 48)" "${start[@]}" "${both[@]}" &
-wait
+python -m train.convert --from "$OUTPUT/stage1/model" --to "$OUTPUT/stage1/converted" --block-length 8
+start=(--schedule wsd --decay-fraction 0.6 --warmup-steps 50 --ema 0.995 --seed 1)
+pretrain twin "$(part 24)" "${start[@]}" --model "$OUTPUT/stage1/model" --objective autoregressive &
+twin=$!
+pretrain both "$(part 48)" "${start[@]}" --model "$OUTPUT/stage1/converted" "${both[@]}" &
+wait $!  # each by its number: `wait` alone does not say that one failed
+wait $twin
 python -m train.distill "${common[@]}" "${both[@]}" --model "$OUTPUT/both/export" --teacher "$OUTPUT/twin/export" \
   --texts "${TEXTS:-8000}" --certainty 2 --learning-rate 1e-3 --muon-learning-rate 1.5e-3 --schedule wsd \
   --decay-fraction 0.8 --warmup-steps 30 --ema 0.99 --seed 2 --max-seconds "$(part 14)" \

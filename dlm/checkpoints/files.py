@@ -31,6 +31,8 @@ def cached_defaults(path: str) -> dict[str, Any]:
 def read_defaults(file: str | Path) -> dict[str, Any]:
     """The entry "dlm" of a generation_config.json; {} where there is no such file.
 
+    Its "chat" is a bool, or the options that differ where the model answers.
+
     Raises ValueError for a file that is not JSON and for an entry that is no option.
     """
     if not Path(file).is_file():
@@ -40,7 +42,8 @@ def read_defaults(file: str | Path) -> dict[str, Any]:
     if not isinstance(own, dict):
         raise ValueError(f'{file}: "dlm" must hold names and values of sampling options, not {type(own).__name__}')
     kinds = {name: kind for name, (kind, _) in SAMPLING.items()} | {"chat": bool}
-    for name, value in own.items():
+    answers = own["chat"] if isinstance(own.get("chat"), dict) else {}
+    for name, value in [*(own | {"chat": True} if answers else own).items(), *answers.items()]:
         if name not in kinds:
             raise ValueError(f'{file}: "dlm" has the entry {name!r}, which is no sampling option: remove it')
         if not _fits(value, kinds[name]):

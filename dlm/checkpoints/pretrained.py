@@ -99,7 +99,7 @@ class Pretrained:
     @cached_property
     def defaults(self) -> dict[str, Any]:
         """The sampling options that its family's authors use, and over them those that its generation_config.json asks
-        for, perhaps "chat": False."""
+        for, perhaps "chat": False, or options for answers."""
         saved = read_defaults(self.folder / "generation_config.json")
         if not is_own(self.config) or type(self.config) is LLaDAConfig:  # neither has options of its own
             return saved
@@ -109,6 +109,12 @@ class Pretrained:
         if not self.has_end:
             family.pop("stop_at_eos", None)
         return family | saved
+
+    @property
+    def chat_defaults(self) -> dict[str, Any]:
+        """`defaults` for answers: with those that stand under "chat", such as a length that a whole answer fits."""
+        own = self.defaults.get("chat")
+        return self.defaults | own if isinstance(own, dict) else self.defaults
 
     @property
     def blank_defaults(self) -> dict[str, Any]:
@@ -221,7 +227,7 @@ class Pretrained:
         if self.autoregressive:
             raise ValueError(
                 f"{self.name} predicts the next token, and cannot fill in masks: give a diffusion model "
-                "(`dlm eval generative` writes text with either)"
+                "(`dlm train convert` makes one to be trained, `dlm eval generative` writes text with either)"
             )
 
 

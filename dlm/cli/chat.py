@@ -38,7 +38,7 @@ def chat(argv: Sequence[str]) -> int:
     check_counts(args)
     opened = announce(args)
     check_chat(opened)
-    config = settings(args, opened.defaults, stop_at_eos=opened.has_end)
+    config = settings(args, opened.chat_defaults, stop_at_eos=opened.has_end)
     check_region(opened, config.gen_length, "--gen-length")
     if sys.stdin is None:
         raise ValueError("standard input is closed: type your lines, or pipe them in")

@@ -28,7 +28,7 @@ def generate(argv: Sequence[str]) -> int:
         return run_offline(args)
     prompts = gather_prompts(args, 'dlm generate "Once upon a time"')
     opened = announce(args)
-    config = settings(args, opened.defaults)
+    config = settings(args, opened.chat_defaults if args.chat else opened.defaults)
     from dlm.chat_template import chat_ids
     from dlm.tokenizer import encode_prompt
 

@@ -25,7 +25,7 @@ def run_offline(args) -> int:
     if size > 1 and args.device is None:
         args.device = own_device(local)
     opened = announce(args)
-    config = settings(args, opened.defaults)
+    config = settings(args, opened.chat_defaults if args.chat else opened.defaults)
     from dlm.chat_template import chat_ids
     from dlm.serving.engine import Engine, EngineSettings
     from dlm.serving.offline import AHEAD, records, texts, write

@@ -72,7 +72,7 @@ def ask_chat(engine: Engine, body: ChatBody) -> Ask:
     with engine.text_lock, as_api_errors("messages"):
         ids = chat_ids(opened.tokenizer, messages, opened.mask_id)
     fixed: dict[str, Any] = {"stop_at_eos": True} if opened.has_end else {}
-    requests = texts(engine, body, ids, [], opened.defaults, fixed | body.constraint)
+    requests = texts(engine, body, ids, [], opened.chat_defaults, fixed | body.constraint)
     return Ask(requests, len(ids), [""] * len(requests))
 
 

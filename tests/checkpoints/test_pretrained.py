@@ -1,6 +1,7 @@
 """The one door to a checkpoint: what it says of itself, what is lazy, and the same answer from every command."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -220,3 +221,22 @@ def test_a_hub_id_is_a_folder_of_the_cache(tmp_path, tokenizer, monkeypatch):
     assert opened.model.config.d_model == 32 and opened.tokenizer.mask_token_id == opened.mask_id
     with pytest.raises(OSError, match="fox/other is no folder here, and the hub did not give it"):
         load_pretrained("fox/other")
+
+
+def test_answers_may_have_sampling_options_of_their_own(checkpoint, tmp_path):
+    """The shipped model's answers take 150 to 230 tokens, and `dlm chat` cut them at the 128 of a continued text."""
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+
+    def write(entry):
+        (folder / "generation_config.json").write_text(json.dumps({"dlm": entry}))
+        return load_pretrained(folder)
+
+    opened = write({"gen_length": 8, "temperature": 0.5, "chat": {"gen_length": 16}})
+    assert opened.defaults["gen_length"] == 8
+    assert (opened.chat_defaults["gen_length"], opened.chat_defaults["temperature"]) == (16, 0.5)
+    assert write({"gen_length": 8, "chat": True}).chat_defaults["gen_length"] == 8
+    with pytest.raises(ValueError, match="entry 'gen_lenght'"):
+        write({"chat": {"gen_lenght": 16}}).chat_defaults  # noqa: B018
+    with pytest.raises(ValueError, match="gen_length '16'"):
+        write({"chat": {"gen_length": "16"}}).chat_defaults  # noqa: B018

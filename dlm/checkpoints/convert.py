@@ -28,7 +28,9 @@ from dlm.utils.jsonio import read_object
 __all__ = ["CONVERTED", "Conversion", "MaskToken", "convert"]
 
 # Family of an autoregressive checkpoint -> the family that it becomes. dlm's own keeps its name.
-CONVERTED = {"llama": "a2d-llama", "qwen2": "a2d-qwen2", "qwen3": "a2d-qwen3", "llada": "llada"}
+CONVERTED = {
+    "llama": "a2d-llama", "qwen2": "a2d-qwen2", "qwen3": "a2d-qwen3", "smollm3": "a2d-smollm3", "llada": "llada",
+}  # fmt: skip
 MASK_WORD = "<|mask|>"  # of a token that is added: the one that dllm asks for
 RESERVED = re.compile(r"reserved|unused|placeholder", re.IGNORECASE)  # names of tokens that texts never hold
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of generation_config.json: what stays
@@ -103,7 +105,7 @@ def _check(opened: Pretrained, out: str | os.PathLike, block_length: int | None)
     if not is_own(opened.config) or opened.family not in CONVERTED:
         raise ValueError(
             f"{opened.path} is of family {opened.family!r}, which dlm does not convert: it converts llama (SmolLM "
-            "too), qwen2, qwen3, and its own autoregressive models"
+            "too), qwen2, qwen3, smollm3, and its own autoregressive models"
         )
     if block_length is not None and not 1 <= block_length <= (opened.max_length or block_length):
         raise ValueError(

@@ -41,7 +41,7 @@ FEW_BITS = tuple(kind.layer for kind in QUANTIZED.values())
 @dataclass(frozen=True)
 class _Layer:
     """One layer. qk and v in one product, but in the last layer, where fewer queries than keys are wanted. A mixture of
-    experts is used as it is, `moe`."""
+    experts is used as it is, `moe`. rope: whether queries and keys are turned by their positions."""
 
     q: Linear | None
     qkv: Linear | None
@@ -54,6 +54,7 @@ class _Layer:
     ff_norm: Tensor
     q_norm: Tensor | None
     k_norm: Tensor | None
+    rope: bool
 
 
 def _interleave(rows: Tensor, size: int, turned: int) -> Tensor:
@@ -67,7 +68,7 @@ def _interleave(rows: Tensor, size: int, turned: int) -> Tensor:
     return torch.cat((pairs, heads[:, turned:]), dim=1).flatten(0, 1)
 
 
-def _pack_layer(block: LLaDABlock, last: bool) -> _Layer:
+def _pack_layer(block: LLaDABlock, last: bool, rope: bool) -> _Layer:
     size, part = block.head_dim, block.config.rotary.size
     kind = kind_for(block.attn_norm.weight.device, block.attn_norm.weight.dtype)
     turned = {block.q_proj, block.k_proj}
@@ -97,6 +98,7 @@ def _pack_layer(block: LLaDABlock, last: bool) -> _Layer:
         ff_norm=block.ff_norm.weight.detach(),
         q_norm=_interleave(block.q_norm.weight.detach(), size, part) if normed else None,
         k_norm=_interleave(block.k_norm.weight.detach(), size, part) if normed else None,
+        rope=rope,
     )
 
 
@@ -151,8 +153,9 @@ class Packed:
         blocks = transformer.blocks
         self.embedding = transformer.wte.weight.detach()
         self.layers = []
-        for block in blocks:
-            self.layers.append(_pack_layer(block, block is blocks[-1]))
+        every = config.rope_layers or (True,) * len(blocks)
+        for block, rope in zip(blocks, every, strict=False):  # the list of a config.json may be longer
+            self.layers.append(_pack_layer(block, block is blocks[-1], rope))
             if release:
                 _release(block)
         self.last_norm = transformer.ln_f.weight.detach()
@@ -265,17 +268,17 @@ class Packed:
         if layer.qkv is not None:
             qk, v = layer.qkv(normed).split((self.width + kv_width, kv_width), dim=-1)
             if layer.q_norm is None:
-                q, k = self._rotated(qk, where.turns).split((self.heads, self.kv_heads), dim=2)
+                q, k = self._rotated(layer, qk, where.turns).split((self.heads, self.kv_heads), dim=2)
             else:
                 q, k = qk.split((self.width, kv_width), dim=-1)
-                q = self._rotated(self._head_norm(q, layer.q_norm), where.turns)
-                k = self._rotated(self._head_norm(k, layer.k_norm), where.turns)
+                q = self._rotated(layer, self._head_norm(q, layer.q_norm), where.turns)
+                k = self._rotated(layer, self._head_norm(k, layer.k_norm), where.turns)
         else:
             q = layer.q(asking)
             k, v = layer.kv(normed).chunk(2, dim=-1)
             if layer.q_norm is not None:
                 q, k = self._head_norm(q, layer.q_norm), self._head_norm(k, layer.k_norm)
-            q, k = self._rotated(q, x_where.turns), self._rotated(k, where.turns)
+            q, k = self._rotated(layer, q, x_where.turns), self._rotated(layer, k, where.turns)
         v = v.unflatten(-1, (-1, self.size))
         if cache is not None:
             k, v = cache.update(number, where.slots, k, v)
@@ -309,7 +312,7 @@ class Packed:
     def _where(self, positions: Tensor | None, queries: int, cache) -> _Where:
         """Where queries stand; without turns where one kernel looks them up, which it can in whole canvases."""
         whole = positions is None if cache is None else type(cache) is KVCache
-        if self.kernels is not None and whole and self.layers[0].q_norm is None:
+        if self.kernels is not None and whole and self.layers[0].q_norm is None and self.config.rope_layers is None:
             return _Where(positions, None)
         turns = self.turns[None, :queries] if positions is None else self.turns[positions]
         return _Where(positions, turns[:, :, None])
@@ -338,8 +341,11 @@ class Packed:
         bias = x.new_full((*mask.shape[:-1], -(-width // 16) * 16), -torch.inf)[..., :width]
         return bias.masked_fill_(mask, 0)
 
-    def _rotated(self, x: Tensor, turns: Tensor) -> Tensor:
-        """x (B, Q, H * D) with its pairs turned, (B, Q, H, D); in fp32, where it can, in place."""
+    def _rotated(self, layer: _Layer, x: Tensor, turns: Tensor) -> Tensor:
+        """x (B, Q, H * D) with its pairs turned where the layer has positions, (B, Q, H, D); in fp32, where it can, in
+        place."""
+        if not layer.rope:
+            return x.unflatten(-1, (-1, self.size))
         pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, self.size // 2, 2)))
         return torch.view_as_real(pairs.mul_(turns)).flatten(-2).to(x.dtype)
 

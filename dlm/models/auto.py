@@ -21,7 +21,8 @@ METHODS = ("from_pretrained", "for_model")  # of AutoConfig: what looks a family
 ADAPTED = ["q_proj", "v_proj"]  # the layers that get adapters where target_modules is unset, as PEFT has it for LLaMA
 # `model_type`s that PEFT does not know by itself.
 MODEL_TYPES = (
-    "llada", "illada", "Dream", "llada2_moe", "sdar", "Fast_dLLM_Qwen", "rnd1", "a2d-llama", "a2d-qwen2", "a2d-qwen3",
+    "llada", "illada", "Dream", "llada2_moe", "sdar", "sdar_moe", "Fast_dLLM_Qwen", "rnd1", "a2d-llama", "a2d-qwen2",
+    "a2d-qwen3", "a2d-smollm3",
 )  # fmt: skip
 
 

@@ -64,6 +64,7 @@ class LLaDABlock(GradientCheckpointingLayer):
         self.config, self.layer = config, layer
         # Attributes of a transformers configuration take microseconds each to read: what a pass needs is kept here.
         self.head_dim, self.qk_norm, self.experts = config.head_dim, config.qk_norm, config.experts
+        self.rope = config.rope_layers is None or config.rope_layers[layer]
         self.attention_dropout, self.residual_dropout = config.attention_dropout, config.residual_dropout
         self.num_key_value_groups = config.n_heads // config.n_kv_heads
         size, width, kv_width = config.d_model, config.n_heads * self.head_dim, config.n_kv_heads * self.head_dim
@@ -98,7 +99,8 @@ class LLaDABlock(GradientCheckpointingLayer):
         q, k, v = q.view(heads), k.view(heads), v.view(heads)  # (B, Q, H, D)
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if self.rope:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
             k, v = cache.update(self.layer, positions, k, v)  # (B, T, H, D)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(kernel, eager_attention)

@@ -100,7 +100,9 @@ class Network:
         q, k, v = (y.reshape(length, -1, self.size) for y in (q, k, v))
         if f"{p}.{q_norm}.weight" in self.state:
             q, k = self.norm(q, f"{p}.{q_norm}"), self.norm(k, f"{p}.{k_norm}")
-        q, k = self.rotate(q), self.rotate(k)
+        turned = self.config.get("no_rope_layers")
+        if turned is None or turned[int(layer.rsplit(".", 1)[1])]:
+            q, k = self.rotate(q), self.rotate(k)
         joined = torch.zeros(length, self.heads, self.size, dtype=torch.float64)
         for head in range(self.heads):
             mine = head // (self.heads // self.kv)
@@ -141,7 +143,7 @@ class Network:
                 w = float(weight[e])
                 if self.llada2:
                     w = (w / total if k > 1 else w) * config["routed_scaling_factor"]
-                elif self.kind == "rnd1" and config["norm_topk_prob"]:
+                elif self.kind in ("rnd1", "sdar_moe") and config["norm_topk_prob"]:
                     w = w / total
                 out[t] += w * self.feed(token[None], f"{layer}.mlp.experts.{e}")[0]
         shared = f"{layer}.mlp.shared_experts" if self.llada2 else f"{layer}.shared_expert"

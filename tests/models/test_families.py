@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
@@ -98,6 +99,11 @@ WRONG = {
     "scaling without its factor": ("dream", {"rope_scaling": {"rope_type": "yarn"}}, "no factor"),
     "heads that do not divide": ("dream", {"num_key_value_heads": 3}, "num_key_value_heads=3"),
     "a mask outside": ("dream", {"mask_token_id": 300}, "mask_token_id=300.*vocab_size=300"),
+    "a short list of layers without positions": (
+        "a2d_llama",
+        {"model_type": "a2d-smollm3", "no_rope_layers": [1]},
+        "no_rope_layers of length 1 for 2 layers",
+    ),
     "groups that do not divide": ("llada2", {"n_group": 3}, "8 experts in 3 groups"),
     "groups of one": ("llada2", {"n_group": 8}, "groups of one"),
     "too few among the groups": ("llada2", {"n_group": 4, "topk_group": 1, "num_experts_per_tok": 4}, "too few"),
@@ -213,8 +219,52 @@ def test_windows_that_a_family_does_not_read_are_no_matter(tmp_path):
     dlm.load(tmp_path / "model")
 
 
+# --- transformers' own classes ------------------------------------------------------------------------------------
+
+TINY = {
+    "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "eos_token_id": 1, "bos_token_id": 2, "pad_token_id": 1,
+}  # fmt: skip
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+THEIRS = {  # what transformers makes, and what its config.json is changed to
+    "smollm3": ("SmolLM3", {}, {}),
+    "smollm3 with another interval": ("SmolLM3", {"no_rope_layer_interval": 2, "tie_word_embeddings": False}, {}),
+    "llama": ("Llama", {"tie_word_embeddings": True}, {}),
+    "qwen2": ("Qwen2", {}, {}),
+    "qwen3": ("Qwen3", {"head_dim": 12}, {}),
+    "sdar_moe": ("Qwen3Moe", {**EXPERTS, "norm_topk_prob": True}, {"model_type": "sdar_moe", "block_size": 1, "num_experts": 6}),
+    "sdar_moe, some dense": (
+        "Qwen3Moe",
+        {**EXPERTS, "norm_topk_prob": False, "mlp_only_layers": [1], "decoder_sparse_step": 1},
+        {"model_type": "sdar_moe", "block_size": 1, "num_experts": 6},
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "options", "changes"), THEIRS.values(), ids=THEIRS.keys())
+def test_logits_are_those_of_transformers_own_class(tmp_path, name, options, changes):
+    """Autoregressive families read what transformers wrote; SDAR's mixture is Qwen3's, causal with blocks of one."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**{**TINY, **options})
+    theirs = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for weight in theirs.parameters():  # far from what initialisation gives: norms and routers count
+            weight.copy_(1 + 0.2 * torch.randn_like(weight) if weight.ndim == 1 else torch.randn_like(weight) / 5)
+    theirs.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    model, _ = dlm.load(tmp_path)
+    tokens = torch.randint(0, 50, (2, 21), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        want = theirs(tokens).logits
+        assert (model(tokens).logits - want).abs().max() < 1e-4 < want.abs().max()
+        assert isinstance(fast := packed(model), Packed)
+        assert (fast(tokens) - want).abs().max() < 1e-4
+
+
 def test_every_family_has_a_table():
     assert {"llada", "llada-moe", "Dream", "llada2_moe", "sdar", "Fast_dLLM_Qwen", "rnd1", "illada"} <= set(FAMILIES)
+    assert {"sdar_moe", "smollm3", "a2d-smollm3"} <= set(FAMILIES)
     for family in FAMILIES.values():
         assert family.model.config_class is family.config
 

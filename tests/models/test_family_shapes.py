@@ -40,6 +40,15 @@ RND1 = {
     "head_dim": 8,
     "rope_scaling": False,
 }
+SDAR_MOE = {
+    "model_type": "sdar_moe",
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 16,
+    "norm_topk_prob": True,
+    "head_dim": 8,
+    "block_size": 4,
+}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -100,6 +109,16 @@ SHAPES = {
     "rnd1": RND1,
     "rnd1, not renormalised, biases": {**RND1, "norm_topk_prob": False, "attention_bias": True},
     "rnd1, one chosen": {**RND1, "num_experts_per_tok": 1},
+    "sdar-moe": SDAR_MOE,
+    "sdar-moe, not renormalised, dense first": {**SDAR_MOE, "norm_topk_prob": False, "mlp_only_layers": [0]},
+    "sdar-moe, every second": {**SDAR_MOE, "decoder_sparse_step": 2, "attention_bias": True},
+    "smollm3": {"model_type": "smollm3", "no_rope_layers": [1, 0], "tie_word_embeddings": True},
+    "a2d smollm3, untied, biases": {
+        "model_type": "a2d-smollm3",
+        "no_rope_layers": [0, 1, 0],
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
     "llada-moe": MOE,
     "llada-moe, dense first": {**MOE, "moe_layer_freq": [0, 1]},
     "llada-moe, shared expert": {**MOE, "shared_expert_intermediate_size": 20},

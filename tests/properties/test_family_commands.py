@@ -31,11 +31,13 @@ FAMILIES = {
     "llada2_moe": {**MOE, "moe_intermediate_size": 16, "num_shared_experts": 1, "n_group": 2, "topk_group": 1,
                    "use_bias": False, "head_dim": 8, "block_length": 4},
     "sdar": {"head_dim": 8, "block_size": 4},
+    "sdar_moe": {**MOE, "moe_intermediate_size": 16, "head_dim": 8, "block_size": 4},
     "Fast_dLLM_Qwen": {"bd_size": 8},
     "rnd1": {**MOE, "moe_intermediate_size": 16, "head_dim": 8},
     "a2d-llama": {},
     "a2d-qwen2": {"shift_logits": True},
     "a2d-qwen3": {"block_length": 4},
+    "a2d-smollm3": {"no_rope_layers": [1, 0]},
 }  # fmt: skip
 
 

@@ -28,7 +28,9 @@ FAMILIES: dict[str, Family] = {
     **{
         family.name: family
         for family in (
-            *(table.FAMILY for table in (illada, dream, llada2, sdar, fast_dllm, rnd1)),
+            *(table.FAMILY for table in (illada, dream, llada2)),
+            *sdar.FAMILIES,
+            *(table.FAMILY for table in (fast_dllm, rnd1)),
             *qwen_llama.FAMILIES,
         )
     },

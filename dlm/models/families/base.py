@@ -218,6 +218,11 @@ class FamilyConfig(PretrainedConfig):
         return None
 
     @property
+    def rope_layers(self) -> tuple[bool, ...] | None:
+        """For each layer whether it turns queries and keys by their positions; None: every one does."""
+        return None
+
+    @property
     def attention(self) -> str:
         """What a slot sees: `full`, `block_causal` or `causal`."""
         return "full" if self.block_length is None or self.full_attention else "block_causal"

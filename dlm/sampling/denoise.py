@@ -278,7 +278,7 @@ def commit(
             new, sure, _ = decide_all(few, one, config, generators=[generators[row]], allowed=mask, **options)
             return int(new), float(sure)
 
-        fixed = config.commit in ("quota", "ancestral")
+        fixed = config.commit in ("quota", "sequential", "ancestral")
         token, confidence, chosen = commit_in_order(
             written, request.slots, token, confidence, chosen, again, keep_count=fixed
         )

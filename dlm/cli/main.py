@@ -11,6 +11,7 @@ import importlib
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 
 from dlm.cli.scripts import check_output
@@ -81,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows ? for what it lacks
+    written = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"dlm: warning: {' '.join(str(message).split())}\n"
     try:
         check_output()
         code = run(argv)
@@ -101,3 +104,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2 if known else 1
     finally:
         signal.signal(signal.SIGTERM, before)
+        warnings.formatwarning = written

@@ -8,6 +8,7 @@ a residual. `kind_for` says which class suits a device and a type.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -102,7 +103,7 @@ QUANTIZED = {
 @torch.no_grad()
 def quantize_(model: nn.Module, name: str) -> nn.Module:
     """Replaces the linear layers of the model's blocks, in place, by those with few bits; embeddings and the head,
-    whose errors no later layer evens out, stay as they are.
+    whose errors no later layer evens out, stay as they are. So do mixtures of experts, which a warning says.
 
     Raises ValueError for an unknown name, or one that the model's device cannot do.
     """
@@ -114,4 +115,26 @@ def quantize_(model: nn.Module, name: str) -> nn.Module:
         for child, linear in list(block.named_children()):
             if isinstance(linear, nn.Linear):
                 setattr(block, child, kind.layer.from_linear(linear).train(linear.training))
+    if said := left_whole(model, name):
+        warnings.warn(said, stacklevel=2)
     return model
+
+
+def left_whole(model: nn.Module, name: str) -> str | None:
+    """What `quantize_` left of the model's mixtures of experts, in one line; None where it has none."""
+    layers = [layer for layer, block in enumerate(model.model.transformer.blocks) if block.mixture]
+    if not layers:
+        return None
+    blocks = model.model.transformer.blocks
+    weights = [weight for layer in layers for weight in blocks[layer].moe.parameters()]
+    held, whole = (sum(weight.nbytes for weight in each) for each in (weights, _stored(model)))
+    where = f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} layers ({layers[0]} to {layers[-1]})"
+    kind = str(weights[0].dtype).removeprefix("torch.")
+    return (
+        f"{name} leaves the experts of {where} in {kind}: {held / 1e9:.3g} GB of the model's {whole / 1e9:.3g} GB stay "
+        "as they are"
+    )
+
+
+def _stored(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]

@@ -65,6 +65,7 @@ def packed(model):
         return kept[1]
     _COPIES.pop(model, None)  # the old copy goes first
     if not _can_pack(model):
+        _say_plain(model)
         return Direct(model)
     size = sum(weight.nbytes for weight in model.parameters())
     if model.device.type == "cpu" and size > TOLD:
@@ -82,6 +83,7 @@ def packed_alone(model: LLaDAModelLM):
     """The mask predictor for a model that nobody else uses: it takes the model's weights over, so that they lie in
     memory once."""
     if not _can_pack(model, alone=True):
+        _say_plain(model, alone=True)
         return Direct(model)
     return _with_graphs(Packed(model, release=True), model)
 
@@ -137,6 +139,24 @@ class _Seen:
                     return False
         now = self._numbers()
         return now == self.numbers if self.memory else all(map(torch.equal, now, self.numbers))
+
+
+def _say_plain(model: LLaDAModelLM, alone: bool = False) -> None:
+    """Warns where a model that is to write text runs unpacked for what it or the machine is, and says why."""
+    config, device, dtype = model.config, model.device, model.dtype
+    if model.training or config._attn_implementation in (None, "eager"):
+        return  # as it was asked for
+    why = None
+    if config.rotary.scaling == "dynamic":
+        why = "its rope scaling is dynamic"
+    elif config.head_dim % 2:
+        why = f"its head size {config.head_dim} is odd"
+    elif dtype in (torch.bfloat16, torch.float16) and kind_for(device, dtype) is None:
+        why = f"this processor has no fast product for {str(dtype).removeprefix('torch.')}: float32 is quicker"
+    elif not _room(model, device, alone):
+        why = "a packed copy does not fit beside it"
+    if why is not None:
+        warnings.warn(f"the model runs unpacked, with the same text and more slowly: {why}", stacklevel=4)
 
 
 def _can_pack(model: LLaDAModelLM, alone: bool = False) -> bool:

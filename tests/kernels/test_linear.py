@@ -1,6 +1,7 @@
 """Linear layers for inference: eight-bit weights against their definition, and every kind inside of the model."""
 
 import json
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 import dlm
 from dlm import SamplingConfig
 from dlm.checkpoints.pretrained import number_type
+from dlm.cli import main
 from dlm.data.windows import CorpusConfig, load_corpus
 from dlm.evaluation.perplexity import open_scorer, store_folder
 from dlm.kernels import int8
@@ -17,10 +19,10 @@ from dlm.kernels import packed as copies
 from dlm.kernels.int8 import Int8
 from dlm.kernels.linear import QUANTIZED, Blocked, Plain, has_kernels, quantize_
 from dlm.kernels.packed import Packed
-from dlm.kernels.packing import packed
+from dlm.kernels.packing import Direct, packed
 from dlm.models.kv_cache import KVCache
 from dlm.objectives.likelihood import LikelihoodConfig
-from tests.helpers import commandline
+from tests.helpers import commandline, families
 from tests.helpers.toys import tiny_model
 
 SHAPES = [
@@ -186,6 +188,48 @@ def test_the_model_that_ships_in_eight_bits():
 
 
 # ---------------------------------------------------------------- what does not work says so
+
+
+def test_eight_bits_say_which_experts_they_left(tmp_path, monkeypatch):
+    """Fault: the experts of a mixture stayed whole, most of the model's memory, and nothing said it."""
+    fields = {**families.BASE, "model_type": "llada2_moe", "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8,
+              "moe_intermediate_size": 16, "num_shared_experts": 1, "n_group": 2, "topk_group": 1,
+              "first_k_dense_replace": 1, "num_hidden_layers": 3}  # fmt: skip
+    families.checkpoint(tmp_path / "model", fields)
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    # Of a layer: a router of 4 x 24, experts of 4 x 3 x 16 x 24, a shared one of 3 x 16 x 24, 4 bytes a number.
+    with pytest.warns(UserWarning, match="experts of 2 layers") as said:
+        model, _ = dlm.load(tmp_path / "model", dtype="int8")
+    held = 2 * 4 * (4 * 24 + 4 * 3 * 16 * 24 + 3 * 16 * 24)
+    whole = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
+    assert str(said[0].message) == (
+        f"int8 leaves the experts of 2 layers (1 to 2) in float32: {held / 1e9:.3g} GB of the model's "
+        f"{whole / 1e9:.3g} GB stay as they are"
+    )
+    assert type(model.model.transformer.blocks[0].ff_out) is type(model.model.transformer.blocks[1].attn_out) is Int8
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "unpacked.*rope scaling is dynamic"),
+        ({"torch_dtype": "bfloat16"}, "unpacked.*no fast product for bfloat16: float32 is quicker"),
+    ],
+)
+def test_the_plain_path_is_said(tmp_path, monkeypatch, changes, words):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    families.checkpoint(tmp_path / "model", {**families.BASE, "model_type": "Dream", **changes})
+    model, _ = dlm.load(tmp_path / "model", dtype=changes.get("torch_dtype", "float32"))
+    with pytest.warns(UserWarning, match=words):
+        assert type(packed(model)) is Direct
+
+
+def test_a_warning_is_one_line_on_the_command_line(monkeypatch):
+    said, before = [], warnings.formatwarning
+    monkeypatch.setattr(main, "run", lambda argv: said.append(warnings.formatwarning("two\nlines", UserWarning, "", 1)))
+    main.main(["info"])
+    assert said == ["dlm: warning: two lines\n"] and warnings.formatwarning is before
 
 
 def test_refusals(monkeypatch):

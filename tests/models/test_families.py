@@ -232,7 +232,11 @@ THEIRS = {  # what transformers makes, and what its config.json is changed to
     "llama": ("Llama", {"tie_word_embeddings": True}, {}),
     "qwen2": ("Qwen2", {}, {}),
     "qwen3": ("Qwen3", {"head_dim": 12}, {}),
-    "sdar_moe": ("Qwen3Moe", {**EXPERTS, "norm_topk_prob": True}, {"model_type": "sdar_moe", "block_size": 1, "num_experts": 6}),
+    "sdar_moe": (
+        "Qwen3Moe",
+        {**EXPERTS, "norm_topk_prob": True},
+        {"model_type": "sdar_moe", "block_size": 1, "num_experts": 6},
+    ),
     "sdar_moe, some dense": (
         "Qwen3Moe",
         {**EXPERTS, "norm_topk_prob": False, "mlp_only_layers": [1], "decoder_sparse_step": 1},

@@ -13,18 +13,35 @@ from dlm.models.families import family_of
 from dlm.models.predictor import guess_places
 from dlm.objectives.losses import OBJECTIVES
 from dlm.objectives.noise import NoiseSettings, draw_noise
+from tests.helpers import families
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "families"
-NAMES = sorted(folder.name for folder in FOLDER.iterdir())
+RECORDED = sorted(folder.name for folder in FOLDER.iterdir())
 MASK = 298
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+MADE = {  # families without recorded cases: random weights
+    "illada": {"model_type": "illada", "tie_word_embeddings": True},
+    "sdar_moe": {"model_type": "sdar_moe", "head_dim": 8, "block_size": 4, **MOE},
+    "a2d_smollm3": {"model_type": "a2d-smollm3", "no_rope_layers": [1, 0], "block_length": 4},
+}
+NAMES = [*RECORDED, *MADE]
 PROMPTS = [[5, 17, 33, 2, 9, 41, 7], [8, 3], [100, 20, 31, 77, 6, 1, 90, 12, 44, 61]]
 
 
 @pytest.fixture(scope="module")
-def models():
+def folders(tmp_path_factory):
+    made, root = {name: FOLDER / name for name in RECORDED}, tmp_path_factory.mktemp("families")
+    for name, fields in MADE.items():
+        families.checkpoint(root / name, {**families.BASE, "vocab_size": 300, "mask_token_id": MASK, **fields})
+        made[name] = root / name
+    return made
+
+
+@pytest.fixture(scope="module")
+def models(folders):
     found = {}
     for name in NAMES:
-        found[name] = dlm.load(FOLDER / name, dtype="float64")[0]
+        found[name] = dlm.load(folders[name], dtype="float64")[0]
         found[name].config.mask_token_id = MASK
         if found[name].config.block_length is not None:
             found[name].config.block_length = 4
@@ -72,7 +89,8 @@ def test_an_exact_cache_equals_none(models, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_infilling_keeps_what_is_given(models, name):
     template = [5, 17, MASK, MASK, 33, MASK, 2, 9, 41, MASK, MASK, 7, 8]
-    out = dlm.generate(models[name], dlm.Canvas.from_templates([template], MASK), settings(models[name]))
+    canvas = dlm.Canvas.from_templates([template], MASK)
+    out = dlm.generate(models[name], canvas, settings(models[name], grow="none"))  # iLLaDA grows prompts alone
     tokens = out.canvas.tokens[0, : len(template)].tolist()
     assert MASK not in tokens
     assert all(got == given for got, given in zip(tokens, template, strict=True) if given != MASK)
@@ -140,9 +158,9 @@ def test_where_the_guess_for_a_place_stands(models, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_info_and_the_authors_defaults(name):
-    facts = describe(FOLDER / name)
-    opened = dlm.load_pretrained(FOLDER / name)
+def test_info_and_the_authors_defaults(folders, name):
+    facts = describe(folders[name])
+    opened = dlm.load_pretrained(folders[name])
     assert facts["layers"] == opened.config.n_layers and facts["heads"] == 4
     dlm.SamplingConfig(**opened.defaults)
     assert "stop_at_eos" not in opened.defaults or opened.has_end

@@ -117,7 +117,7 @@ def record(args, columns: int) -> tuple[list[list[str]], float]:
 
     import dlm
     from dlm.cli import live, session
-    from dlm.sampling.generate import prepare
+    from dlm.sampling.prompts import prepare
     from dlm.tokenizer import encode_prompt
 
     opened = session.open_checkpoint(args)

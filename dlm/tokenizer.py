@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
 
 from dlm.utils.jsonio import read_object
+
+if TYPE_CHECKING:  # its import takes a second
+    from transformers import PreTrainedTokenizerFast
 
 _FAST = ("TokenizersBackend", "PreTrainedTokenizerFast")  # names of the class that AutoTokenizer would choose
 # ___, ___{12} for twelve tokens, ___{2..20} for two to twenty, ___* for any number; ___{12:/[0-9]+/} and
@@ -139,6 +143,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     core.post_processor = processors.TemplateProcessing(  # a text begins as documents in training do
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, core.token_to_id(BOS))]
     )
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
         bos_token=BOS,
@@ -165,6 +171,8 @@ def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast | None:
     own_code = fields.get("auto_map") is not None  # its Python would read tokenizer.json too
     try:
         if (own_code or fields.get("tokenizer_class") in _FAST) and (folder / "tokenizer.json").is_file():
+            from transformers import PreTrainedTokenizerFast
+
             tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), trust_remote_code=False)
         else:
             from transformers import AutoTokenizer  # whose import takes long
@@ -179,6 +187,83 @@ def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast | None:
                 "runs: put a tokenizer.json there"
             ) from error
         raise ValueError(f"the tokenizer of {folder} cannot be read ({' '.join(str(error).split())})") from error
+
+
+# What a tokenizer_config.json may hold that `Codec` needs not read, or reads.
+_NAMED = ("bos_token", "eos_token", "mask_token", "pad_token", "unk_token")
+_IDLE = {"backend", "is_local", "local_files_only", "model_max_length", "tokenizer_class", "extra_special_tokens"}
+_CODEC_FIELDS = {*_NAMED, *_IDLE, "clean_up_tokenization_spaces"}
+_MOST_CODEC_TOKENS = 100_000  # transformers corrects some larger vocabularies
+
+
+class Codec:
+    """The core of a folder's tokenizer: what generating texts asks of one, without transformers, whose import takes a
+    second. Whatever else is asked for comes from transformers' class, which is opened then."""
+
+    def __init__(self, folder: Path, core: Tokenizer, named: dict[str, str | None]):
+        self.folder, self.backend_tokenizer = folder, core
+        for name in _NAMED:
+            token = named.get(name)
+            setattr(self, name, token)
+            setattr(self, f"{name}_id", None if token is None else core.token_to_id(token))
+
+    @cached_property
+    def whole(self) -> PreTrainedTokenizerFast:
+        """The same tokenizer as transformers has it."""
+        return load_tokenizer(self.folder)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.whole, name)
+
+    def __call__(self, text: str | list[str], add_special_tokens: bool = True) -> dict[str, list[int]]:
+        """The ids of a text, as `input_ids`."""
+        if not isinstance(text, str):
+            return self.whole(text, add_special_tokens=add_special_tokens)
+        return {"input_ids": self.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids}
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """The text of ids."""
+        return self.backend_tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def __len__(self) -> int:
+        return self.backend_tokenizer.get_vocab_size()
+
+    def get_vocab(self) -> dict[str, int]:
+        """Every token with its id."""
+        return self.backend_tokenizer.get_vocab()
+
+    def convert_ids_to_tokens(self, ids: int | Sequence[int]) -> str | list[str | None] | None:
+        """The token of an id, None for one that is none."""
+        one = isinstance(ids, int)
+        tokens = [self.backend_tokenizer.id_to_token(number) for number in ([ids] if one else ids)]
+        return tokens[0] if one else tokens
+
+
+def open_codec(folder: str | os.PathLike) -> Codec | None:
+    """The core of the tokenizer in a folder; None where transformers would do something beyond it, or read other files,
+    and for files that cannot be read (`load_tokenizer` says why)."""
+    folder = Path(folder)
+    if any((folder / name).exists() for name in ("special_tokens_map.json", "added_tokens.json")):
+        return None
+    try:
+        fields = read_object(folder / "tokenizer_config.json")
+        core = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        core.encode("a")
+    except Exception:  # `tokenizers` raises a bare Exception
+        return None
+    named = {name: fields[name] for name in _NAMED if fields.get(name) is not None}
+    extra = fields.get("extra_special_tokens") or []
+    plain = not fields.keys() - _CODEC_FIELDS and fields.get("tokenizer_class") in _FAST
+    plain = plain and fields.get("clean_up_tokenization_spaces") is False and isinstance(extra, list)
+    whole = core.truncation is None and core.padding is None and core.post_processor is not None
+    if not plain or not whole or core.get_vocab_size() > _MOST_CODEC_TOKENS:
+        return None
+    special = {token.content for token in core.get_added_tokens_decoder().values() if token.special}
+    if not all(isinstance(token, str) and token in special for token in (*named.values(), *extra)):
+        return None  # transformers would add it
+    return Codec(folder, core, named)
 
 
 def mask_id(tokenizer, config) -> int:

@@ -1,9 +1,11 @@
 """Tokenizer: round trips, special tokens at the end, prompts and answers."""
 
 import json
+from random import Random
 
 import pytest
 
+from dlm.checkpoints.files import SHIPPED
 from dlm.tokenizer import (
     MASK,
     SPECIAL_TOKENS,
@@ -12,6 +14,7 @@ from dlm.tokenizer import (
     encode_prompt,
     load_tokenizer,
     mask_id,
+    open_codec,
     train_tokenizer,
 )
 
@@ -90,3 +93,40 @@ def test_a_word_without_end_does_not_stall_the_training():
     """BPE takes quadratic time over one word: 5 MB without a space never ended."""
     tokenizer = train_tokenizer(["a fox " * 20, "ab" * 2_500_000], 300)
     assert tokenizer.decode(tokenizer("a fox")["input_ids"], skip_special_tokens=True) == "a fox"
+
+
+def test_the_core_reads_and_writes_as_transformers_tokenizer():
+    """On texts with special tokens, spaces before stops, several languages; ids that are no text, and special ids."""
+    whole, codec = load_tokenizer(SHIPPED), open_codec(SHIPPED)
+    random = Random(0)
+    pieces = ["Once", " upon", " a time", " .", " n't", "\n\n", "日本", "🙂", "é", "  ", "123", *SPECIAL_TOKENS]
+    for _ in range(200):
+        text = "".join(random.choices(pieces, k=random.randrange(12)))
+        for add in (True, False):
+            ids = codec(text, add_special_tokens=add)["input_ids"]
+            assert ids == whole(text, add_special_tokens=add)["input_ids"]
+        ids += random.choices(range(len(whole)), k=4)
+        for skip in (True, False):
+            assert codec.decode(ids, skip_special_tokens=skip) == whole.decode(ids, skip_special_tokens=skip)
+        assert codec.convert_ids_to_tokens(ids) == whole.convert_ids_to_tokens(ids)
+    names = [f"{name}{end}" for name in ("bos", "eos", "mask", "pad", "unk") for end in ("_token", "_token_id")]
+    assert all(getattr(codec, name) == getattr(whole, name) for name in names)
+    assert len(codec) == len(whole) and codec.get_vocab() == whole.get_vocab() and "whole" not in vars(codec)
+    assert codec.all_special_ids == whole.all_special_ids  # by transformers' class, which is opened then
+    assert codec(["a", "b"])["input_ids"] == whole(["a", "b"])["input_ids"]
+    assert encode_prompt(codec, "Once upon") == encode_prompt(whole, "Once upon")
+
+
+@pytest.mark.parametrize("changes", [
+    {"clean_up_tokenization_spaces": True}, {"add_bos_token": False}, {"mask_token": "<|other|>"},
+    {"tokenizer_class": "LlamaTokenizer"}, {"extra_special_tokens": ["<|new|>"]}, {"bos_token": {"content": "a"}},
+])  # fmt: skip
+def test_what_the_core_does_not_do_alone_is_left_to_transformers(tmp_path, tokenizer, changes):
+    tokenizer.save_pretrained(tmp_path)
+    assert open_codec(tmp_path) is not None
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    assert open_codec(tmp_path) is None
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "added_tokens.json").write_text("{}")
+    assert open_codec(tmp_path) is None

@@ -5,6 +5,7 @@ Shapes: d_model, embedding_size ... as in config.json.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 import types
@@ -13,27 +14,31 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedConfig
-from transformers.utils import logging as hf_logging
 
 from dlm.checkpoints.folder import Tensors
 from dlm.kernels.linear import QUANTIZED, quantize_
 from dlm.kernels.tensor_parallel import shared_out
 from dlm.models.choices import ATTENTION, DTYPES, FLOATS, float_name
-from dlm.models.configuration import LLaDAConfig
+from dlm.models.fields import LLaDAFields
 from dlm.utils.jsonio import read_object
 from dlm.utils.names import check_name
 
-__all__ = ["Placing", "is_own", "open_model", "quiet", "read_config"]
+if TYPE_CHECKING:  # its import takes a second
+    from transformers import PreTrainedConfig
+
+__all__ = ["Placing", "is_own", "open_model", "quiet", "read_config", "read_fields"]
 
 WIDENED = 1_000_000_000  # parameters; above this, float32 would take too much of a machine's memory
 LONGEST = 2**31  # slots; no model reads more
 _GENERAL = {"architectures": list[str] | None, "dtype": str | None, "torch_dtype": str | None}  # of every family
+_FIELDS = {field.name for field in dataclasses.fields(LLaDAFields)}
+# Fields of transformers' that say nothing of the network.
+_BESIDE = {"model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "bos_token_id"}
 SAVED = (*FLOATS, "float64")  # number types that weights may have on disk and in memory
 
 
@@ -73,7 +78,22 @@ class Placing:
 # ---------------------------------------------------------------- configuration
 
 
-def is_own(config: PreTrainedConfig) -> bool:
+def read_fields(folder: Path) -> LLaDAFields | None:
+    """The configuration in a folder without transformers; None where `read_config` has to read it or to say why not."""
+    try:
+        content = read_object(folder / "config.json")
+        if content.get("model_type") != LLaDAFields.model_type or content.keys() - _FIELDS - _BESIDE:
+            return None
+        check_types(content, LLaDAFields, folder / "config.json")
+        fields = LLaDAFields(**{name: value for name, value in content.items() if name in _FIELDS})
+        fields.bos_token_id = content.get("bos_token_id")
+        _check_ids(fields, folder / "config.json")
+    except (OSError, ValueError, TypeError):
+        return None
+    return fields
+
+
+def is_own(config: PreTrainedConfig | LLaDAFields) -> bool:
     """Whether dlm's own transformer reads this configuration (transformers reads the others)."""
     return type(config).__module__.startswith("dlm.")
 
@@ -120,7 +140,9 @@ def _own_config(content: dict[str, Any], folder: Path) -> PreTrainedConfig:
 def _kind(content: dict[str, Any], folder: Path) -> type[PreTrainedConfig]:
     """The class of the configuration; LLaDA's without the table of all families, whose import takes seconds."""
     parts = [name for name in content if name.endswith(("_config", "_tower", "_decoder", "projector_type"))]
-    if content.get("model_type") == LLaDAConfig.model_type and content.get("num_experts") is None and not parts:
+    if content.get("model_type") == LLaDAFields.model_type and content.get("num_experts") is None and not parts:
+        from dlm.models.configuration import LLaDAConfig
+
         return LLaDAConfig
     from dlm.models.families import recognise
 
@@ -164,7 +186,7 @@ def _words(hint: Any) -> str:
     return " or ".join(names.get(part, str(part)) for part in parts)
 
 
-def _check_ids(config: PreTrainedConfig, file: Path) -> None:
+def _check_ids(config: PreTrainedConfig | LLaDAFields, file: Path) -> None:
     """Raises ValueError for an id without an embedding, and for a length that is none."""
     named = {"mask_token_id": config.mask_token_id, "eos_token_id": config.eos_token_id}
     for field, value in named.items():
@@ -266,6 +288,8 @@ def _check_numbers(model: nn.Module, folder: Path) -> None:
 @contextmanager
 def quiet() -> Iterator[None]:
     """No progress bar and no report from transformers meanwhile: what matters is raised."""
+    from transformers.utils import logging as hf_logging
+
     bar, level = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()

@@ -12,22 +12,24 @@ import os
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from dlm.checkpoints.adapters import base_of, with_adapter
 from dlm.checkpoints.files import SHIPPED, read_defaults
 from dlm.checkpoints.folder import Tensors, check_names, check_sizes, fetch, read_tensors, weight_files
-from dlm.checkpoints.load import Placing, is_own, open_model, read_config
-from dlm.checkpoints.quick import packed_from
+from dlm.checkpoints.load import Placing, is_own, open_model, read_config, read_fields
+from dlm.checkpoints.quick import fits, packed_from
 from dlm.kernels.linear import QUANTIZED
 from dlm.kernels.packing import packed, packed_alone
-from dlm.models.configuration import LLaDAConfig
+from dlm.models.fields import LLaDAFields
 from dlm.sampling.config import as_ids
-from dlm.tokenizer import load_tokenizer, mask_id
+from dlm.tokenizer import Codec, load_tokenizer, mask_id, open_codec
+
+if TYPE_CHECKING:  # opening a checkpoint to generate text does without it, and its import takes a second
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 __all__ = ["Pretrained", "check_fit", "load", "load_pretrained", "number_type", "open_tokenizer"]
 
@@ -38,14 +40,15 @@ SLOW = 1e9  # bytes of weights from which packing takes seconds
 class Pretrained:
     """A checkpoint: its configuration, and its parts as they are asked for.
 
-    path: a folder or a hub id, as it was given; folder: where its files lie; tensors: the headers of
-    its weights; adapter: a folder of PEFT's that is merged into them; progress: is told in a word what takes
-    long. Errors of a part come where it is first asked for, each in one line that names the checkpoint.
+    path: a folder or a hub id, as it was given; folder: where its files lie; fields: what its config.json says, without
+    transformers' class where that is enough, since its import takes a second; tensors: the headers of its weights;
+    adapter: a folder of PEFT's that is merged into them; progress: is told in a word what takes long. Errors of a part
+    come where it is first asked for, each in one line that names the checkpoint.
     """
 
     path: str
     folder: Path
-    config: PreTrainedConfig
+    fields: LLaDAFields | PreTrainedConfig
     tensors: Tensors
     placing: Placing
     variant: str | None
@@ -53,6 +56,11 @@ class Pretrained:
     adapter: str | None = None
 
     # ------------------------------------------------------------ what it is
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """Its configuration, of transformers' kind."""
+        return read_config(self.folder) if type(self.fields) is LLaDAFields else self.fields
 
     @property
     def name(self) -> str:
@@ -62,13 +70,13 @@ class Pretrained:
     @property
     def family(self) -> str:
         """The `model_type` of its config.json."""
-        return self.config.model_type
+        return self.fields.model_type
 
     @property
     def objective(self) -> str:
         """What it was trained for: diffusion, block_diffusion or autoregressive. It stands in config.json; a family
         that transformers reads is autoregressive."""
-        return self.config.objective if is_own(self.config) else "autoregressive"
+        return self.fields.objective if is_own(self.fields) else "autoregressive"
 
     @property
     def autoregressive(self) -> bool:
@@ -78,18 +86,18 @@ class Pretrained:
     @property
     def block_length(self) -> int | None:
         """Of a block-causal model the length of its blocks in slots, else None."""
-        return getattr(self.config, "block_length", None)
+        return getattr(self.fields, "block_length", None)
 
     @property
     def max_length(self) -> int | None:
         """Most tokens that it reads; None where its configuration does not say."""
         names = ("max_sequence_length", "max_position_embeddings", "n_positions")
-        return next((value for name in names if (value := getattr(self.config, name, None))), None)
+        return next((value for name in names if (value := getattr(self.fields, name, None))), None)
 
     @property
     def end_ids(self) -> tuple[int, ...]:
         """The ids that end a text."""
-        return as_ids(self.config.eos_token_id)
+        return as_ids(self.fields.eos_token_id)
 
     @property
     def has_end(self) -> bool:
@@ -101,11 +109,11 @@ class Pretrained:
         """The sampling options that its family's authors use, and over them those that its generation_config.json asks
         for, perhaps "chat": False, or options for answers."""
         saved = read_defaults(self.folder / "generation_config.json")
-        if not is_own(self.config) or type(self.config) is LLaDAConfig:  # neither has options of its own
+        if not is_own(self.fields) or isinstance(self.fields, LLaDAFields):  # neither has options of its own
             return saved
         from dlm.models.families import family_of
 
-        family = dict(family_of(self.config).sampling)
+        family = dict(family_of(self.fields).sampling)
         if not self.has_end:
             family.pop("stop_at_eos", None)
         return family | saved
@@ -121,7 +129,7 @@ class Pretrained:
         """`defaults` for filling blanks: text after a blank counts, so a network that knows both visibilities uses the
         one that sees it, and a text of variable length does not grow."""
         kept = {name: value for name, value in self.defaults.items() if name != "grow"}
-        if kept.get("method") == "block_causal" and getattr(self.config, "full_attention", False):
+        if kept.get("method") == "block_causal" and getattr(self.fields, "full_attention", False):
             return kept | {"method": "none"}
         return kept
 
@@ -145,9 +153,19 @@ class Pretrained:
     def optional_tokenizer(self) -> PreTrainedTokenizerBase | None:
         """Its tokenizer, None where the folder has none. Raises ValueError for one that does not fit the model."""
         tokenizer = load_tokenizer(self.folder)
-        if tokenizer is not None and is_own(self.config):
-            check_fit(self.config, tokenizer)
+        if tokenizer is not None and is_own(self.fields):
+            check_fit(self.fields, tokenizer)
         return tokenizer
+
+    @cached_property
+    def codec(self) -> Codec | PreTrainedTokenizerBase:
+        """What turns texts into ids and back: its tokenizer, or the core of it where that does the same without
+        transformers. Raises ValueError where the folder has none, and for one that does not fit the model."""
+        if "optional_tokenizer" in vars(self) or (codec := open_codec(self.folder)) is None:
+            return self.tokenizer
+        if is_own(self.fields):
+            check_fit(self.fields, codec)
+        return codec
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -166,7 +184,7 @@ class Pretrained:
     @cached_property
     def mask_id(self) -> int:
         """The id of its mask token. Raises ValueError where it has none."""
-        return mask_id(self.optional_tokenizer, self.config)
+        return mask_id(vars(self).get("codec") or self.optional_tokenizer, self.fields)
 
     @property
     def chat_template(self) -> str | None:
@@ -175,7 +193,7 @@ class Pretrained:
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens removed."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return self.codec.decode(list(ids), skip_special_tokens=True)
 
     # ------------------------------------------------------------ numbers
 
@@ -199,7 +217,8 @@ class Pretrained:
 
     @cached_property
     def _alone(self) -> Any:
-        if (quick := packed_from(self.folder, self.config, self.tensors, self.placing)) is not None:
+        quick = packed_from(self.folder, self.fields, self.tensors, self.placing) if self.variant is None else None
+        if quick is not None:
             return quick
         model = open_model(self.folder, self.config, self.tensors, self.placing, self.variant)
         if sum(weight.nbytes for weight in model.parameters()) > SLOW:
@@ -214,8 +233,7 @@ class Pretrained:
     def ready(self, model: bool = False) -> None:
         """Makes all parts that denoising texts needs, now; model: the model too. Raises as each of them."""
         self.check_diffusion()
-        self.check_tokenizer()
-        _ = self.mask_id, self.model if model else self.predictor  # a part is made when it is asked for
+        _ = self.codec, self.mask_id, self.model if model else self.predictor  # a part is made when it is asked for
 
     @property
     def number_type(self) -> str:
@@ -275,14 +293,16 @@ def load_pretrained(
         )  # fmt: skip
         return dataclasses.replace(opened, path=path, adapter=path)
     folder = fetch(path, revision, variant=variant)
-    config = read_config(folder, causal=causal)
+    fields = read_fields(folder) or read_config(folder, causal=causal)
     tensors = read_tensors(weight_files(folder, variant))
-    check_sizes(folder, config, tensors)
-    if type(config) is not LLaDAConfig and is_own(config):  # the table of families takes seconds to import
-        from dlm.models.families import expected_tensors, family_of
+    if type(fields) is not LLaDAFields or not fits(fields, tensors):
+        fields = read_config(folder, causal=causal)
+        check_sizes(folder, fields, tensors)
+        if not isinstance(fields, LLaDAFields) and is_own(fields):  # the table of families takes seconds to import
+            from dlm.models.families import expected_tensors, family_of
 
-        check_names(folder, expected_tensors(family_of(config).model, config), tensors)
-    return Pretrained(path, folder, config, tensors, placing, variant, progress or (lambda word: None))
+            check_names(folder, expected_tensors(family_of(fields).model, fields), tensors)
+    return Pretrained(path, folder, fields, tensors, placing, variant, progress or (lambda word: None))
 
 
 def load(path: str | os.PathLike | None = None, **options: Any) -> tuple[nn.Module, PreTrainedTokenizerBase | None]:
@@ -303,7 +323,7 @@ def open_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_fit(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_fit(config: LLaDAFields | PreTrainedConfig, tokenizer: Codec | PreTrainedTokenizerBase) -> None:
     """Raises ValueError for a tokenizer with more tokens than the model has embeddings, or with another mask token."""
     if len(tokenizer) > config.embedding_size:
         raise ValueError(

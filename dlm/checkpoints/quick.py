@@ -19,12 +19,12 @@ from dlm.checkpoints.folder import WEIGHTS, Tensors
 from dlm.kernels.linear import kind_for
 from dlm.kernels.packed import Packed
 from dlm.kernels.packing import LARGEST
-from dlm.models.configuration import LLaDAConfig
+from dlm.models.fields import LLaDAFields
 
 if TYPE_CHECKING:
     from dlm.checkpoints.load import Placing
 
-__all__ = ["packed_from"]
+__all__ = ["fits", "packed_from"]
 
 BODY = "model.transformer"
 NORMS, QKV, MLP = ("attn_norm", "ff_norm"), ("q_proj", "k_proj", "v_proj"), ("ff_proj", "up_proj", "ff_out")
@@ -38,16 +38,13 @@ def packed_from(folder: Path, config: Any, tensors: Tensors, placing: Placing) -
     whole = placing.whole == torch.float32 or (placing.whole == "auto" and 4 * tensors.parameters <= LARGEST)
     elsewhere = placing.device_map is not None or placing.cuda_graphs or placing.tensor_parallel or placing.bits
     usual = device == "cpu" and whole and not elsewhere and placing.attn_implementation in (None, "sdpa")
-    if type(config) is not LLaDAConfig or not usual or kind_for(cpu, torch.float32) is None:
+    if not isinstance(config, LLaDAFields) or not usual or kind_for(cpu, torch.float32) is None:
         return None
-    if 4 * tensors.parameters > LARGEST or not tensors.dtypes <= {"F32", "BF16", "F16"}:
-        return None
-    shapes = expected(config)
-    if dict(tensors.shapes) != shapes or not (folder / WEIGHTS).is_file():
+    if 4 * tensors.parameters > LARGEST or not fits(config, tensors) or not (folder / WEIGHTS).is_file():
         return None
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
-            weights = {name: file.get_tensor(name).float() for name in shapes}
+            weights = {name: file.get_tensor(name).float() for name in tensors.shapes}
     except (OSError, SafetensorError):
         return None
     if not bool(torch.stack([weight.sum() for weight in weights.values()]).isfinite().all()):
@@ -58,7 +55,14 @@ def packed_from(folder: Path, config: Any, tensors: Tensors, placing: Placing) -
     return Packed(skeleton, release=True)
 
 
-def expected(config: LLaDAConfig) -> dict[str, tuple[int, ...]]:
+def fits(config: LLaDAFields, tensors: Tensors) -> bool:
+    """Whether the files hold what the configuration asks for, neither more nor less, in a type that is read here."""
+    if config.n_layers > len(tensors.shapes) or not tensors.dtypes <= {"F32", "BF16", "F16"}:
+        return False
+    return dict(tensors.shapes) == expected(config)
+
+
+def expected(config: LLaDAFields) -> dict[str, tuple[int, ...]]:
     """The tensors of a checkpoint with this configuration, and their shapes."""
     size, width, kv = config.d_model, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     hidden = config.mlp_hidden_size
@@ -94,7 +98,7 @@ class _Weights:
 class _Block:
     """A layer as `Packed` reads it."""
 
-    config: LLaDAConfig
+    config: LLaDAFields
     head_dim: int
     qk_norm: str | None
     parts: dict[str, _Weights]
@@ -107,7 +111,7 @@ class _Block:
             raise AttributeError(name) from None
 
 
-def _skeleton(config: LLaDAConfig, weights: dict[str, Tensor], device: torch.device) -> SimpleNamespace:
+def _skeleton(config: LLaDAFields, weights: dict[str, Tensor], device: torch.device) -> SimpleNamespace:
     """What `Packed` reads of a model."""
 
     def part(name: str) -> _Weights:

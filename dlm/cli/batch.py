@@ -46,7 +46,7 @@ def check_texts(opened: Pretrained, texts: Sequence[str]) -> None:
     """
     if opened.max_length is None:
         return
-    longest = max((len(token.encode("utf-8")) for token in opened.tokenizer.get_vocab()), default=1)
+    longest = max((len(token.encode("utf-8")) for token in opened.codec.get_vocab()), default=1)
     most = 4 * longest * opened.max_length  # a normaliser may shorten a text, not to a quarter
     for text in texts:
         if len(text) > most:
@@ -63,7 +63,7 @@ def run_jobs(opened: Pretrained, jobs: Iterable[Job], config, args, show: Callab
         if args.record:
             from dlm.sampling.trajectory import Recorder
 
-            recorder = stack.enter_context(Recorder(args.record, opened.tokenizer, ends_of(opened, config)))
+            recorder = stack.enter_context(Recorder(args.record, opened.codec, ends_of(opened, config)))
         return _run(opened, jobs, config, args, show, recorder)
 
 

@@ -38,9 +38,9 @@ def generate(argv: Sequence[str]) -> int:
     check_texts(opened, prompts)
     region = [opened.mask_id] * config.start_length
     ids = [
-        chat_ids(opened.tokenizer, [{"role": "user", "content": prompt}], opened.mask_id)
+        chat_ids(opened.codec, [{"role": "user", "content": prompt}], opened.mask_id)
         if args.chat
-        else encode_prompt(opened.tokenizer, prompt, opened.mask_id)
+        else encode_prompt(opened.codec, prompt, opened.mask_id)
         for prompt in prompts
     ]
     pairs = ((prompt, head) for prompt, head in zip(prompts, ids, strict=True) for _ in range(args.num_samples))

@@ -47,9 +47,7 @@ def infill(argv: Sequence[str]) -> int:
     # A blank is in the middle of a text, so the text may not end in it.
     config = settings(args, opened.blank_defaults, gen_length=places, suppress_eos=opened.has_end)
     rows = [
-        blanks(
-            opened.tokenizer, text, args.blank_length, opened.mask_id, lengths=lengths_of(opened, text, config, args)
-        )
+        blanks(opened.codec, text, args.blank_length, opened.mask_id, lengths=lengths_of(opened, text, config, args))
         for text in texts
     ]
     pairs = ((text, row) for text, row in zip(texts, rows, strict=True) for _ in range(args.num_samples))
@@ -75,7 +73,7 @@ def lengths_of(opened: Pretrained, text: str, config, args) -> tuple[int, ...]:
         live.note(sys.stderr, "choosing lengths ...")
     try:
         return choose_lengths(
-            opened.predictor, text, config, tokenizer=opened.tokenizer, blank_length=args.blank_length, **ids
+            opened.predictor, text, config, tokenizer=opened.codec, blank_length=args.blank_length, **ids
         )
     finally:
         live.note(sys.stderr, "")

@@ -39,8 +39,8 @@ def run_offline(args) -> int:
 
     def encode(prompt: str) -> list[int]:
         if args.chat:
-            return chat_ids(opened.tokenizer, [{"role": "user", "content": prompt}], opened.mask_id)
-        return encode_prompt(opened.tokenizer, prompt, opened.mask_id)
+            return chat_ids(opened.codec, [{"role": "user", "content": prompt}], opened.mask_id)
+        return encode_prompt(opened.codec, prompt, opened.mask_id)
 
     total, out = prompts.count * args.num_samples, Path(args.out)
     asked = {

@@ -95,6 +95,7 @@ def open_checkpoint(args, check: bool = True, model: bool = False) -> Pretrained
         opened.ready(model)
         return opened
     finally:
+        gc.freeze()  # what lives now stays: the next collection would look through all of it
         gc.enable()
 
 
@@ -141,20 +142,21 @@ def denoise(
 
     Ctrl-C ends it early: the results are then not finished.
     """
-    import dlm
+    from dlm.sampling import denoise as loop
+    from dlm.sampling.canvas import Canvas
     from dlm.sampling.constraints import constraints_of_blanks
-    from dlm.sampling.generate import prepare
+    from dlm.sampling.prompts import prepare
 
-    canvas = dlm.Canvas.from_templates([job.ids for job in jobs], opened.mask_id, device=opened.device)
+    canvas = Canvas.from_templates([job.ids for job in jobs], opened.mask_id, device=opened.device)
     config = dataclasses.replace(config, seed=tuple(job.seed for job in jobs))
-    _, known = prepare(opened.predictor, canvas, config, opened.tokenizer)
+    _, known = prepare(opened.predictor, canvas, config, opened.codec)
     if config.moves and recorder is not None:
         raise ValueError(f"a recording has fixed slots, and grow {config.grow!r} moves them: leave --record out")
     if any(pattern for job in jobs for *_, pattern in job.blanks):
         if known["constraints"] is not None:
             raise ValueError("a blank has a pattern of its own: leave --regex, --json-schema and --choices out")
         eos = config.eos_ids or known["eos_token_ids"]
-        known["constraints"] = [constraints_of_blanks(opened.tokenizer, job.blanks, eos) for job in jobs]
+        known["constraints"] = [constraints_of_blanks(opened.codec, job.blanks, eos) for job in jobs]
     shown = not args.json and not args.no_live and live.is_live(sys.stdout)
     view: Any = contextlib.nullcontext()
     if shown:
@@ -164,7 +166,7 @@ def denoise(
     state, written, start = None, [0] * len(jobs), time.perf_counter()
     with view:
         try:
-            states = dlm.denoise(opened.predictor, canvas, config, **known, likely=RECORDED if recorder else 0)
+            states = loop.denoise(opened.predictor, canvas, config, **known, likely=RECORDED if recorder else 0)
             if recorder is not None:
                 states = recorder.follow(states, canvas, recorded_settings(opened, config))
             for state in states:
@@ -199,7 +201,7 @@ def expected(opened: Pretrained, canvas, config) -> tuple[int | None, int]:
 
 def ends_of(opened: Pretrained, config) -> frozenset[int]:
     """The ids that end a text."""
-    ends = {opened.tokenizer.eos_token_id, *config.eos_ids, *opened.end_ids}
+    ends = {opened.codec.eos_token_id, *config.eos_ids, *opened.end_ids}
     return frozenset(ends - {None})
 
 
@@ -231,7 +233,7 @@ def text_pieces(opened: Pretrained, result: Result, config, head: str) -> list[l
     ids = result.ids
     for end in config.eos_ids:
         ids = ids[: ids.index(end)] if end in ids else ids
-    return [*pieces, live.Piece(decode(opened.tokenizer, ids))]
+    return [*pieces, live.Piece(decode(opened.codec, ids))]
 
 
 def text_of(pieces: Sequence[live.Piece]) -> str:

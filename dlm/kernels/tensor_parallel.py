@@ -6,13 +6,13 @@ import atexit
 import os
 
 from dlm.kernels.linear import QUANTIZED
-from dlm.models.configuration import LLaDAConfig
+from dlm.models.fields import LLaDAFields
 from dlm.utils.distributed import leave_processes
 
 __all__ = ["shared_out"]
 
 
-def shared_out(config: LLaDAConfig, dtype: str) -> dict:
+def shared_out(config: LLaDAFields, dtype: str) -> dict:
     """Options of `from_pretrained` that share the layers out over the processes that torchrun started.
 
     Raises ValueError where it started none, or this model's layers cannot be shared by so many.

@@ -1,4 +1,4 @@
-"""What a caller hands to `generate` -> the canvas, and what the checkpoint says that the sampler must know."""
+"""A whole generation: what a caller hands to `generate` -> the filled canvas."""
 
 from dataclasses import dataclass
 
@@ -7,15 +7,12 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from dlm.sampling.canvas import Canvas
-from dlm.sampling.config import SamplingConfig, as_ids
-from dlm.sampling.constraints import constraint_of
+from dlm.sampling.config import SamplingConfig
 from dlm.sampling.denoise import denoise
-from dlm.sampling.growth import growth_tokens
-from dlm.sampling.prompts import rows_of
+from dlm.sampling.prompts import prepare
 from dlm.sampling.telemetry import Telemetry
-from dlm.tokenizer import mask_id
 
-__all__ = ["GenerationOutput", "generate", "prepare"]
+__all__ = ["GenerationOutput", "generate"]
 
 
 @dataclass
@@ -65,33 +62,3 @@ def generate(
         tokens_per_forward=committed.cpu() / state.nfe.clamp_min(1),
         positions_computed=state.positions_computed,
     )
-
-
-def prepare(predictor, inputs, config: SamplingConfig, tokenizer=None) -> tuple[Canvas, dict]:
-    """The canvas for these inputs and what else `denoise` should know (vocab_size, eos_token_ids, constraints,
-    growth_tokens)."""
-    settings = getattr(predictor, "config", None)
-    vocab_size = getattr(settings, "vocab_size", None) if tokenizer is None else len(tokenizer)
-    known = {"vocab_size": vocab_size, "eos_token_ids": as_ids(getattr(settings, "eos_token_id", None))}
-    known["growth_tokens"] = growth_tokens(tokenizer, settings)
-    if isinstance(inputs, Canvas):
-        known["constraints"] = constraint_of(config, inputs, tokenizer, known["eos_token_ids"])
-        return inputs, known
-    inputs = rows_of(inputs, tokenizer, settings)
-    canvas = Canvas.from_prompts(
-        inputs, config.start_length, mask_id(tokenizer, settings), device=_device_of(predictor)
-    )
-    size = getattr(settings, "embedding_size", None)
-    wrong = canvas.tokens[(canvas.tokens < 0) | (canvas.tokens >= (size or 2**62))]
-    if len(wrong):
-        raise ValueError(
-            f"the prompts hold id {int(wrong[0])}, but the model's ids go from 0 to {size - 1 if size else '…'}"
-        )
-    known["constraints"] = constraint_of(config, canvas, tokenizer, known["eos_token_ids"])
-    return canvas, known
-
-
-def _device_of(predictor) -> torch.device | None:
-    if isinstance(predictor, torch.nn.Module):
-        return next((weight.device for weight in predictor.parameters()), None)
-    return getattr(predictor, "device", None)

@@ -1,4 +1,6 @@
-"""What a caller hands to `generate` -> rows of ids: texts, ids, padded tensors with their mask, a tokenizer's output.
+"""What a caller hands to `generate` -> rows of ids and the canvas, and what of the checkpoint the sampler must know.
+
+Rows come as texts, ids, padded tensors with their mask, or a tokenizer's output.
 
 Shapes: B rows, P tokens of a padded prompt.
 """
@@ -8,10 +10,45 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dlm.sampling.config import as_ids
-from dlm.tokenizer import encode_prompt
+import torch
 
-__all__ = ["rows_of", "without_padding"]
+from dlm.sampling.canvas import Canvas
+from dlm.sampling.config import SamplingConfig, as_ids
+from dlm.sampling.constraints import constraint_of
+from dlm.sampling.growth import growth_tokens
+from dlm.tokenizer import encode_prompt, mask_id
+
+__all__ = ["prepare", "rows_of", "without_padding"]
+
+
+def prepare(predictor, inputs, config: SamplingConfig, tokenizer=None) -> tuple[Canvas, dict]:
+    """The canvas for these inputs and what else `denoise` should know (vocab_size, eos_token_ids, constraints,
+    growth_tokens)."""
+    settings = getattr(predictor, "config", None)
+    vocab_size = getattr(settings, "vocab_size", None) if tokenizer is None else len(tokenizer)
+    known = {"vocab_size": vocab_size, "eos_token_ids": as_ids(getattr(settings, "eos_token_id", None))}
+    known["growth_tokens"] = growth_tokens(tokenizer, settings)
+    if isinstance(inputs, Canvas):
+        known["constraints"] = constraint_of(config, inputs, tokenizer, known["eos_token_ids"])
+        return inputs, known
+    inputs = rows_of(inputs, tokenizer, settings)
+    canvas = Canvas.from_prompts(
+        inputs, config.start_length, mask_id(tokenizer, settings), device=_device_of(predictor)
+    )
+    size = getattr(settings, "embedding_size", None)
+    wrong = canvas.tokens[(canvas.tokens < 0) | (canvas.tokens >= (size or 2**62))]
+    if len(wrong):
+        raise ValueError(
+            f"the prompts hold id {int(wrong[0])}, but the model's ids go from 0 to {size - 1 if size else '…'}"
+        )
+    known["constraints"] = constraint_of(config, canvas, tokenizer, known["eos_token_ids"])
+    return canvas, known
+
+
+def _device_of(predictor) -> torch.device | None:
+    if isinstance(predictor, torch.nn.Module):
+        return next((weight.device for weight in predictor.parameters()), None)
+    return getattr(predictor, "device", None)
 
 
 def rows_of(inputs: Any, tokenizer=None, config=None) -> list[Any]:

@@ -1,18 +1,18 @@
 """A packed copy from the file itself: what the model's copy is, to the last bit; all else is left to the model."""
 
-import subprocess
-import sys
-from pathlib import Path
+import dataclasses
+import json
 
 import pytest
 import torch
 
-import dlm
 from dlm.checkpoints import quick
+from dlm.checkpoints.load import read_config, read_fields
 from dlm.checkpoints.pretrained import load_pretrained
 from dlm.kernels.linear import has_kernels
 from dlm.kernels.packed import Packed
 from dlm.kernels.packing import packed
+from dlm.models.fields import LLaDAFields
 from tests.helpers.toys import tiny_model
 
 SHAPES = [
@@ -73,17 +73,21 @@ def test_damage_is_left_to_the_model_which_names_it(tmp_path):
         _ = load_pretrained(tmp_path / "other", device="cpu").predictor
 
 
-START = """
-import sys
-from dlm.cli.main import main
-main(["generate", "Once", "--gen-length", "4", "--steps", "2", "--json", "--device", "cpu"])
-late = [m for m in ("transformers.modeling_utils", "accelerate", "torch.distributed.tensor") if m in sys.modules]
-assert not late, late
-"""
+@pytest.mark.parametrize("changes", SHAPES)
+def test_fields_are_those_of_transformers_class(tmp_path, changes):
+    fields = read_fields(saved(tmp_path, **changes))
+    config = read_config(tmp_path)
+    assert type(fields) is LLaDAFields and isinstance(config, LLaDAFields) and type(config) is not LLaDAFields
+    derived = [name for name, value in vars(LLaDAFields).items() if isinstance(value, property)]
+    for name in [field.name for field in dataclasses.fields(LLaDAFields)] + derived + ["bos_token_id", "model_type"]:
+        assert getattr(fields, name) == getattr(config, name, None), name
+    opened = load_pretrained(tmp_path, device="cpu")
+    assert type(opened.predictor.config) is LLaDAFields and type(opened.config) is type(config)
 
 
-def test_generation_begins_without_transformers_modelling_code():
-    """Its import took 3.5 of the 4 seconds before the first frame."""
-    root = Path(dlm.__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", START], cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0 and '"text"' in done.stdout, done.stderr
+@pytest.mark.parametrize("changes", [{"hidden_size": 16}, {"num_experts": 2}, {"n_heads": "4"}, {"rope": False}])
+def test_other_configurations_are_left_to_transformers_class(tmp_path, changes):
+    """Names of transformers', other families, and faults, which it names."""
+    file = saved(tmp_path) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    assert read_fields(tmp_path) is None

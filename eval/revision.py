@@ -22,33 +22,9 @@ import numpy as np
 
 from dlm.cli.parser import Parser, check_least
 from dlm.cli.scripts import guarded
-from dlm.utils.names import check_name
+from dlm.evaluation.rules import fields_of
 
-# kind: (fields of SamplingConfig, the one that a number after a colon sets).
-RULES: dict[str, tuple[dict, str | None]] = {
-    "none": ({}, None),
-    "edit": ({"revise": "edit"}, "edit_threshold"),
-    "verify": ({"revise": "verify"}, "verify_threshold"),
-    "ancestral": ({"commit": "ancestral"}, None),
-    "cap": ({"commit": "ancestral", "revise": "remask", "remask": "cap"}, "remask_eta"),
-    "rescale": ({"commit": "ancestral", "revise": "remask", "remask": "rescale"}, "remask_eta"),
-    "confidence": ({"commit": "ancestral", "revise": "remask", "remask": "confidence"}, "remask_eta"),
-    "loop": ({"commit": "ancestral", "revise": "remask", "remask": "loop"}, "remask_eta"),
-}
-CHOSEN = "none,edit:0.7,edit:0.9,edit:0.97,verify:0.0001,verify:0.001,ancestral,cap,rescale,confidence,loop"
-
-
-def fields_of(rule: str) -> dict:
-    """`verify:0.01` -> fields of SamplingConfig. Errors: an unknown rule; a value that is no number."""
-    name, colon, value = rule.partition(":")
-    check_name("rules", name, RULES)
-    fields, number = RULES[name]
-    if not colon:
-        return fields
-    try:
-        return fields | {number: float(value)}
-    except ValueError:
-        raise ValueError(f"rule {rule!r}: what follows the colon must be a number, as in verify:0.01") from None
+CHOSEN = "none,edit:0.7,edit:0.9,edit:0.97,shadow:0.9,shadow:0.97,verify,ancestral,cap,rescale,confidence,loop"
 
 
 def options(argv: list[str]):
@@ -79,9 +55,6 @@ def options(argv: list[str]):
     except ValueError:
         raise ValueError(f"--steps is {args.steps!r}: give whole numbers, as in 16,32") from None
     args.chosen = {rule: fields_of(rule) for rule in args.rules.split(",")}
-    for rule, fields in args.chosen.items():
-        if None in fields:
-            raise ValueError(f"rule {rule!r}: {rule.split(':')[0]} takes no number")
     if args.texts and args.judge is None and args.model is not None:
         raise ValueError("this model has no judge of its own: give --judge, or --texts 0")
     return args

@@ -23,6 +23,7 @@ import numpy as np
 from dlm.cli.parser import Parser, check_least
 from dlm.cli.scripts import guarded
 from dlm.evaluation import sudoku
+from dlm.evaluation.rules import fields_of
 from dlm.sampling.config import METHOD_NAMES
 from dlm.utils.files import write_json
 from dlm.utils.names import check_name
@@ -48,10 +49,18 @@ class Setting:
     config: object
 
 
-def settings(orders: list[str], steps: list[int], thresholds: list[float], methods: Sequence[str] = ()):
-    """The Settings to try: the orders at one cell a pass, those of one block at fewer passes, and thresholds.
+def settings(
+    orders: list[str],
+    steps: list[int],
+    thresholds: list[float],
+    methods: Sequence[str] = (),
+    rules: Sequence[str] = (),
+):
+    """The Settings to try: the orders at one cell a pass, those of one block at fewer passes, thresholds, and rules.
 
-    methods: cached ones, for the orders with blocks to cache, of more than one cell.
+    methods: cached ones, for the orders with blocks to cache, of more than one cell. rules: as `evaluation.rules` names
+    them, most probable cell first, at one cell a pass and at each of the steps, but those that decide themselves when a
+    block is done; `pipeline` has the grid's rows as blocks.
     """
     from dlm import SamplingConfig
 
@@ -66,6 +75,12 @@ def settings(orders: list[str], steps: list[int], thresholds: list[float], metho
     for threshold in thresholds:
         config = SamplingConfig(block_length=ONE_BLOCK, commit="threshold", threshold=threshold)
         rows.append(Setting("probability", f"all above {threshold:g}", config))
+    for rule in rules:
+        fields = {"block_length": 9 if rule.startswith("pipeline") else ONE_BLOCK} | fields_of(rule)
+        config = SamplingConfig(**fields)
+        counted_out = config.commit in ("quota", "ancestral")
+        rows.append(Setting(rule, "one cell a pass" if counted_out else "by its threshold", config))
+        rows += [Setting(rule, f"{count} passes", replace(config, steps=count)) for count in steps if counted_out]
     return rows
 
 
@@ -174,6 +189,8 @@ def parse(argv: list[str]):
     parser.add_argument("--thresholds", default="0.99,0.9", metavar="X,X", help="confidences (default: 0.99,0.9)")
     parser.add_argument("--methods", default="prefix,dual,c2f", metavar="NAME,NAME", help=(
         "cached ones, for the order row by row (default: prefix,dual,c2f)"))  # fmt: skip
+    parser.add_argument("--rules", default="", metavar="NAME,NAME:X", help=(
+        "rules of decoding beside the orders, as dlm eval revision names them, and stable and pipeline"))  # fmt: skip
     parser.add_argument("--seed", type=int, default=1_000_000, metavar="N", help="of the puzzles (default: 1000000)")
     parser.add_argument("--batch-size", type=int, default=100, metavar="N", help="puzzles at a time (default: 100)")
     parser.add_argument("--output", metavar="FILE", help="write the table as JSON")
@@ -181,12 +198,17 @@ def parse(argv: list[str]):
     if not args.model:
         raise ValueError("no model: give --model a folder that dlm train sudoku wrote")
     check_least(args, 1, "puzzles", "batch_size")
-    args.orders = args.orders.split(",")
+    args.orders = [name for name in args.orders.split(",") if name]
+    args.rules = [rule for rule in args.rules.split(",") if rule]
     for name in args.orders:
         check_name("--orders", name, list(ORDERS))
     args.methods = [name for name in args.methods.split(",") if name]
     for name in args.methods:
         check_name("--methods", name, METHOD_NAMES)
+    for rule in args.rules:
+        fields_of(rule)
+    if not args.orders + args.rules:
+        raise ValueError("--orders and --rules are both empty: name at least one")
     try:
         args.clues = tuple(int(word) for word in args.clues.split("-"))
         args.steps = [int(word) for word in args.steps.split(",") if word]
@@ -211,7 +233,7 @@ def run(argv: list[str]) -> int:
         return solve_one(model, args.puzzle, args.order)
     puzzles = test_puzzles(args.puzzles, args.clues, args.seed)
     print_head(len(puzzles))
-    rows = settings(args.orders, args.steps, args.thresholds, args.methods)
+    rows = settings(args.orders, args.steps, args.thresholds, args.methods, args.rules)
     records = table(model, puzzles, rows, args.batch_size, print_row)
     if args.output:
         write_json(Path(args.output), {"command": argv, "rows": records}, indent=1)

@@ -17,7 +17,7 @@ NAME = "generation_config.json"
 # What is replaced as a whole: a method goes with its block length, a commit rule with its numbers.
 TUNED = (
     "method", "block_length", "commit", "steps", "steps_per_block", "threshold", "factor", "entropy_bound", "revise",
-    "edit_threshold", "verify_threshold", "max_post_passes", "gen_length",
+    "edit_threshold", "edit_shadow", "verify_threshold", "max_post_passes", "gen_length",
 )  # fmt: skip
 
 

@@ -80,6 +80,7 @@ SAMPLING: dict[str, tuple[Callable, str]] = {
     "force_share": (float, "for --method pipeline: part after which the next one commits in every pass"),
     "revise": (str, "none, edit, remask or verify: which tokens a pass changes that were committed before"),
     "edit_threshold": (float, "for --revise edit: probability above which another token is written"),
+    "edit_shadow": (bool, "for --revise edit: read the prediction of a place with its token hidden, as verify does"),
     "max_post_passes": (int, "for --revise edit: most passes over a block that has no mask left"),
     "remask": (str, f"for --revise remask: {', '.join(REMASK_NAMES[:-1])} or {REMASK_NAMES[-1]}"),
     "remask_eta": (float, "for --revise remask: how often a token is masked again (default: the paper's)"),
@@ -126,6 +127,7 @@ NEEDS: dict[str, tuple[str, tuple | None, str]] = {
     "factor": ("commit", ("factor",), "add --commit factor"),
     "entropy_bound": ("commit", ("entropy_bound",), "add --commit entropy_bound"),
     "edit_threshold": ("revise", ("edit",), "add --revise edit"),
+    "edit_shadow": ("revise", ("edit",), "add --revise edit"),
     "max_post_passes": ("revise", ("edit",), "add --revise edit"),
     "remask": ("revise", ("remask",), "add --revise remask"),
     "remask_eta": ("revise", ("remask",), "add --revise remask"),
@@ -163,8 +165,10 @@ class SamplingConfig:
         one commits at least one token in every pass.
     commit: which places are committed at a pass (`commit.COMMITS`), with threshold, factor or entropy_bound; kl_bound
         and kl_passes for `stable`.
-    revise: what is changed after the commit (`revise.REVISIONS`), with edit_threshold and max_post_passes for `edit`;
-        remask (`remask.REMASKS`), remask_eta and noise_schedule for `remask`; verify_threshold for `verify`.
+    revise: what is changed after the commit (`revise.REVISIONS`). edit_threshold and max_post_passes are for `edit`,
+        and edit_shadow: it reads what a place would hold without its own token (for models trained on masks alone,
+        which repeat a token that they see); remask (`remask.REMASKS`), remask_eta and noise_schedule for `remask`;
+        verify_threshold for `verify`.
     split: how a block's tokens are shared over its passes (`schedule.SPLITS`); time_eps: where Dream's time ends.
     confidence: what orders them (`propose.CONFIDENCES`); None is `entropy` for commit `entropy_bound`, else
         `probability`. tempered_confidence: of the distribution sampled from (Dream), not the model's own (LLaDA).
@@ -204,10 +208,11 @@ class SamplingConfig:
     entropy_bound: float = 0.1
     revise: str = "none"
     edit_threshold: float = 0.9
+    edit_shadow: bool = False
     max_post_passes: int = 16
     remask: str = "cap"
     remask_eta: float | None = None
-    verify_threshold: float = 0.5
+    verify_threshold: float = 1e-4
     noise_schedule: str = "linear"
     split: str = "remainder_first"
     time_eps: float = 1e-3
@@ -257,7 +262,7 @@ class SamplingConfig:
             if not _whole(value) or value < 0:
                 raise ValueError(f"{name} is {value!r}: it counts {what}; give a whole number, 0 or more")
         switches = ("tempered_confidence", "stop_at_eos", "suppress_eos", "delay_eos")
-        for name in (*switches, "sub_block_cache", "whole_blocks", "commit_first"):
+        for name in (*switches, "sub_block_cache", "whole_blocks", "commit_first", "edit_shadow"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: it is a switch; give True or False")
         self._check_numbers()
@@ -313,6 +318,11 @@ class SamplingConfig:
     def is_greedy(self) -> bool:
         """Whether every proposal is the most probable token, with its own probability as confidence."""
         return self.temperature == 0 and not self.tempered_confidence and self.ordering == "probability"
+
+    @property
+    def shadowed(self) -> bool:
+        """Whether passes compute what each place would hold without its own token."""
+        return self.revise == "verify" or (self.revise == "edit" and self.edit_shadow)
 
     @property
     def moves(self) -> bool:

@@ -23,8 +23,9 @@ def _check_rules(config: SamplingConfig) -> None:
             f"remask 'confidence' reads confidence as a probability, but confidence is {config.ordering!r}: use "
             "probability, or another remask"
         )
-    if config.revise == "verify" and config.cfg_scale:
-        raise ValueError(f"revise 'verify' is without guidance, and cfg_scale is {config.cfg_scale}: drop one of them")
+    if config.shadowed and config.cfg_scale:
+        name = "revise 'verify'" if config.revise == "verify" else "edit_shadow"
+        raise ValueError(f"{name} is without guidance, and cfg_scale is {config.cfg_scale}: drop one of them")
     if config.steps is not None and config.steps_per_block is not None:
         raise ValueError(f"steps is {config.steps} and steps_per_block {config.steps_per_block}: give one of them")
     if config.sub_block_cache and config.sub_block_length is None:

@@ -147,7 +147,7 @@ def run_pass(batch: Batch, rows: list[Row], pages: Pages) -> None:
         request = replace(request, slots=torch.cat([request.slots, tail[0]], dim=1))
     cache = batch.cache if rows[0].method.cached else None
     shadow, visible = None, visible_to(rows)
-    if rows[0].revision is not None and rows[0].revision.shadows:
+    if rows[0].config.shadowed:
         logits, shadow = compute_shadows(batch.predictor, canvas, request, visible, cache)
     else:
         guided, shift = rows[0].branches == 2, shifted(batch)
@@ -286,8 +286,9 @@ def commit(
         chosen = grow(batch, rows, request.slots, eligible, logits, token, confidence, chosen, pages)
     if (revision := REVISIONS[config.revise]) is not None:
         best = (token, confidence)
-        if revision.compares and not config.is_greedy:
-            best = decide_all(logits, request, config.greedy, generators=generators, allowed=allowed, **options)[:2]
+        if revision.compares and (config.edit_shadow or not config.is_greedy):
+            seen = shadow if config.edit_shadow else logits
+            best = decide_all(seen, request, config.greedy, generators=generators, allowed=allowed, **options)[:2]
         again = None if drawn is None else drawn.again
         sure = None if shadow is None else held_probability(shadow, held)
         slate = Slate(held, token, chosen, revisable, *best, again, sure, batch.canvas.mask_id, config, rows)

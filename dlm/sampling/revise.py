@@ -47,17 +47,20 @@ class Slate:
 class Revision:
     """A row of the table: the rule, Slate -> (token, revised) (R, M) each, where token is what is written at the places
     chosen or revised. settles: whether a block goes on after its last mask, until a pass changes nothing. compares:
-    whether it reads best and certain; shadows: whether it reads shadow."""
+    whether it reads best and certain."""
 
     rule: Callable[[Slate], tuple[Tensor, Tensor]]
     settles: bool = False
     compares: bool = False
-    shadows: bool = False
 
 
 def edit(slate: Slate) -> tuple[Tensor, Tensor]:
     """A committed place takes the most probable token where it is another and its probability is above
-    `edit_threshold` (LLaDA2.1, arXiv:2602.08676)."""
+    `edit_threshold` (LLaDA2.1, arXiv:2602.08676).
+
+    LLaDA2.1 was trained to correct what it sees. A model that was trained on masks alone repeats it: with `edit_shadow`
+    the prediction is that of a mask at the place (WINO's shadow, arXiv:2507.18578).
+    """
     revised = slate.revisable & (slate.best != slate.held) & (slate.certain > slate.config.edit_threshold)
     return torch.where(revised, slate.best, slate.token), revised
 
@@ -87,5 +90,5 @@ REVISIONS: dict[str, Revision | None] = {
     "none": None,
     "edit": Revision(edit, settles=True, compares=True),
     "remask": Revision(remask),
-    "verify": Revision(verify, shadows=True),
+    "verify": Revision(verify),
 }

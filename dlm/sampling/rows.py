@@ -107,9 +107,10 @@ class Batch:
                 "leave them out"
             )
         shifted = getattr(getattr(self.predictor, "config", None), "shift_logits", None)
-        if shifted and REVISIONS[config.revise] is not None and REVISIONS[config.revise].shadows:
+        if shifted and config.shadowed:
+            name = "edit_shadow" if config.revise == "edit" else f"revise {config.revise!r}"
             raise ValueError(
-                f"revise {config.revise!r} hides a token from its own place, and this model's logits are shifted by "
+                f"{name} hides a token from its own place, and this model's logits are shifted by "
                 "one: take another revision"
             )
         device = canvas.tokens.device
@@ -146,7 +147,7 @@ class Batch:
                 masked = torch.bincount(layout[i][canvas.masked[i]], minlength=len(sizes[i])).tolist()
             leads = [config.commit_first and lead for lead in starts_masked[i]]
             spans = torch.bincount(layout[i][layout[i] >= 0], minlength=len(sizes[i])).tolist()
-            quotas = quotas_of(config, masked, spans, leads)
+            quotas = quotas_of(config, masked, spans, leads, sizes[i])
             flat = [quota for block in quotas for quota in block]
             row = Row(
                 index,

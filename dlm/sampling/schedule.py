@@ -163,13 +163,22 @@ def schedule(
     ]
 
 
-def quotas_of(config: SamplingConfig, masked: Sequence[int], spans: Sequence[int], leads: Sequence[bool]) -> list[list]:
+def quotas_of(
+    config: SamplingConfig,
+    masked: Sequence[int],
+    spans: Sequence[int],
+    leads: Sequence[bool],
+    places: Sequence[int] = (),
+) -> list[list]:
     """What each pass of each block of a row may commit by its settings; [] where the commit rule reads no quota.
 
     masked: places without a token in each block; spans: the slots of each, given ones too; leads: whether its first
-    pass commits its first place alone. For commit `origin` these are probabilities; for `ancestral` they count passes.
+    pass commits its first place alone. For commit `origin` these are probabilities; for `ancestral` they count passes,
+    and a block that came without a mask has its share of them for its `places`, which `remask` masks again.
     """
     quotas: list[list] = [[] for _ in masked]
+    if config.commit == "ancestral" and config.revise == "remask":
+        masked = [count or size for count, size in zip(masked, places, strict=True)]
     if config.commit not in (*SCHEDULED, "ancestral") or not sum(masked):
         return quotas
     busy = [block for block, size in enumerate(masked) if size]

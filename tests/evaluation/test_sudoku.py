@@ -126,6 +126,20 @@ def test_recipe_trains_and_evaluation_counts(run, tmp_path):
     assert code == 1 and "not a solution, 51 passes" in out and out.startswith("5 3 ")
 
 
+def test_rules_beside_the_orders():
+    from eval import sudoku as evaluation
+
+    rules = ["none", "verify:0.01", "cap", "stable:0.8", "pipeline:0.7"]
+    rows = evaluation.settings([], [6], [], (), rules)
+    assert [(row.order, row.rule) for row in rows] == [
+        *((rule, passes) for rule in rules[:3] for passes in ("one cell a pass", "6 passes")),
+        ("stable:0.8", "by its threshold"), ("pipeline:0.7", "by its threshold"),
+    ]  # fmt: skip
+    assert [row.config.steps for row in rows] == [None, 6, None, 6, None, 6, None, None]
+    assert rows[2].config.verify_threshold == 0.01 and rows[4].config.remask == "cap"
+    assert rows[6].config.threshold == 0.8 and rows[7].config.block_length == 9
+
+
 def test_an_answer_that_is_right_counts(monkeypatch):
     from eval import sudoku as evaluation
 
@@ -149,6 +163,9 @@ def test_an_answer_that_is_right_counts(monkeypatch):
         (["eval", "sudoku", "--model", "x", "--puzzles", "0"], "--puzzles is 0"),
         (["eval", "sudoku", "--model", "x", "--orders", "margni"], "margin"),
         (["eval", "sudoku", "--model", "x", "--methods", "duel"], "dual"),
+        (["eval", "sudoku", "--model", "x", "--rules", "verfy"], "verify"),
+        (["eval", "sudoku", "--model", "x", "--rules", "none:2"], "takes no number"),
+        (["eval", "sudoku", "--model", "x", "--orders", ""], "both empty"),
     ],
 )
 def test_bad_input(run, words, says):

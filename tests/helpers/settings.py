@@ -87,6 +87,7 @@ def settings(rng, model):
         "force_share": rng.choice([0.0, 0.5, 0.95]),
         "revise": some("none", *REVISION_NAMES),
         "edit_threshold": rng.choice([0.0, 0.5]),
+        "edit_shadow": rng.random() < 0.3,
         "max_post_passes": rng.choice([0, 1, 3]),
         "remask": rng.choice(REMASK_NAMES),
         "remask_eta": rng.choice([None, 0.5, 1.0]),

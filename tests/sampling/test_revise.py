@@ -12,6 +12,7 @@ import torch
 
 from dlm import Canvas, SamplingConfig, denoise
 from dlm.sampling.remask import chances, looped, shares
+from dlm.sampling.rows import Batch
 from tests.helpers.toys import MASK, Predictor, Table, Watch, tiny_model
 
 RECORDED = json.loads((Path(__file__).parents[1] / "fixtures" / "remdm" / "expected.json").read_text())
@@ -259,6 +260,32 @@ def test_verify_repairs_a_text_that_came_without_a_mask():
     assert not states[-1].canvas.masked.any()
 
 
+def test_edit_with_shadows_mends_what_a_prediction_that_sees_it_repeats():
+    """Fault: a model trained on masks alone repeats the token that it sees, so that edit never found another."""
+    canvas, wrong = Canvas.from_prompts([[]], 6, 4), torch.tensor([[1, 1, 2, 0, 1, 2]])
+    filled = dataclasses.replace(canvas, tokens=wrong)
+    config = SamplingConfig(gen_length=6, block_length=6, revise="edit", edit_shadow=True, edit_threshold=0.5)
+    states = list(denoise(Shadowed(), filled, config))
+    assert states[0].revised.tolist() == [[False, True, True, True, True, True]]  # shadows say 1, 3, 3, 3, 3, 3
+    assert states[-1].canvas.tokens.tolist() == [[1, 3, 3, 3, 3, 3]] and len(states) == 2
+    seen = list(denoise(Shadowed(), filled, dataclasses.replace(config, edit_shadow=False)))
+    assert seen[-1].canvas.tokens.tolist() == [[1] * 6]  # what it says where it sees the token
+
+
+@pytest.mark.parametrize("steps", [2, 5])
+def test_steps_are_the_passes_of_remask_over_a_text_that_came_without_a_mask(steps):
+    """Fault: they were ignored there, and the rule took as many passes as there are places."""
+    canvas = Canvas.from_prompts([[]], 6, 4)
+    filled = dataclasses.replace(canvas, tokens=torch.tensor([[1, 1, 2, 0, 1, 2]]))
+    config = SamplingConfig(
+        gen_length=6, block_length=6, steps=steps, commit="ancestral", revise="remask", remask="rescale", remask_eta=0.5
+    )
+    *_, last = denoise(Shadowed(), filled, config)
+    assert 1 <= int(last.nfe[0]) <= steps and not last.canvas.masked.any()
+    [row] = Batch(Shadowed(), vocab_size=None, eos_token_ids=()).join(filled, config)
+    assert row.times == (1.0, 1 - 1 / steps)
+
+
 def test_a_shadow_sees_all_but_its_own_slot():
     """Its prediction is that of a canvas where this slot alone is masked, if the model does not look at shadows."""
     from dlm.models.attention import full
@@ -289,6 +316,8 @@ def test_a_shadow_sees_all_but_its_own_slot():
     "options",
     [
         {"revise": "verify", "cfg_scale": 1.0},
+        {"revise": "edit", "edit_shadow": True, "cfg_scale": 1.0},
+        {"revise": "edit", "edit_shadow": 1},
         {"revise": "remask", "remask": "confidence", "confidence": "entropy"},
         {"revise": "remask", "remask_eta": 1.5},
         {"revise": "undo"},
@@ -303,6 +332,7 @@ def test_contradictions_are_refused(options):
 
 RULES = [
     {"revise": "edit", "edit_threshold": 0.0, "max_post_passes": 3},
+    {"revise": "edit", "edit_threshold": 0.0, "max_post_passes": 3, "edit_shadow": True},
     {"revise": "remask", "remask_eta": 0.5, "steps": 12},
     {"revise": "verify", "verify_threshold": 1.0, "steps_per_block": 2},  # it masks fewer than a pass commits
 ]
@@ -335,9 +365,10 @@ def test_no_key_of_a_revised_place_is_read(rule, method):
     """Every slot that a pass can see has the keys of what stands there, however often that was changed."""
     causal = method == "block_causal"
     model, revised = Watch(tiny_model(2, sharp=2.5, **({"block_length": 5} if causal else {}))), 0
+    guidance = 0.0 if rule["revise"] == "verify" or "edit_shadow" in rule else 0.5
     for seed in range(3):
         canvas, config = canvases(random.Random(seed)), SamplingConfig(
-            method=method, block_length=5, window=1, seed=seed, cfg_scale=0.0 if rule["revise"] == "verify" else 0.5,
+            method=method, block_length=5, window=1, seed=seed, cfg_scale=guidance,
             **rule,
         )  # fmt: skip
         model.stored.clear()

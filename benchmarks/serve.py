@@ -105,8 +105,9 @@ def summary(rows: Sequence[dict]) -> str:
     batch = next(row for row in rows if row["load"].startswith("plain loop, a batch"))
     idle, loaded = by["engine, one at a time"], [row for row in rows if "rate" in row]
     lines = [
-        f"throughput: {full['speedup']:.2f} times one request at a time; a batch of {batch['requests']} equally long "
-        f"requests: {batch['speedup']:.2f} times",
+        f"throughput: {full['speedup']:.2f} times one request at a time; the machine's own limit, a batch of "
+        f"{batch['requests']} equally long requests: {batch['speedup']:.2f} times one of them alone "
+        f"({batch['speedup'] / full['speedup']:.2f} times the engine's)",
         f"the engine's own work: {full['engine_overhead']:.1%} of the loop's",
     ]
     for row in loaded:

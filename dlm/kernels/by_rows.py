@@ -1,6 +1,6 @@
 """Attention in which each row has its own number of queries and keys, so that its bits do not depend on its batch.
 
-Shapes: B rows, Q queries and T keys of the widest row, H heads, D head size.
+Shapes: B rows, Q queries and T keys of the widest row, N queries of all rows, H heads, D head size.
 
 Measured on a CPU in float32 (tests/kernels/test_by_rows.py): oneDNN's products and all that works on single tokens give
 a token the same bits in every batch, and attention does for every number of rows. But another number of keys, hidden or
@@ -8,20 +8,27 @@ not, adds the same numbers in another order, and so may another number of querie
 have alone, and fewer than four (or than four behind the last 32), for which threads share one product, are filled up. A
 piece is a run of rows with as many queries and keys. Under block-causal visibility a piece is a block with all that is
 before it, which needs no mask, and gives a prompt's blocks the same keys whatever follows them.
+
+Rows of several sizes lie end to end (`EndToEnd`), so that nothing is computed of what would pad them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-__all__ = ["Piece", "RowSizes", "attend", "pieces_of"]
+from dlm.models.attention import Visible, attention_mask
+from dlm.models.kv_cache import KVCache
+
+__all__ = ["EndToEnd", "Piece", "RowSizes", "Uniform", "lay_out", "pieces_of"]
 
 SPLIT, FEW = 32, 4  # queries that attention works on together, and below which threads share one
 Span = tuple[int, int, int]  # first query, the one behind the last, number of keys
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -92,30 +99,150 @@ def _block_spans(slots: list[int], limit: int, block_length: int, offset: int) -
     return tuple(found)
 
 
-def attend(
-    attention: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pieces: Sequence[Piece],
-) -> Tensor:
-    """(B, Q, H * D) for q (B, Q, H, D) and k, v (B, T, H_kv, D). Queries that pad a row get what its last one gets,
-    since they stand in its slot."""
-    if len(pieces) == 1 and pieces[0].mask is None and (q.shape[1] % SPLIT >= FEW or q.shape[1] % SPLIT == 0):
-        first = pieces[0]
-        if (first.rows, first.queries, first.keys) == (slice(0, len(q)), slice(0, q.shape[1]), k.shape[1]):
+@dataclass(frozen=True)
+class Uniform:
+    """Attention of rows of one size, piece by piece."""
+
+    pieces: list[Piece]
+
+    def attend(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(B, Q, H * D) for q (B, Q, H, D) and k, v (B, T, H_kv, D)."""
+        whole = [Piece(slice(0, len(q)), slice(0, q.shape[1]), k.shape[1], None)]
+        if self.pieces == whole and not 0 < q.shape[1] % SPLIT < FEW:
             return attention(q, k, v, None)
-    out = q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3])
-    groups = q.shape[2] // k.shape[2]
-    for number, piece in enumerate(pieces):
-        rows, limit, count = piece.rows, piece.keys, piece.queries.stop - piece.queries.start
-        asking, mask = q[rows, piece.queries], piece.mask
-        if 0 < count % SPLIT < FEW:
-            filled = torch.arange(count + FEW - count % SPLIT).clamp_max(count - 1)
-            asking, mask = asking[:, filled], None if mask is None else mask[:, :, filled]
-        mask = mask if mask is None or groups == 1 else mask.repeat(1, 1, groups, 1)
-        out[rows, piece.queries] = attention(asking, k[rows, :limit], v[rows, :limit], mask)[:, :count]
-        end, last = piece.queries.stop, number + 1 == len(pieces) or pieces[number + 1].rows != rows
-        if last and end < q.shape[1]:
-            out[rows, end:] = out[rows, end - 1 : end]
-    return out
+        out = q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3])
+        for piece in self.pieces:
+            rows, here, limit = piece.rows, piece.queries, piece.keys
+            out[rows, here] = _attended(attention, q[rows, here], k[rows, :limit], v[rows, :limit], piece)
+        return out
+
+
+def _attended(attention: Attention, q: Tensor, k: Tensor, v: Tensor, piece: Piece) -> Tensor:
+    """(rows, queries, H * D) of one piece."""
+    count, mask, groups = q.shape[1], piece.mask, q.shape[2] // k.shape[2]
+    if 0 < count % SPLIT < FEW:
+        filled = torch.arange(count + FEW - count % SPLIT).clamp_max(count - 1)
+        q, mask = q[:, filled], None if mask is None else mask[:, :, filled]
+    mask = mask if mask is None or groups == 1 else mask.repeat(1, 1, groups, 1)
+    return attention(q, k, v, mask)[:, :count]
+
+
+# ---------------------------------------------------------------- rows end to end
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A cache for N queries of several rows that lie end to end: rows (N,) of the cache and slots (N,) of each."""
+
+    cache: KVCache
+    rows: Tensor
+    slots: Tensor
+
+    def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Scatters k, v (1, N, H, D) and returns all that is stored, (rows of the cache, T, H, D)."""
+        keys, values = self.cache.stored(layer, k)
+        keys[self.rows, :, self.slots] = k[0]
+        values[self.rows, :, self.slots] = v[0]
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class EndToEnd:
+    """Attention of rows that lie end to end: pieces, each of rows that stand beside each other in the cache too;
+    counts: queries of each row; own: keys of each row where they are those of the pass; stored: else each row's place
+    in the cache."""
+
+    pieces: list[Piece]
+    counts: Sequence[int]
+    own: Sequence[int] | None
+    stored: Sequence[int] | None
+
+    @classmethod
+    def of(cls, pieces: Sequence[Piece], counts: Sequence[int], own: Sequence[int] | None, stored=None) -> EndToEnd:
+        """Splits pieces whose rows have no keys that lie evenly, and drops those of rows that ask about no place."""
+
+        def even(i: int) -> bool:
+            return own[i] == own[i + 1] if stored is None else stored[i] + 1 == stored[i + 1]
+
+        parts = []
+        for piece in pieces:
+            first = begin = piece.rows.start
+            for i in range(begin, piece.rows.stop):
+                if i + 1 < piece.rows.stop and even(i):
+                    continue
+                if counts[i]:
+                    mask = piece.mask
+                    mask = mask if mask is None or len(mask) == 1 else mask[first - begin : i + 1 - begin]
+                    parts.append(Piece(slice(first, i + 1), piece.queries, piece.keys, mask))
+                first = i + 1
+        return cls(parts, counts, own, stored)
+
+    def attend(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(1, N, H * D) for q (1, N, H, D), and k, v (1, N', H_kv, D) of the pass or all that is stored."""
+        out = q.new_empty(1, q.shape[1], q.shape[2] * q.shape[3])
+        starts = [0, *accumulate(self.counts)]
+        firsts = None if self.own is None else [0, *accumulate(self.own)]
+        for piece in self.pieces:
+            first, rows = piece.rows.start, piece.rows.stop - piece.rows.start
+            here, shape = slice(starts[first], starts[piece.rows.stop]), (rows, self.counts[first])
+            if firsts is None:
+                from_here = slice(self.stored[first], self.stored[first] + rows)
+                keys, values = k[from_here, : piece.keys], v[from_here, : piece.keys]
+            else:
+                part = slice(firsts[first], firsts[piece.rows.stop])
+                keys, values = (x[0, part].unflatten(0, (rows, self.own[first]))[:, : piece.keys] for x in (k, v))
+            asking = q[0, here].unflatten(0, shape)[:, piece.queries]
+            out[0, here].unflatten(0, shape)[:, piece.queries] = _attended(attention, asking, keys, values, piece)
+        return out
+
+
+@dataclass(frozen=True)
+class LaidOut:
+    """A padded pass end to end. queries, slots (N,): each of its queries among the padded ones, and the slot where it
+    stands; asked, asked_of (M',): each place asked about among the padded ones, and among the queries."""
+
+    queries: Tensor
+    slots: Tensor
+    asked: Tensor
+    asked_of: Tensor
+    attention: EndToEnd
+    last_attention: EndToEnd
+    cache: Stored | None
+
+
+def lay_out(
+    positions: Tensor | None,
+    shape: tuple[int, int],
+    visible: Visible,
+    cache,
+    valid: Tensor | None,
+    asked: Tensor,
+    sizes: RowSizes,
+) -> LaidOut:
+    """How the rows of a padded pass of `shape` (B, Q) lie end to end; the rest as a mask predictor is asked."""
+    batch, width = shape
+    keys, seen = (width, None) if cache is None else (cache.length, positions)
+    blocks, offsets = getattr(visible, "block_length", None), getattr(visible, "offsets", None)
+    every = torch.arange(width).expand(batch, -1) if positions is None else positions
+    queries, few = _leading(sizes.queries, width), _leading(sizes.asked, asked.shape[1])
+    slots, own, stored = every.flatten()[queries], sizes.queries, None
+    if cache is not None:
+        own, stored = None, cache.places
+        cache = Stored(cache.base, torch.tensor(stored).repeat_interleave(torch.tensor(sizes.queries)), slots)
+    mask = few_mask = places = few_places = None
+    if blocks is not None:
+        places, few_places = every.tolist(), every.gather(1, asked).tolist()
+    elif (mask := attention_mask("sdpa", visible, valid, seen, (batch, width, keys), asked.device)) is not None:
+        few_mask = mask.expand(batch, -1, -1, -1).take_along_dim(asked[:, None, :, None], dim=2)
+    pieces = pieces_of(sizes.queries, sizes.keys, mask, places, blocks, offsets)
+    few_pieces = pieces_of(sizes.asked, sizes.keys, few_mask, few_places, blocks, offsets)
+    starts = torch.tensor([0, *accumulate(sizes.queries[:-1])])[:, None]
+    return LaidOut(
+        queries, slots, few, (starts + asked).flatten()[few],
+        EndToEnd.of(pieces, sizes.queries, own, stored), EndToEnd.of(few_pieces, sizes.asked, own, stored), cache,
+    )  # fmt: skip
+
+
+def _leading(counts: Sequence[int], width: int) -> Tensor:
+    """(N,) where the first counts[i] of the `width` places of each row i stand in all of them."""
+    return torch.cat([torch.arange(i * width, i * width + count) for i, count in enumerate(counts)])

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlm.kernels.available import triton_kernels
-from dlm.kernels.by_rows import RowSizes, attend, pieces_of
+from dlm.kernels.by_rows import EndToEnd, RowSizes, Uniform, lay_out, pieces_of
 from dlm.kernels.int8 import QuantizedLinear
 from dlm.kernels.linear import QUANTIZED, Blocked, Plain, kind_for
 from dlm.models.attention import Visible, attention_mask, visible_of
@@ -205,8 +205,10 @@ class Packed:
             )
         if self.limit > len(self.turns):
             self._lengthen(keys if cache is not None or positions is None else int(positions.max()) + 1)
+        if sizes is not None and self.exact_rows:
+            return self._by_rows(tokens, positions, visible, cache, valid, logits_to_keep, sizes)
         slots = None if cache is None else positions
-        by_rows = self.exact_rows and (sizes is not None or valid is None)
+        by_rows = self.exact_rows and valid is None
         blocks = getattr(visible, "block_length", None) if by_rows else None
         mask = None
         if blocks is None:
@@ -215,12 +217,12 @@ class Packed:
         asked = None if asked is None or asked.dtype == torch.bool else asked
         where = self._where(positions, queries, cache)
         if by_rows:
-            own = sizes or RowSizes((queries,) * batch, (keys,) * batch, ())
+            counts, own = (queries,) * batch, (keys,) * batch
             offsets = getattr(visible, "offsets", None)
             places = None
             if blocks is not None:
                 places = [list(range(queries))] * batch if positions is None else positions.tolist()
-            bias = pieces_of(own.queries, own.keys, mask, places, blocks, offsets)
+            bias = Uniform(pieces_of(counts, own, mask, places, blocks, offsets))
         else:
             bias = self._bias(mask, x)
         for number, layer in enumerate(self.layers[:-1]):
@@ -234,14 +236,34 @@ class Packed:
                     mask = mask.expand(batch, -1, -1, -1).take_along_dim(asked[:, None, :, None], dim=2)
                 if blocks is not None:
                     places = [[row[i] for i in here] for row, here in zip(places, asked.tolist(), strict=True)]
-                counts = own.asked or (asked.shape[1],) * batch
-                bias = pieces_of(counts, own.keys, mask, places, blocks, offsets)
+                bias = Uniform(pieces_of((asked.shape[1],) * batch, own, mask, places, blocks, offsets))
             elif mask is not None:
                 mask = mask.expand(batch, -1, -1, -1).take_along_dim(asked[:, None, :, None], dim=2)
                 bias = self._bias(mask, x)
         x = self._layer(self.layers[-1], len(self.layers) - 1, few, x, few_where, where, bias, cache)
         if logits_to_keep is not None and asked is None:
             x = x[logits_to_keep] if logits_to_keep.dtype == torch.bool else x.flatten(0, 1)[logits_to_keep]  # (N, D)
+        return self._logits(x)
+
+    def _by_rows(self, tokens, positions, visible: Visible, cache, valid, asked: Tensor, sizes: RowSizes) -> Tensor:
+        """`__call__` for rows of several sizes, which lie end to end, so that what pads them is not computed; the
+        logits of places that no row asks about are 0."""
+        laid = lay_out(positions, tokens.shape, visible, cache, valid, asked, sizes)
+        where = _Where(laid.slots[None], self.turns[laid.slots][None, :, None])
+        x = F.embedding(tokens.flatten()[laid.queries], self.embedding)[None]
+        if self.scale_in is not None:
+            x = x * self.scale_in
+        for number, layer in enumerate(self.layers[:-1]):
+            x = self._layer(layer, number, x, x, where, where, laid.attention, laid.cache)
+        last, few, few_where = len(self.layers) - 1, x[:, laid.asked_of], where.at(laid.asked_of[None])
+        x = self._layer(self.layers[-1], last, few, x, few_where, where, laid.last_attention, laid.cache)
+        logits = self._logits(x)
+        out = logits.new_zeros(asked.numel(), logits.shape[-1])
+        out[laid.asked] = logits[0]
+        return out.unflatten(0, asked.shape)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """Of what the last layer gave, (..., d_model)."""
         logits = self.head(self._norm(x, self.last_norm))
         return logits if self.scale_out is None else logits * self.scale_out
 
@@ -252,7 +274,7 @@ class Packed:
         asking = normed if x is every else self._norm(x, layer.attn_norm)
         queried = self._queried if where.turns is not None else self._queried_at_once
         q, k, v = queried(layer, number, asking, normed, x_where, where, cache)
-        mixed = attend(attention, q, k, v, bias) if isinstance(bias, list) else attention(q, k, v, bias)
+        mixed = bias.attend(attention, q, k, v) if isinstance(bias, EndToEnd | Uniform) else attention(q, k, v, bias)
         x = layer.out.plus(mixed, x)
         if layer.moe is not None:
             return layer.moe(self._norm(x, layer.ff_norm)).add_(x)

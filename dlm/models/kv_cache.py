@@ -21,6 +21,16 @@ class KVCache:
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         self._every = torch.arange(rows)[:, None]
 
+    @property
+    def base(self) -> "KVCache":
+        """The cache that holds the keys and values."""
+        return self
+
+    @property
+    def places(self) -> list[int]:
+        """Where each row of a batch lies in `base`."""
+        return list(range(self.rows))
+
     def at(self, rows: Tensor | None) -> "KVCache | _Rows":
         """The cache seen by a batch of these rows (R,); None is all of them, in order."""
         return self if rows is None else _Rows(self, rows)
@@ -74,6 +84,14 @@ class _Rows:
 
     cache: KVCache
     rows: Tensor
+
+    @property
+    def base(self) -> KVCache:
+        return self.cache
+
+    @property
+    def places(self) -> list[int]:
+        return self.rows.tolist()
 
     @property
     def length(self) -> int:

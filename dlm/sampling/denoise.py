@@ -102,7 +102,7 @@ def turn(batch: Batch) -> DenoiseState:
         {},
         {},
     )
-    for rows in alike(active):
+    for rows in alike(active, together=getattr(batch.predictor, "exact_rows", False)):
         run_pass(batch, rows, pages)
     batch.canvas = replace(before, tokens=pages.tokens)
     for index, changes in pages.grown.items():
@@ -191,7 +191,8 @@ def sizes_of(batch: Batch, rows: list[Row], plan: Plan, request: Request, canvas
     width = batch.cache.length if cached else canvas.tokens.shape[1]
     queries = (width if request.positions is None else request.positions.shape[1]), width, request.slots.shape[1]
     alike = all({*own} == {whole} for own, whole in zip((sizes.queries, keys, sizes.asked), queries, strict=True))
-    return None if alike and request.valid is None else sizes
+    copied = cached and request.rows is not None  # else keys and values of these rows would be
+    return None if alike and request.valid is None and not copied else sizes
 
 
 def faults_of(batch: Batch, rows: list[Row], request: Request, logits: Tensor) -> list[int]:

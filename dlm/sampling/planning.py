@@ -42,23 +42,46 @@ def planner_of(row: Row) -> Planner:
     return row.method.first if row.turn == 0 or row.stale else row.method.later
 
 
-def alike(rows: Sequence[Row]) -> list[list[Row]]:
-    """The rows in groups that ask the model to compute the same kind of pass."""
+def alike(rows: Sequence[Row], together: bool = False) -> list[list[Row]]:
+    """The rows in groups that share a forward pass: those that ask the model to compute the same kind of pass; where
+    the predictor lays rows `together` end to end, first passes of a block stand beside later ones."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         settings = row.config
         parts = settings.sub_block_length, settings.sub_block_cache
-        key = (planner_of(row), settings.method, settings.window, row.branches, row.visible, settings.revise, parts)
+        planner = None if together and mixes(row) else planner_of(row)
+        key = (planner, settings.method, settings.window, row.branches, row.visible, settings.revise, parts)
         groups.setdefault(key, []).append(row)
     return list(groups.values())
 
 
+def mixes(row: Row) -> bool:
+    """Whether the row's first and later passes read the same of its settings, but for the slots they compute."""
+    config = row.config
+    plain = config.revise == "none" and config.sub_block_length is None and not config.sub_block_cache
+    return plain and row.method.cached and not row.method.coarse and config.grow == "none"
+
+
+def computed_by(rows: Sequence[Row], span: Tensor, before: Tensor) -> Tensor | None:
+    """The slots (R, T) that each row's planner computes, None for all of all rows."""
+    planners, window = [planner_of(row) for row in rows], rows[0].config.window
+    if len(kinds := dict.fromkeys(planners)) == 1:
+        return planners[0](span, Signals(before, window))
+    computed = torch.ones_like(span)
+    for kind in kinds:
+        here = [i for i, planner in enumerate(planners) if planner is kind]
+        if (slots := kind(span[here], Signals(before[here], window))) is not None:
+            computed[here] = slots
+    return computed
+
+
 def plan_pass(batch: Batch, rows: Sequence[Row]) -> Plan:
     """The plan of these rows' next pass; kept, since later passes of a block have the same."""
-    planner = planner_of(rows[0])
-    kind, key = (
-        (planner, rows[0].config),
-        tuple((row.serial, row.block, row.ahead, row.done_before, row.edition) for row in rows),
+    planners = [planner_of(row) for row in rows]
+    kind = planners[0] if len({*planners}) == 1 else None, rows[0].config
+    key = tuple(
+        (row.serial, row.block, row.ahead, row.done_before, row.edition, planner)
+        for row, planner in zip(rows, planners, strict=True)
     )
     kept = batch.plans.get(kind)
     alone = rows[0].config.sub_block_cache and rows[0].turn > 0
@@ -73,7 +96,7 @@ def plan_pass(batch: Batch, rows: Sequence[Row]) -> Plan:
     )
     layout = batch.layout[index]
     span, before = (layout >= block) & (layout <= front), (layout >= since) & (layout < block) & (layout >= 0)
-    computed = planner(span, Signals(before, rows[0].config.window))
+    computed = computed_by(rows, span, before)
     if computed is None:
         positions, counts = None, [row.length for row in rows]
     else:

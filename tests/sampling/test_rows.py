@@ -79,6 +79,36 @@ def test_rows_of_any_settings_join_and_leave(causal):
     batch.close()
 
 
+@pytest.mark.parametrize(("method", "changes"), [("block_causal", {"block_length": 4}), ("dual", {}), ("prefix", {})])
+def test_rows_at_first_and_later_passes_share_a_forward(method, changes):
+    """Was: rows that began a block were a forward pass of their own, beside that of all others, with what pads them."""
+    objective = {"objective": "block_diffusion"} if changes else {}
+    model, passes = packed(tiny_model(1, dtype=torch.float32, **changes, **objective)), []
+    if not model.exact_rows:
+        pytest.skip("this processor's products are torch's own, whose bits depend on the batch")
+
+    class Counts:
+        config, exact_rows, kernels = model.config, True, None
+
+        def __call__(self, tokens, *args, sizes=None, **options):
+            passes.append(sizes)
+            return model(tokens, *args, sizes=sizes, **options)
+
+    batch, config, length = Batch(Counts()), SamplingConfig(method=method, block_length=4), 9
+    prompts, rows = [[1, 2, 3, 4, 5], [7] * 9, [3] * 2], []
+    for prompt in prompts:
+        rows += batch.join(Canvas.from_prompts([prompt], length, MASK), config)
+        turn(batch)
+        turn(batch)
+    while batch.active:
+        turn(batch)
+    assert len(passes) == batch.turns
+    assert any(len({*sizes.queries}) > 1 for sizes in passes if sizes is not None)
+    for row, prompt in zip(rows, prompts, strict=True):
+        want, _, nfe = alone(model, prompt, length, config)
+        assert (batch.canvas.tokens[row.index][: row.slots].tolist(), row.nfe) == (want, nfe)
+
+
 def test_a_row_that_leaves_early_is_not_computed_again():
     model = Table(torch.zeros(1, 5))
     batch = Batch(model)

@@ -210,7 +210,7 @@ def row(name: str, needs: Sequence[Need], seconds: float, more: dict[str, Any]) 
 def table(rows: Sequence[dict]) -> str:
     """The rows under each other: latency and time to first text in milliseconds, at p50, p90 and p99."""
     head = ["load", "requests", "tokens/s", "latency p50/p90/p99 (ms)", "first text p50/p90/p99 (ms)", "rows a pass"]
-    body = [_cells(found) for found in rows]
+    body = [_cells(row) for row in rows]
     widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
     lines = []
     for first, *others in (head, *body):
@@ -219,14 +219,14 @@ def table(rows: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
-def _cells(found: dict) -> list[str]:
-    numbers = [str(found["requests"]), f"{found['tokens_per_second']:.0f}"]
-    rows = f"{found['rows_per_pass']:.1f}" if "rows_per_pass" in found else ""
-    return [found["load"], *numbers, _times(found, "latency"), _times(found, "first_text"), rows]
+def _cells(row: dict) -> list[str]:
+    numbers = [str(row["requests"]), f"{row['tokens_per_second']:.0f}"]
+    rows = f"{row['rows_per_pass']:.1f}" if "rows_per_pass" in row else ""
+    return [row["load"], *numbers, _times(row, "latency"), _times(row, "first_text"), rows]
 
 
-def _times(found: dict, name: str) -> str:
-    values = [found.get(f"{name}_p{p}") for p in PERCENTILES]
+def _times(row: dict, name: str) -> str:
+    values = [row.get(f"{name}_p{p}") for p in PERCENTILES]
     return "" if values[0] is None else " / ".join(f"{1e3 * value:.0f}" for value in values)
 
 

@@ -74,7 +74,7 @@ def pieces_of(
             spans.append(((0, count, limit),))
         else:
             spans.append(_block_spans(slots[i][:count], limit, block_length, offsets[i] if offsets else 0))
-    found, first = [], 0
+    pieces, first = [], 0
     for i in range(1, len(spans) + 1):
         if i < len(spans) and spans[i] == spans[first]:
             continue
@@ -84,19 +84,19 @@ def pieces_of(
             if mask is not None and block_length is None:
                 part = mask[rows if len(mask) > 1 else slice(None), :, begin:end, :limit]
                 part = None if bool(part.all()) else part
-            found.append(Piece(rows, slice(begin, end), limit, part))
+            pieces.append(Piece(rows, slice(begin, end), limit, part))
         first = i
-    return found
+    return pieces
 
 
 def _block_spans(slots: list[int], limit: int, block_length: int, offset: int) -> tuple[Span, ...]:
-    found, begin = [], 0
+    spans, begin = [], 0
     for i in range(1, len(slots) + 1):
         block = (slots[begin] + offset) // block_length
         if i == len(slots) or (slots[i] + offset) // block_length != block:
-            found.append((begin, i, min((block + 1) * block_length - offset, limit)))
+            spans.append((begin, i, min((block + 1) * block_length - offset, limit)))
             begin = i
-    return tuple(found)
+    return tuple(spans)
 
 
 @dataclass(frozen=True)

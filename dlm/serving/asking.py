@@ -167,8 +167,8 @@ def log_of(probability: float) -> float:
 
 def completion_choice(index: int, result: Result, echoed: str, logprobs: int | None) -> dict[str, Any]:
     """A choice of /v1/completions."""
-    found = None if logprobs is None else completion_logprobs(result.places)
-    return {"index": index, "text": echoed + result.text, "logprobs": found, "finish_reason": result.finish_reason}
+    likely = None if logprobs is None else completion_logprobs(result.places)
+    return {"index": index, "text": echoed + result.text, "logprobs": likely, "finish_reason": result.finish_reason}
 
 
 def completion_logprobs(places: Sequence[Place]) -> dict[str, Any]:
@@ -187,8 +187,8 @@ def completion_logprobs(places: Sequence[Place]) -> dict[str, Any]:
 def chat_choice(index: int, result: Result, logprobs: int | None) -> dict[str, Any]:
     """A choice of /v1/chat/completions."""
     message = {"role": "assistant", "content": result.text, "refusal": None}
-    found = None if logprobs is None else chat_logprobs(result.places)
-    return {"index": index, "message": message, "logprobs": found, "finish_reason": result.finish_reason}
+    likely = None if logprobs is None else chat_logprobs(result.places)
+    return {"index": index, "message": message, "logprobs": likely, "finish_reason": result.finish_reason}
 
 
 def chat_logprobs(places: Sequence[Place]) -> dict[str, Any]:

@@ -27,8 +27,8 @@ async def _refuse(send, status: int, body: dict, headers: dict[str, str] | None 
 
 
 def _header(scope, name: bytes) -> bytes | None:
-    found = [value for key, value in scope["headers"] if key == name]
-    return found[0] if len(found) == 1 else None
+    values = [value for key, value in scope["headers"] if key == name]
+    return values[0] if len(values) == 1 else None
 
 
 def host_of(header: str) -> str:

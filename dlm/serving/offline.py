@@ -91,14 +91,14 @@ def _record(text: Text, handle: Handle | Exception) -> dict[str, Any]:
     }
 
 
-def write(found: Iterable[dict[str, Any]], output: Output) -> tuple[int, int, float]:
+def write(records: Iterable[dict[str, Any]], output: Output) -> tuple[int, int, float]:
     """Writes records as they come; returns how many had an error, the tokens written, and the seconds.
 
     Raises ValueError for an error in the very first text: most likely all have it.
     """
     wrong = tokens = 0
     began = time.monotonic()
-    for record in found:
+    for record in records:
         if "error" in record:
             if record["index"] == 0:
                 raise ValueError(f"the first prompt: {record['error']}")

@@ -113,9 +113,9 @@ class Running:
         )
 
     def _places(self, ids: Sequence[int]) -> tuple[Place, ...]:
-        found = []
+        places = []
         for slot, token in zip(self.region, ids, strict=False):
             likely = tuple((self.engine.name_of(other), p) for other, p in self.likely.get(slot, ()))
             wanted = self.handle.request.likely or 0
-            found.append(Place(token, self.engine.name_of(token), self.sure.get(slot, 1.0), likely[:wanted]))
-        return tuple(found)
+            places.append(Place(token, self.engine.name_of(token), self.sure.get(slot, 1.0), likely[:wanted]))
+        return tuple(places)

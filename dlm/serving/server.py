@@ -1,4 +1,4 @@
-"""The HTTP server: OpenAI's routes over an engine, its errors in OpenAI's shape, health, metrics, and a page."""
+"""The HTTP server: OpenAI's routes over an engine, health, metrics, and a page."""
 
 from __future__ import annotations
 
@@ -13,23 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
-from starlette.exceptions import HTTPException
 
 import dlm
 from dlm.serving import asking, logs
 from dlm.serving.engine import Engine
+from dlm.serving.failures import ERRORS, RETRY_SECONDS, add_errors, as_api_error
 from dlm.serving.guards import LOCAL, BodyLimit, HostCheck, KeyCheck
 from dlm.serving.metrics import CONTENT_TYPE, exposition
-from dlm.serving.protocol import INVALID, ApiError, ChatBody, CompletionBody, error_body, message_of
-from dlm.serving.requests import Cancelled, Closing, Expired, Handle, QueueFull, Result, RowFailed
+from dlm.serving.protocol import INVALID, ApiError, ChatBody, CompletionBody, error_body
+from dlm.serving.requests import Cancelled, Handle, Result
 
 __all__ = ["ServerSettings", "build_app"]
 
 PAGE = Path(__file__).parent / "page"
-RETRY_SECONDS = 1
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ def build_app(engine: Engine, settings: ServerSettings | None = None) -> FastAPI
     name = settings.name or engine.pretrained.name
     app = FastAPI(title="dlm", version=dlm.__version__, description="Masked diffusion language models.")
     served = _Served(engine, settings, name, int(time.time()))
-    _add_errors(app)
+    add_errors(app)
     errors = {code: {"description": text, "content": {"application/json": {}}} for code, text in ERRORS.items()}
 
     @app.get("/health")
@@ -115,69 +113,6 @@ def _file(path: Path) -> Callable:
         return FileResponse(path)
 
     return answer
-
-
-ERRORS = {
-    400: "What was asked does not work",
-    401: "No valid API key",
-    404: "No such model",
-    413: "The body is too large",
-    421: "The Host header names another machine",
-    429: "Too many requests wait",
-    500: "The model failed on this request",
-    503: "The model is being loaded, or the server shuts down",
-    504: "The request's time was over",
-}
-
-
-# ---------------------------------------------------------------- errors
-
-
-def _error(status: int, message: str, kind: str, param=None, code=None, headers=None) -> JSONResponse:
-    return JSONResponse(error_body(message, kind, param, code), status, headers)
-
-
-def _add_errors(app: FastAPI) -> None:
-    @app.exception_handler(ApiError)
-    async def api_error(request: Request, error: ApiError):
-        return _error(error.status, error.message, error.kind, error.param, error.code, error.headers)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError):
-        message, param = message_of(list(error.errors()))
-        return _error(400, message, INVALID, param)
-
-    @app.exception_handler(HTTPException)
-    async def refused(request: Request, error: HTTPException):
-        texts = {
-            404: f"no {request.url.path[:80]} here: see /docs",
-            405: f"{request.method[:20]} is not for {request.url.path[:80]}: see /docs",
-        }
-        message = texts.get(error.status_code, str(error.detail))
-        return _error(error.status_code, message, INVALID, headers=error.headers)
-
-    @app.exception_handler(Exception)
-    async def failed(request: Request, error: Exception):
-        return _error(500, "the server failed on this request; its log says why", "server_error")
-
-
-def as_api_error(error: Exception) -> ApiError:
-    """What the engine raised, as an answer."""
-    match error:
-        case ApiError():
-            return error
-        case QueueFull():
-            return ApiError(429, str(error), "rate_limit_error", None, "queue_full", RETRY_SECONDS)
-        case Closing():
-            return ApiError(503, str(error), "server_error", None, "shutting_down", RETRY_SECONDS)
-        case Expired():
-            return ApiError(504, f"{error}: ask for fewer tokens", "timeout_error", None, "timeout")
-        case RowFailed():
-            return ApiError(500, str(error), "server_error", None, "model_error")
-        case ValueError() | ImportError():
-            return ApiError(400, str(error), INVALID)
-        case _:
-            return ApiError(500, "the server failed on this request; its log says why", "server_error")
 
 
 # ---------------------------------------------------------------- the two kinds of answer

@@ -47,9 +47,9 @@ class FinalText:
         whole = self.decode(kept) if kept else ""
         if self.trim and whole.startswith(" "):
             whole = whole[1:]
-        found = [at for text in self.stop if (at := whole.find(text)) >= 0]
-        if found:
-            whole, ended = whole[: min(found)], True
+        stops = [at for text in self.stop if (at := whole.find(text)) >= 0]
+        if stops:
+            whole, ended = whole[: min(stops)], True
         elif not (last or ended):
             whole = whole.rstrip(BROKEN) if whole.endswith(BROKEN) else whole
             whole = whole[: len(whole) - self._held(whole)]

@@ -7,6 +7,7 @@ import { hue } from "./scale.js";
 
 const $ = (id) => document.getElementById(id);
 const drawing = new Drawing($("canvas"), $("tip"));
+const wide = matchMedia("(min-width: 60rem)"); // the canvas lies beside the form
 let history = new History(), name = "", chosen = null, running = null, playing = null, done = "", typed = false;
 
 const EXAMPLES = {
@@ -73,6 +74,7 @@ async function run(before, after, length) {
     $("settings").open = true;
     return problem(error.message);
   }
+  if (!wide.matches) $("settings").open = false; // the canvas lies below them
   if (after !== null) body.suffix = after;
   if (after === null && $("chat").checked) {
     body.messages = [{ role: "user", content: before }];
@@ -177,8 +179,8 @@ function trimmed({ before, middle, after }) {
 }
 
 // Takes what is selected, {before, middle, after} or null, as what Fill rewrites.
-function choose(found) {
-  chosen = found && trimmed(found);
+function choose(selection) {
+  chosen = selection && trimmed(selection);
   if (chosen && !typed) $("blank").value = Math.max(1, Math.ceil(chosen.middle.length / 4)); // about a token in 4 letters
   const words = chosen && (chosen.middle.length > 40 ? `${chosen.middle.slice(0, 38)}…` : chosen.middle);
   $("chosen").textContent = chosen ? `Selected: “${words}”` : "Nothing is selected.";
@@ -189,8 +191,8 @@ function notice() {
   if (document.activeElement === box) {
     choose(from < to ? { before: value.slice(0, from), middle: value.slice(from, to), after: value.slice(to) } : null);
   } else if (!running) {
-    const found = drawing.selected();
-    if (found && found.before + found.middle + found.after === done) choose(found); // all of it stands on the canvas
+    const selection = drawing.selected();
+    if (selection && selection.before + selection.middle + selection.after === done) choose(selection); // all of it stands on the canvas
   }
 }
 
@@ -208,7 +210,7 @@ function example(which) {
   shown();
   $("text").value = text;
   $("schema").value = schema ? JSON.stringify(schema, null, 1) : "";
-  if (schema) $("settings").open = true;
+  if (schema && wide.matches) $("settings").open = true;
   problem("");
   $("text").focus();
   if (select) {
@@ -269,6 +271,6 @@ $("copy").addEventListener("click", async () => {
 document.addEventListener("selectionchange", notice);
 for (const button of document.querySelectorAll("[data-example]")) button.addEventListener("click", () => example(button.dataset.example));
 document.querySelectorAll(".scale i").forEach((box, i, all) => { box.style.background = hue(i / (all.length - 1)); });
-$("settings").open = matchMedia("(min-width: 60rem)").matches;
+$("settings").open = wide.matches;
 shown();
 connect();

@@ -48,8 +48,10 @@ def ask_completion(engine: Engine, body: CompletionBody) -> Ask:
             if body.suffix:
                 behind = encode_prompt(opened.tokenizer, body.suffix, opened.mask_id, beginning=False)
         fixed: dict[str, Any] = {}
-        if opened.has_end:
-            fixed = {"suppress_eos": True} if body.suffix is not None else {"stop_at_eos": True}
+        if opened.has_end and body.suffix is None:
+            fixed = {"stop_at_eos": True}
+        elif opened.has_end and body.grow != "confidence":  # which looks for an end of text
+            fixed = {"suppress_eos": True}
         requests += texts(engine, body, ids, behind, defaults, fixed, trim=trim)
         given += len(ids) + len(behind)
         echoed += [text if body.echo else ""] * (body.n or 1)

@@ -19,6 +19,7 @@ import torch
 from dlm.sampling.canvas import Canvas
 from dlm.sampling.constraints import Constraint, constraint_of
 from dlm.sampling.denoise import turn
+from dlm.sampling.growth import growth_tokens
 from dlm.sampling.methods import METHODS
 from dlm.sampling.rows import Batch
 from dlm.serving.prefixes import Prefixes
@@ -292,7 +293,8 @@ class Engine:
 
     def _new_batch(self) -> Batch:
         opened = self.pretrained
-        batch = Batch(opened.predictor, vocab_size=len(opened.tokenizer), eos_token_ids=opened.end_ids)
+        known = {"vocab_size": len(opened.tokenizer), "eos_token_ids": opened.end_ids}
+        batch = Batch(opened.predictor, **known, growth_tokens=growth_tokens(opened.tokenizer, opened.config))
         batch.lenient = True
         return batch
 

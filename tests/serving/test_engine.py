@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import dlm
+from dlm.sampling.growth import DELETE, EXPAND
 from dlm.serving.engine import Engine
 from dlm.serving.requests import Cancelled, Closing, Expired, QueueFull, Request, RowFailed
-from dlm.tokenizer import EOT
-from tests.helpers.commandline import STORY
+from dlm.tokenizer import EOT, train_tokenizer
+from tests.helpers.commandline import STORY, make_checkpoint
 
 
 def canvas_ids(opened, prompt, length):
@@ -216,6 +217,23 @@ def test_drain_finishes_what_is_there_and_close_does_not(slow, opened):
     other.close()
     with pytest.raises(Closing):
         lost.result(10)
+
+
+def test_a_text_grows_by_the_checkpoint_s_expand_token(tmp_path):
+    """Was: the engine did not tell the loop which token that is, and refused what `dlm.generate` does."""
+    tokenizer = train_tokenizer([STORY] * 4, 340)
+    tokenizer.add_special_tokens({"additional_special_tokens": [EXPAND, DELETE]})
+    opened = dlm.load_pretrained(make_checkpoint(tmp_path / "grows", tokenizer))
+    canvas = dlm.Canvas.from_templates([canvas_ids(opened, "The cat", 4)], opened.mask_id)
+    config = dlm.SamplingConfig(grow="expand", gen_length=12, seed=3, temperature=4.0)
+    out = dlm.generate(opened.predictor, canvas, config, tokenizer=opened.tokenizer)
+    engine = Engine(opened)
+    try:
+        result = engine.submit(Request(canvas.tokens[0].tolist(), config)).result(60)
+    finally:
+        engine.close()
+    assert result.nfe == int(out.nfe[0]) > 4
+    assert list(result.ids) == out.sequences[0].tolist()[: len(result.ids)]
 
 
 def test_autoregressive_checkpoint_is_refused_in_a_line():

@@ -54,9 +54,9 @@ export async function* complete(body, key, signal) {
       const data = event.split(/\r?\n/).filter((line) => line.startsWith("data:")).map((line) => line.slice(5).trim()).join("\n");
       if (!data) continue; // a comment that keeps the connection open
       if (data === "[DONE]") return;
-      const event = JSON.parse(data);
-      if (event.error) throw new Problem(event.error.message || "The server could not finish the text.");
-      yield event;
+      const content = JSON.parse(data);
+      if (content.error) throw new Problem(content.error.message || "The server could not finish the text.");
+      yield content;
     }
   }
 }

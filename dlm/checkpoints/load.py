@@ -52,6 +52,7 @@ class Placing:
     device_map: Any = None
     cuda_graphs: bool = False
     tensor_parallel: bool = False
+    compile: bool = False
 
     def __post_init__(self):
         if self._name not in (*DTYPES, *SAVED):
@@ -214,9 +215,10 @@ def open_model(
     Raises ValueError, in one line that names the folder and the reason, for damaged weights, tensors missing, left
     over or of another shape, numbers that are none, and a device or a type that cannot be used.
     """
-    if not is_own(config) and (placing.bits or placing.tensor_parallel or placing.cuda_graphs):
+    if not is_own(config) and (placing.bits or placing.tensor_parallel or placing.cuda_graphs or placing.compile):
         raise ValueError(
-            f"{folder} is of a family that transformers reads: leave int8, fp8, cuda_graphs and tensor_parallel out"
+            f"{folder} is of a family that transformers reads: leave int8, fp8, cuda_graphs, compile and "
+            "tensor_parallel out"
         )
     options = {"config": config, "dtype": placing.whole, "use_safetensors": True}
     if placing.attn_implementation is not None:
@@ -242,7 +244,7 @@ def open_model(
     if placing.bits:
         quantize_(model, placing.bits)
     if is_own(config):
-        model.cuda_graphs = placing.cuda_graphs
+        model.cuda_graphs, model.compiled = placing.cuda_graphs, placing.compile
     return model
 
 

@@ -23,6 +23,7 @@ from dlm.checkpoints.folder import Tensors, check_names, check_sizes, fetch, rea
 from dlm.checkpoints.load import Placing, is_own, open_model, read_config, read_fields
 from dlm.checkpoints.quick import fits, packed_from
 from dlm.kernels.linear import QUANTIZED
+from dlm.kernels.native import library
 from dlm.kernels.packing import packed, packed_alone
 from dlm.models.fields import LLaDAFields
 from dlm.sampling.config import as_ids
@@ -211,6 +212,8 @@ class Pretrained:
         Raises ValueError for an autoregressive model.
         """
         self.check_diffusion()
+        if self.placing.compile:
+            library(self.progress)
         if "model" in vars(self) or self.adapter is not None:
             return packed(self.model)
         return self._alone
@@ -263,6 +266,7 @@ def load_pretrained(
     variant: str | None = None,
     cuda_graphs: bool = False,
     tensor_parallel: bool = False,
+    compile: bool = False,
     causal: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Pretrained:
@@ -274,22 +278,23 @@ def load_pretrained(
     device_map, as in transformers, instead of it. attn_implementation: eager, sdpa, flash_attention_2 or
     flex_attention. variant: `fp16` reads model.fp16.safetensors. cuda_graphs: replay the passes of generation
     (`cuda_graphs`), on one GPU with sdpa. tensor_parallel: share every layer out over the processes that torchrun
-    started, each with a GPU (`LLaDAConfig.base_model_tp_plan`); all must then make the same calls. causal: also open
-    autoregressive models of the families that transformers reads, which score texts. progress: is told in a word
-    what takes long.
+    started, each with a GPU (`LLaDAConfig.base_model_tp_plan`); all must then make the same calls. compile: in float32
+    on a CPU generation uses small operations that a C compiler makes, once for a machine (`kernels.native`). causal:
+    also open autoregressive models of the families that transformers reads, which score texts. progress: is told in a
+    word what takes long.
 
     No code of a checkpoint runs, and no pickle is opened. Raises ValueError, in one line that names the folder and the
     reason, for a folder that is no checkpoint, another family, wrong fields, damaged weights, or tensors missing or
     left over; OSError where the hub does not give it.
     """
-    placing = Placing(dtype, device, attn_implementation, device_map, cuda_graphs, tensor_parallel)
+    placing = Placing(dtype, device, attn_implementation, device_map, cuda_graphs, tensor_parallel, compile)
     path = os.fspath(SHIPPED if path is None else path)
     if (base := base_of(path)) is not None:
         if placing.bits:
             raise ValueError(f"{path} holds adapters, and {placing.bits} layers take none: save the merged model first")
         opened = load_pretrained(
             base, dtype=dtype, device=device, attn_implementation=attn_implementation, device_map=device_map,
-            variant=variant, cuda_graphs=cuda_graphs, causal=causal, progress=progress,
+            variant=variant, cuda_graphs=cuda_graphs, compile=compile, causal=causal, progress=progress,
         )  # fmt: skip
         return dataclasses.replace(opened, path=path, adapter=path)
     folder = fetch(path, revision, variant=variant)

@@ -51,6 +51,7 @@ def packed_from(folder: Path, config: Any, tensors: Tensors, placing: Placing) -
         return None
     config._attn_implementation = "sdpa"
     skeleton = _skeleton(config, weights, cpu)
+    skeleton.compiled = placing.compile
     weights.clear()  # the skeleton alone holds them, and lets them go one by one
     return Packed(skeleton, release=True)
 

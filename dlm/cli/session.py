@@ -84,7 +84,8 @@ def open_checkpoint(args, check: bool = True, model: bool = False) -> Pretrained
     try:
         from dlm.checkpoints.pretrained import load_pretrained
 
-        options = {name: getattr(args, name) for name in ("dtype", "device", "attn_implementation", "cuda_graphs")}
+        named = ("dtype", "device", "attn_implementation", "cuda_graphs", "compile")
+        options = {name: getattr(args, name) for name in named}
         if getattr(args, "tensor_parallel", False):
             options["tensor_parallel"] = True
             if int(os.environ.get("RANK", 0)):  # the first process speaks for all

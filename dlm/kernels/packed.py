@@ -5,8 +5,9 @@ Shapes: B batch, Q queried tokens, T slots of the canvas, M places asked about, 
 What differs from `transformer` is where the time went: linear layers are those of `linear` (on a CPU, oneDNN on
 weights that were blocked once), query, key and value (and gate and up) are one product, rotary positions are one
 complex product, residuals are added inside the product before, and the last layer computes only the places asked
-about; on a GPU with Triton, rotary positions and the cache's scatter are one kernel, and silu and the product after it
-another. The checkpoint's weights are not touched: these are copies (`packing` says when they are made).
+about; on a GPU with Triton, and on a CPU where `compiled` asks for it, rotary positions and the cache's scatter are one
+kernel, and silu and the product after it another. The checkpoint's weights are not touched: these are copies (`packing`
+says when they are made).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dlm.kernels.available import triton_kernels
 from dlm.kernels.by_rows import EndToEnd, RowSizes, Uniform, lay_out, pieces_of
 from dlm.kernels.int8 import QuantizedLinear
 from dlm.kernels.linear import QUANTIZED, Blocked, Plain, kind_for
+from dlm.kernels.native import native
 from dlm.models.attention import Visible, attention_mask, visible_of
 from dlm.models.kv_cache import KVCache
 from dlm.models.moe import MoE
@@ -143,6 +145,7 @@ class Packed:
     def __init__(self, model: LLaDAModelLM, release: bool = False):
         self.config = config = model.config
         self.device, self.kernels = model.device, triton_kernels(model.device)
+        self.small = _small_operations(model, self.kernels)
         # Attributes of a transformers configuration take microseconds each to read: what a layer needs is kept here.
         self.size, self.width, self.eps = config.head_dim, config.n_heads * config.head_dim, config.rms_norm_eps
         self.heads, self.kv_heads, self.norm_each = config.n_heads, config.n_kv_heads, config.qk_norm == "head"
@@ -279,8 +282,8 @@ class Packed:
         if layer.moe is not None:
             return layer.moe(self._norm(x, layer.ff_norm)).add_(x)
         both = layer.gate_up(self._norm(x, layer.ff_norm))
-        if self.kernels is not None:
-            return layer.down.plus(self.kernels.gated(both), x)
+        if self.small is not None:
+            return layer.down.plus(self.small.gated(both), x)
         gate, up = both.chunk(2, dim=-1)
         return layer.down.plus(F.silu(gate).mul_(up), x)
 
@@ -314,15 +317,15 @@ class Packed:
             shape = (len(normed), self.kv_heads, normed.shape[1], self.size)
             stored = normed.new_empty(shape), normed.new_empty(shape)
         if layer.qkv is not None:
-            q = self.kernels.place(layer.qkv(normed), self.turns, where.slots, self.heads, stored)
+            q = self.small.place(layer.qkv(normed), self.turns, where.slots, self.heads, stored)
         else:
-            q = self.kernels.place(layer.q(asking), self.turns, x_where.slots, self.heads, None)
-            self.kernels.place(layer.kv(normed), self.turns, where.slots, 0, stored)
+            q = self.small.place(layer.q(asking), self.turns, x_where.slots, self.heads, None)
+            self.small.place(layer.kv(normed), self.turns, where.slots, 0, stored)
         return q, *(x.transpose(1, 2) for x in stored)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        if self.kernels is not None and x.stride(-1) == 1:
-            return self.kernels.normed(x, weight, self.eps)
+        if self.small is not None and x.stride(-1) == 1:
+            return self.small.normed(x, weight, self.eps)
         return F.rms_norm(x, weight.shape, weight, self.eps)
 
     def _head_norm(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -334,7 +337,7 @@ class Packed:
     def _where(self, positions: Tensor | None, queries: int, cache) -> _Where:
         """Where queries stand; without turns where one kernel looks them up, which it can in whole canvases."""
         whole = positions is None if cache is None else type(cache) is KVCache
-        if self.kernels is not None and whole and self.layers[0].q_norm is None and self.config.rope_layers is None:
+        if self.small is not None and whole and self.layers[0].q_norm is None and self.config.rope_layers is None:
             return _Where(positions, None)
         turns = self.turns[None, :queries] if positions is None else self.turns[positions]
         return _Where(positions, turns[:, :, None])
@@ -370,6 +373,20 @@ class Packed:
             return x.unflatten(-1, (-1, self.size))
         pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, self.size // 2, 2)))
         return torch.view_as_real(pairs.mul_(turns)).flatten(-2).to(x.dtype)
+
+
+def _small_operations(model, kernels):
+    """What makes a layer's norms, rotary positions and silu: Triton on a GPU, what `native` compiles on a CPU where the
+    model asks for it, None for torch."""
+    if not getattr(model, "compiled", False):
+        return kernels
+    dtype = model.model.transformer.wte.weight.dtype
+    if model.device.type != "cpu" or dtype != torch.float32:
+        raise ValueError(
+            f"compile is for float32 on a CPU, and the model is {str(dtype).removeprefix('torch.')} on {model.device}: "
+            "leave it out"
+        )
+    return native()
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

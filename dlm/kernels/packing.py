@@ -51,8 +51,9 @@ def packed(model):
     A copy is made of a plain `LLaDAModelLM` in evaluation mode with SDPA attention, on a CPU in float32 or (where the
     processor multiplies it) bfloat16, on a GPU where there is memory for it; linear layers may be of few bits.
     Adapters, hooks and others' layers keep the model as it is. With `model.cuda_graphs` set its passes are replayed
-    (`Graphs`). The predictor is kept with the model and made again when the model has changed (`_Seen`). Anything else
-    than a `LLaDAModelLM` is a predictor already, and comes back.
+    (`Graphs`), with `model.compiled` small operations are compiled (`native`). The predictor is kept with the model and
+    made again when the model has changed (`_Seen`). Anything else than a `LLaDAModelLM` is a predictor already, and
+    comes back.
     """
     if "dlm.models.transformer" not in sys.modules:  # nobody can have made a model
         return model
@@ -92,6 +93,10 @@ def _with_graphs(copy: Packed, model: LLaDAModelLM) -> Packed | Graphs:
     return Graphs(copy) if model.cuda_graphs and model.device.type == "cuda" else copy
 
 
+def _kind(model: LLaDAModelLM) -> tuple:
+    return model.config._attn_implementation, model.cuda_graphs, model.compiled
+
+
 class _Seen:
     """What a model was when it was packed: modules, hooks, where its weights lie, how often each was written.
 
@@ -101,7 +106,7 @@ class _Seen:
     """
 
     def __init__(self, model: LLaDAModelLM):
-        self.kind = model.config._attn_implementation, model.cuda_graphs
+        self.kind = _kind(model)
         self.modules = []
         for module in model.modules():
             fields = vars(module)
@@ -127,7 +132,7 @@ class _Seen:
 
     def still(self, model: LLaDAModelLM) -> bool:
         """Whether the model is what it was; in 0.1 ms for 25M parameters."""
-        if self.kind != (model.config._attn_implementation, model.cuda_graphs):
+        if self.kind != _kind(model):
             return False
         for fields, children, weights in self.modules:
             if fields["training"] or fields["_forward_hooks"] or fields["_forward_pre_hooks"] or "forward" in fields:
@@ -142,8 +147,13 @@ class _Seen:
 
 
 def _say_plain(model: LLaDAModelLM, alone: bool = False) -> None:
-    """Warns where a model that is to write text runs unpacked for what it or the machine is, and says why."""
+    """Warns where a model that is to write text runs unpacked for what it or the machine is, and says why. Raises
+    ValueError where `model.compiled` asks for what only packed passes have."""
     config, device, dtype = model.config, model.device, model.dtype
+    if model.compiled:
+        raise ValueError(
+            "compile is for packed passes, and this model runs unpacked: leave it out, or use sdpa attention"
+        )
     if model.training or config._attn_implementation in (None, "eager"):
         return  # as it was asked for
     why = None

@@ -25,7 +25,8 @@ log = logging.getLogger("dlm.serving")
 
 def serve(args) -> int:
     """Serves until a signal ends it; 0 where all that was accepted is done. Raises ValueError, OSError."""
-    options = {name: getattr(args, name) for name in ("dtype", "device", "attn_implementation", "cuda_graphs")}
+    named = ("dtype", "device", "attn_implementation", "cuda_graphs", "compile")
+    options = {name: getattr(args, name) for name in named}
     opened = load_pretrained(args.model, revision=args.revision, **options)
     if args.max_length is not None and opened.max_length is not None and args.max_length > opened.max_length:
         raise ValueError(f"--max-length is {args.max_length}: this model reads {opened.max_length} tokens at most")

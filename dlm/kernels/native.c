@@ -1,0 +1,83 @@
+/* A layer's small operations on a CPU in float32: what torch does in several calls each, in one.
+
+   Shapes: N rows (tokens), Q queried tokens of a row of the batch, H heads, H_kv key heads, T slots, D head size, F MLP
+   width.
+
+   The sums of a token run in one order, whatever stands beside it, so that its bits do not depend on its batch. Compiled
+   without leave to reorder sums. `native.py` compiles and calls it. */
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#define LANES 16
+
+/* exp(x) to about one unit in the last place (the polynomial of Cephes' expf), infinite above 88; NaN stays NaN. */
+static inline float exponential(float x) {
+    float inside = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
+    float whole = inside * 1.44269504088896341f + 12582912.0f; /* 1.5 * 2^23: rounds to the nearest integer */
+    int32_t bits;
+    memcpy(&bits, &whole, 4);
+    whole -= 12582912.0f;
+    float r = inside - whole * 0.693359375f + whole * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    uint32_t power = ((uint32_t)bits + 127u) << 23; /* the low bits of the shifted sum are the integer */
+    float scale;
+    memcpy(&scale, &power, 4);
+    return x > 88.0f ? INFINITY : p * scale;
+}
+
+/* y (N, W) = x / rms(x) * weight of rows x (N, W). */
+void normed(const float *x, ptrdiff_t rows, ptrdiff_t stride, const float *weight, float *y, ptrdiff_t size, float eps) {
+    for (ptrdiff_t n = 0; n < rows; n++, x += stride, y += size) {
+        float parts[LANES] = {0}, sum = 0;
+        ptrdiff_t i = 0;
+        for (; i + LANES <= size; i += LANES)
+            for (int l = 0; l < LANES; l++) parts[l] += x[i + l] * x[i + l];
+        for (int l = 0; i < size; i++, l++) parts[l] += x[i] * x[i];
+        for (int l = 0; l < LANES; l++) sum += parts[l];
+        float scale = 1.0f / sqrtf(sum / (float)size + eps);
+        for (i = 0; i < size; i++) y[i] = x[i] * scale * weight[i];
+    }
+}
+
+/* y (N, F) = silu(gate) * up of rows x (N, 2F) = [gate ; up]. */
+void gated(const float *x, ptrdiff_t rows, ptrdiff_t stride, float *y, ptrdiff_t size) {
+    for (ptrdiff_t n = 0; n < rows; n++, x += stride, y += size) {
+        const float *restrict gate = x, *restrict up = x + size;
+        float *restrict out = y;
+        for (ptrdiff_t i = 0; i < size; i++) out[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
+    }
+}
+
+/* The tokens n of first .. first + count - 1, token n in row n / Q of the batch: their queries, turned, to q (N, H, D);
+   keys (turned) and values to keys and values (B, H_kv, T, D). x (N, (H + 2 H_kv) D), a head's pairs side by side, or
+   of queries alone where H_kv is 0; turns (T', D): cos and sin in turn; slots (N,), or NULL for n mod Q. */
+void place(const float *x, ptrdiff_t stride, const float *turns, const int64_t *slots, float *q, float *keys,
+           float *values, ptrdiff_t first, ptrdiff_t count, ptrdiff_t queries, ptrdiff_t heads, ptrdiff_t kv_heads,
+           ptrdiff_t length, ptrdiff_t size) {
+    for (ptrdiff_t n = first; n < first + count; n++) {
+        const float *token = x + n * stride;
+        ptrdiff_t row = n / queries, slot = slots ? slots[n] : n % queries;
+        const float *restrict turn = turns + slot * size;
+        for (ptrdiff_t h = 0; h < heads + kv_heads; h++) {
+            const float *restrict in = token + h * size;
+            float *restrict out = h < heads ? q + (n * heads + h) * size
+                                            : keys + ((row * kv_heads + h - heads) * length + slot) * size;
+            for (ptrdiff_t d = 0; d < size; d += 2) {
+                out[d] = in[d] * turn[d] - in[d + 1] * turn[d + 1];
+                out[d + 1] = in[d] * turn[d + 1] + in[d + 1] * turn[d];
+            }
+        }
+        for (ptrdiff_t h = 0; h < kv_heads; h++)
+            memcpy(values + ((row * kv_heads + h) * length + slot) * size, token + (heads + kv_heads + h) * size,
+                   size * sizeof(float));
+    }
+}

@@ -1,0 +1,164 @@
+"""A layer's small operations on a CPU in float32, compiled from `native.c` on this machine: norm, rotary positions with
+the cache's scatter, silu and product.
+
+Shapes: N rows (tokens), B batch, Q queried tokens, H heads, H_kv key heads, T slots, D head size, F MLP width.
+
+torch makes about forty calls a layer beside its four products, each of which takes longer to begin than to compute for
+a few tokens. The functions here have the signatures of `triton`'s. A pass asks for them with `compile`: it is never
+done unasked, since it needs a C compiler and the last bits of a result are other ones. The library is kept between runs
+(`library`), named after its source, the compiler and the processor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dlm.utils.files import cache_folder
+
+__all__ = ["Native", "library", "native"]
+
+SOURCE = Path(__file__).with_name("native.c")
+# Sums stay in the order of the source: no -ffast-math.
+OPTIONS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-shared", "-fPIC")
+SHARED = 2**17  # numbers from which threads share a call
+SIZE, POINTER = ctypes.c_ssize_t, ctypes.c_void_p
+SIGNATURES = {
+    "normed": (POINTER, SIZE, SIZE, POINTER, POINTER, SIZE, ctypes.c_float),
+    "gated": (POINTER, SIZE, SIZE, POINTER, SIZE),
+    "place": (POINTER, SIZE, POINTER, POINTER, POINTER, POINTER, POINTER, *[SIZE] * 7),
+}
+
+
+class Native:
+    """The compiled functions. Tensors are float32 on the CPU, the last dimension contiguous."""
+
+    def __init__(self, file: Path):
+        compiled = ctypes.CDLL(str(file))
+        for name, kinds in SIGNATURES.items():
+            function = getattr(compiled, name)
+            function.argtypes, function.restype = kinds, None
+            setattr(self, f"_{name}", function)
+
+    def normed(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x / rms(x) * weight over the last dimension, as `F.rms_norm`."""
+        size = x.shape[-1]
+        rows, y = x.reshape(-1, size), x.new_empty(x.shape)
+        at, to, stride, factor = rows.data_ptr(), y.data_ptr(), rows.stride(0), weight.data_ptr()
+
+        def part(first: int, count: int) -> None:
+            self._normed(at + 4 * first * stride, count, stride, factor, to + 4 * first * size, size, eps)
+
+        _shared(part, len(rows), size)
+        return y
+
+    def gated(self, x: Tensor) -> Tensor:
+        """silu(gate) * up of x (..., 2F) = [gate ; up]: (..., F)."""
+        size = x.shape[-1] // 2
+        rows, y = x.reshape(-1, 2 * size), x.new_empty((*x.shape[:-1], size))
+        at, to, stride = rows.data_ptr(), y.data_ptr(), rows.stride(0)
+
+        def part(first: int, count: int) -> None:
+            self._gated(at + 4 * first * stride, count, stride, to + 4 * first * size, size)
+
+        _shared(part, len(rows), size)
+        return y
+
+    def place(
+        self, x: Tensor, turns: Tensor, positions: Tensor | None, heads: int, stored: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """Queries (B, Q, H, D), turned by their rotary angles, and keys (turned) and values where they are kept.
+
+        x (B, Q, (H + 2 H_kv) D): queries, keys and values of every slot, a head's pairs side by side. turns (T', D / 2)
+        complex: exp(i angle) of every slot. positions (B, Q) int64: the slots; None is 0..Q-1. stored: keys and values
+        (B, H_kv, T, D) to write to, None where x is of queries alone.
+        """
+        batch, queries, width = x.shape
+        size = 2 * turns.shape[1]
+        q = x.new_empty((batch, queries, heads, size))
+        keys, values = stored or (q, q)
+        assert keys.is_contiguous() and values.is_contiguous() and turns.is_contiguous()
+        kv_heads, length = (keys.shape[1], keys.shape[2]) if stored else (0, 0)
+        rows = x.reshape(-1, width)
+        slots = None if positions is None else positions.contiguous()
+        pointers = (
+            rows.data_ptr(), rows.stride(0), turns.data_ptr(), None if slots is None else slots.data_ptr(),
+            q.data_ptr(), keys.data_ptr(), values.data_ptr(),
+        )  # fmt: skip
+
+        def part(first: int, count: int) -> None:
+            self._place(*pointers, first, count, queries, heads, kv_heads, length, size)
+
+        _shared(part, len(rows), width)
+        return q
+
+
+def _shared(part: Callable[[int, int], None], rows: int, width: int) -> None:
+    """Calls `part(first, count)` for all rows, shared over torch's threads where they are many. Rows do not meet."""
+    threads = min(torch.get_num_threads(), rows)
+    if threads == 1 or rows * width < SHARED:
+        part(0, rows)
+        return
+    bounds = [rows * i // threads for i in range(threads + 1)]
+    list(_pool(threads).map(lambda i: part(bounds[i], bounds[i + 1] - bounds[i]), range(threads)))
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="dlm-native")
+
+
+# ---------------------------------------------------------------- the library
+
+
+def native(progress: Callable[[str], None] | None = None) -> Native:
+    """The compiled functions; compiled now if no run before did. progress: is told in a word that this takes seconds.
+
+    Raises ValueError where there is no C compiler, or it fails.
+    """
+    return Native(library(progress))
+
+
+def library(progress: Callable[[str], None] | None = None) -> Path:
+    """The file of the compiled functions, made where there is none. Raises ValueError as `native`."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        raise ValueError("compile needs a C compiler, and there is no cc on the PATH: install gcc, or leave it out")
+    about = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    named = hashlib.sha256("\n".join([SOURCE.read_text(), *OPTIONS, about, _processor()]).encode()).hexdigest()
+    file = cache_folder("native") / f"{named[:24]}.so"
+    if file.is_file():
+        return file
+    if progress is not None:
+        progress("compiling")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        made = Path(folder) / "native.so"
+        words = [compiler, *OPTIONS, "-o", str(made), str(SOURCE), "-lm"]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        if done.returncode:
+            reason = next(iter(done.stderr.splitlines()), f"exit code {done.returncode}")
+            raise ValueError(f"compile failed ({compiler}: {reason}): leave it out")
+        made.replace(file)  # at once, so that a run beside this one never reads half a file
+    return file
+
+
+def _processor() -> str:
+    """What the compiler's -march=native goes by."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())

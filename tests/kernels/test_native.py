@@ -1,0 +1,144 @@
+"""Compiled small operations: torch's numbers, the same bits for a row in every batch, the same tokens; refusals."""
+
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import dlm
+from dlm.cli.main import main
+from dlm.kernels import native as module
+from dlm.kernels.linear import has_kernels
+from dlm.kernels.packing import packed
+from tests.helpers.toys import tiny_model
+
+pytestmark = pytest.mark.skipif(
+    not has_kernels(torch.float32) or shutil.which("cc") is None, reason="needs a C compiler and oneDNN"
+)
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield module.native()
+
+
+def numbers(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("size", [1, 16, 37, 384])
+def test_norm_and_silu_are_torchs(native, size):
+    x, weight = numbers(3, 5, 2 * size) * 9, numbers(size, seed=1)
+    part = x[..., :size]
+    torch.testing.assert_close(native.normed(part, weight, 1e-5), F.rms_norm(part, (size,), weight, 1e-5))
+    gate, up = x.chunk(2, dim=-1)
+    torch.testing.assert_close(native.gated(x), F.silu(gate) * up)
+
+
+def test_silu_of_numbers_far_from_zero_and_of_none(native):
+    gate = torch.tensor([-1e30, -100.0, -88.5, -87.2, -1e-30, 0.0, 60.0, 100.0, 1e30, float("nan"), float("inf")])
+    y = native.gated(torch.cat([gate, torch.ones_like(gate)])[None])[0]
+    torch.testing.assert_close(y, F.silu(gate), equal_nan=True, atol=1e-30, rtol=1e-5)
+    assert native.normed(gate[None], torch.ones(11), 1e-5).isnan().all()
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("heads", [(4, 2), (2, 2), (3, 0)])
+def test_queries_turn_and_keys_lie_where_they_are_kept(native, heads, given):
+    """By hand: the pair (a, b) at angle t becomes (a cos t - b sin t, a sin t + b cos t)."""
+    heads, kv_heads = heads
+    batch, queries, length, size = 2, 3, 9, 8
+    x = numbers(batch, queries, (heads + 2 * kv_heads) * size)
+    angles = numbers(length, size // 2, seed=1)
+    turns = torch.polar(torch.ones_like(angles), angles)
+    slots = torch.tensor([[0, 8, 4], [5, 1, 2]]) if given else torch.arange(queries).expand(batch, -1)
+    stored = (torch.zeros(batch, kv_heads, length, size), torch.zeros(batch, kv_heads, length, size))
+    q = native.place(x, turns, slots if given else None, heads, stored if kv_heads else None)
+    each = x.unflatten(-1, (-1, size))
+    a, b, t = each[..., ::2], each[..., 1::2], angles[slots][:, :, None]
+    turned = torch.stack([a * t.cos() - b * t.sin(), a * t.sin() + b * t.cos()], dim=-1).flatten(-2)
+    torch.testing.assert_close(q, turned[:, :, :heads])
+    every = torch.arange(batch)[:, None]
+    if kv_heads:
+        torch.testing.assert_close(stored[0][every, :, slots], turned[:, :, heads : heads + kv_heads])
+        assert torch.equal(stored[1][every, :, slots], each[:, :, heads + kv_heads :])
+        assert int((stored[1].abs().sum(-1) > 0).sum()) == batch * queries * kv_heads
+
+
+def test_a_token_has_the_same_bits_beside_others_and_on_several_threads(native, monkeypatch):
+    x, weight = numbers(50, 96), numbers(48, seed=1)
+    turns = torch.polar(torch.ones(64, 8), numbers(64, 8, seed=2))
+
+    def all_of(part, slots):
+        stored = torch.zeros(1, 2, 64, 16), torch.zeros(1, 2, 64, 16)
+        q = native.place(part[None], turns, slots[None], 2, stored)
+        return native.normed(part[:, :48], weight, 1e-6), native.gated(part), q, stored[0][:, :, slots]
+
+    slots = torch.arange(50)
+    alone = [all_of(x[i : i + 1], slots[i : i + 1]) for i in range(50)]
+    before = torch.get_num_threads()
+    for threads, shared in ((1, 2**17), (3, 1)):
+        monkeypatch.setattr(module, "SHARED", shared)
+        torch.set_num_threads(threads)
+        normed, gated, q, keys = all_of(x, slots)
+        torch.set_num_threads(before)
+        for i, one in enumerate(alone):
+            assert torch.equal(normed[i], one[0][0]) and torch.equal(gated[i], one[1][0])
+            assert torch.equal(q[0, i], one[2][0, 0]) and torch.equal(keys[:, :, i], one[3][:, :, 0])
+
+
+SETTINGS = [
+    {"method": "none"}, {"method": "dual"}, {"method": "prefix", "cfg_scale": 0.5}, {"method": "c2f"},
+    {"method": "dual", "commit": "threshold", "threshold": 0.4}, {"method": "vicinity", "temperature": 0.7},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 1, "attention_layer_norm": True, "include_qkv_bias": True}])
+def test_tokens_are_those_of_the_plain_path(native, settings, changes):
+    model = tiny_model(3, dtype=torch.float32, **changes).eval()
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8], [9]]
+    config = dlm.SamplingConfig(gen_length=12, block_length=4, steps=6, seed=5, **settings)
+    plain = dlm.generate(model, prompts, config).sequences
+    copy = packed(model)
+    model.compiled = True
+    assert copy.small is None and packed(model) is not copy and type(packed(model).small) is module.Native
+    assert torch.equal(dlm.generate(model, prompts, config).sequences, plain)
+
+
+def test_a_row_has_the_same_bits_in_every_batch(native):
+    model = tiny_model(2, dtype=torch.float32).eval()
+    model.compiled = True
+    copy, tokens = packed(model), torch.randint(0, 30, (5, 7), generator=torch.Generator().manual_seed(0))
+    every = copy(tokens)
+    assert all(torch.equal(copy(tokens[i : i + 1])[0], every[i]) for i in range(5))
+
+
+def test_the_library_is_kept_and_its_making_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DLM_CACHE", str(tmp_path))
+    told = []
+    file = module.library(told.append)
+    assert told == ["compiling"] and module.library(told.append) == file and told == ["compiling"]
+    assert [*file.parent.iterdir()] == [file]
+    words = ["generate", "Once", "--gen-length", "8", "--seed", "3"]
+    assert main(words) == main([*words, "--compile"]) == 0
+    plain, compiled = capsys.readouterr().out.splitlines()
+    assert plain == compiled
+
+
+def test_refusals(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DLM_CACHE", str(tmp_path))
+    for compiler, reason in (("false", "compile failed"), ("no-such-compiler", "needs a C compiler")):
+        monkeypatch.setenv("CC", compiler)
+        assert main(["generate", "Once", "--compile"]) == 2
+        said = capsys.readouterr().err
+        assert reason in said and said.count("\n") == 1
+    assert not list(tmp_path.glob("*/*"))
+    monkeypatch.delenv("CC")
+    model = tiny_model(1, dtype=torch.float64).eval()
+    model.compiled = True
+    with pytest.raises(ValueError, match="compile is for"):
+        packed(model)

@@ -15,7 +15,7 @@ if __package__ in (None, ""):  # run by path from a clone: find dlm/ beside eval
 
 from dlm.cli.parser import Parser, check_least, shown_defaults
 from dlm.cli.scripts import guarded
-from dlm.rewards.table import REWARDS, open_rewards, score
+from dlm.rewards.table import REWARDS, check_columns, open_rewards, score
 
 
 def run(argv: list[str]) -> int:
@@ -46,6 +46,7 @@ def run(argv: list[str]) -> int:
     data = load_questions(
         [args.file], opened.tokenizer, form, mask=opened.mask_id, region=sampling.gen_length, answers=1
     )
+    check_columns(rewards, tuple(data.columns))
     numbers = range(len(data))[: args.limit]
     ids, seeds = [data.ids(index) for index in numbers], [sampling.seed + index for index in numbers]
     made, passes, committed = write(

@@ -2,8 +2,10 @@
 
 python -m eval.sudoku --model my-sudoku                 (a model of `dlm train sudoku`)
 dlm eval sudoku --model my-sudoku --puzzle TEXT         (81 cells, empty ones as dots)
+dlm eval sudoku --model my-sudoku --tries 16            (several answers, one chosen by the model's own likelihood)
 
-A puzzle counts as solved where every row, column and box of the answer is right.
+A puzzle counts as solved where every row, column and box of the answer is right. No solver is asked: that an answer is
+doubtful shows in the probability that the model itself gives to its cells.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ ORDERS = {  # name: fields of SamplingConfig. One block holds the whole grid, bu
     "left to right": {"block_length": 1},
 }
 ONE_BLOCK = 81
+PARTS = 6  # of an answer's cells: each is masked in turn, and judged given the others
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,16 @@ class Setting:
     order: str
     rule: str
     config: object
+
+
+@dataclass(frozen=True)
+class Tries:
+    """How often an answer is tried: at most `count` times, the first as the row of the table says, the others at
+    `temperature`, until every cell that was written has a probability of `accept` or more given the others."""
+
+    count: int = 1
+    temperature: float = 1.0
+    accept: float = 0.5
 
 
 def settings(
@@ -101,6 +114,51 @@ def solve(model, puzzles: np.ndarray, config, batch: int) -> tuple[np.ndarray, n
     return answers, np.array(passes), np.array(computed)
 
 
+def doubt(model, puzzles: np.ndarray, answers: np.ndarray, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """How well the model likes whole answers (P, 81) to puzzles: the sum over the cells that were written of the log
+    probability given the others (P,), a part of them masked at a time, and the smallest probability of a cell (P,)."""
+    import torch
+
+    mask, tokens = model.config.mask_token_id, torch.from_numpy(sudoku.to_ids(answers)).long()
+    part = np.random.default_rng(0).integers(PARTS, size=answers.shape)
+    log_p = torch.zeros(answers.shape)
+    for number in range(PARTS):
+        asked = torch.from_numpy((puzzles == 0) & (part == number))
+        for first in range(0, len(answers), batch):
+            some = slice(first, first + batch)
+            hidden = torch.zeros_like(tokens[some], dtype=torch.bool)
+            hidden[:, sudoku.CELLS] = asked[some]
+            with torch.inference_mode():
+                logits = model.predict(tokens[some].masked_fill(hidden, mask))[:, sudoku.CELLS, 1:10].float()
+            written = torch.from_numpy(answers[some]).long()
+            own = logits.log_softmax(-1).gather(-1, (written - 1).clamp_min(0)[..., None])[..., 0]
+            own = own.masked_fill(written == 0, -100.0)  # no digit: as good as impossible
+            log_p[some] += torch.where(asked[some], own, 0.0)
+    return log_p.sum(1).numpy(), log_p.min(1).values.exp().numpy()
+
+
+def solve_often(model, puzzles: np.ndarray, config, batch: int, tries: Tries):
+    """As `solve`, and of at most `tries.count` answers the one that the model likes best; passes and positions count
+    all tries, but not the judging, PARTS passes a try."""
+    answers, passes, computed = solve(model, puzzles, config, batch)
+    if tries.count == 1:
+        return answers, passes, computed
+    liked, least = doubt(model, puzzles, answers, batch)
+    for number in range(1, tries.count):
+        open_ = np.flatnonzero(least < tries.accept)
+        if not len(open_):
+            break
+        drawn = replace(config, temperature=tries.temperature, seed=number * 1_000_003)
+        again, more, cost = solve(model, puzzles[open_], drawn, batch)
+        passes[open_] += more
+        computed[open_] += cost
+        score, smallest = doubt(model, puzzles[open_], again, batch)
+        better = score > liked[open_]
+        taken = open_[better]
+        answers[taken], liked[taken], least[taken] = again[better], score[better], smallest[better]
+    return answers, passes, computed
+
+
 def test_puzzles(count: int, clues: tuple[int, int], seed: int) -> np.ndarray:
     """Puzzles (P, 81) with one solution and a number of givens even over `clues`, both ends included."""
     made = list(counted(sudoku.random_puzzles(count, seed), count, "puzzles"))
@@ -117,13 +175,13 @@ def accuracy(right: np.ndarray) -> str:
     return f"{100 * share:.1f} ± {100 * math.sqrt(share * (1 - share) / len(right)):.1f}"
 
 
-def table(model, puzzles: np.ndarray, rows: list[Setting], batch: int, show) -> list[dict]:
+def table(model, puzzles: np.ndarray, rows: list[Setting], batch: int, show, tries: Tries = Tries()) -> list[dict]:
     """One record for each setting; `show` prints it."""
     clues = (puzzles > 0).sum(axis=1)
     records = []
     for row in rows:
         began = time.perf_counter()
-        answers, passes, computed = solve(model, puzzles, row.config, batch)
+        answers, passes, computed = solve_often(model, puzzles, row.config, batch, tries)
         right = np.array([sudoku.is_solution(a, p) for a, p in zip(answers, puzzles, strict=True)])
         cells = float((answers == 0).sum())
         record = {
@@ -163,12 +221,12 @@ def print_head(count: int) -> None:
     print(" | ".join([f"{'order':<13}", f"{'rule':<16}", "passes", "positions", f"{'all':>11}", *names]))
 
 
-def solve_one(model, text: str, order: str) -> int:
+def solve_one(model, text: str, order: str, tries: Tries) -> int:
     """Print the answer to one puzzle; exit code 1 where it is wrong."""
     puzzle = sudoku.from_text(text)
     solved = sudoku.solutions(puzzle)
     [row] = [row for row in settings([order], [], []) if row.rule == "one cell a pass"]
-    answers, passes, _ = solve(model, puzzle[None], row.config, 1)
+    answers, passes, _ = solve_often(model, puzzle[None], row.config, 1, tries)
     right = sudoku.is_solution(answers[0], puzzle)
     print(sudoku.pretty(answers[0]))
     known = {0: "the puzzle has no solution", 1: "the only solution"}.get(len(solved), "one of several solutions")
@@ -191,13 +249,24 @@ def parse(argv: list[str]):
         "cached ones, for the order row by row (default: prefix,dual,c2f)"))  # fmt: skip
     parser.add_argument("--rules", default="", metavar="NAME,NAME:X", help=(
         "rules of decoding beside the orders, as dlm eval revision names them, and stable and pipeline"))  # fmt: skip
+    parser.add_argument("--tries", type=int, default=Tries.count, metavar="N", help=(
+        "answers of a doubtful puzzle, of which the model's likelihood chooses one (default: 1)"))  # fmt: skip
+    parser.add_argument("--try-temperature", type=float, default=Tries.temperature, metavar="T", help=(
+        "of the tries after the first (default: 1)"))  # fmt: skip
+    parser.add_argument("--accept", type=float, default=Tries.accept, metavar="P", help=(
+        "no more tries where every cell has this probability given the others (default: 0.5)"))  # fmt: skip
     parser.add_argument("--seed", type=int, default=1_000_000, metavar="N", help="of the puzzles (default: 1000000)")
     parser.add_argument("--batch-size", type=int, default=100, metavar="N", help="puzzles at a time (default: 100)")
     parser.add_argument("--output", metavar="FILE", help="write the table as JSON")
     args = parser.parse(argv)
     if not args.model:
         raise ValueError("no model: give --model a folder that dlm train sudoku wrote")
-    check_least(args, 1, "puzzles", "batch_size")
+    check_least(args, 1, "puzzles", "batch_size", "tries")
+    if not args.try_temperature > 0 or not 0 <= args.accept <= 1:
+        raise ValueError(
+            f"--try-temperature is {args.try_temperature:g} and --accept {args.accept:g}: give a temperature above 0, "
+            f"and a probability"
+        )
     args.orders = [name for name in args.orders.split(",") if name]
     args.rules = [rule for rule in args.rules.split(",") if rule]
     for name in args.orders:
@@ -229,12 +298,13 @@ def run(argv: list[str]) -> int:
     model, tokenizer = dlm.load(args.model)
     if tokenizer is None or tokenizer.get_vocab() != sudoku.make_tokenizer().get_vocab():
         raise ValueError(f"{args.model} does not read Sudokus: give a model that dlm train sudoku wrote")
+    tries = Tries(args.tries, args.try_temperature, args.accept)
     if args.puzzle:
-        return solve_one(model, args.puzzle, args.order)
+        return solve_one(model, args.puzzle, args.order, tries)
     puzzles = test_puzzles(args.puzzles, args.clues, args.seed)
     print_head(len(puzzles))
     rows = settings(args.orders, args.steps, args.thresholds, args.methods, args.rules)
-    records = table(model, puzzles, rows, args.batch_size, print_row)
+    records = table(model, puzzles, rows, args.batch_size, print_row, tries)
     if args.output:
         write_json(Path(args.output), {"command": argv, "rows": records}, indent=1)
     return 0

@@ -128,22 +128,21 @@ def prepare(settings: Recipe, accelerator) -> Prepared:
     train = Examples([part for part, _ in parts], settings.sequence_length, [weight for _, weight in parts])
     model = open_model(settings)
     check_fit(model.config, tokenizer)
-    return Prepared(model, tokenizer, train, valid, objective=objective_of(settings, model))
+    return Prepared(model, tokenizer, train, valid, objective=objective_of(settings, model, tokenizer))
 
 
-def objective_of(settings: Recipe, model):
+def objective_of(settings: Recipe, model, tokenizer):
     """What is minimised. Errors: a teacher of another vocabulary, family or shape."""
     from dlm.objectives.distillation import CertaintyForcing
-    from dlm.objectives.reference import check_same_shape, check_vocabulary, frozen
+    from dlm.objectives.reference import check_same_shape, frozen
     from dlm.objectives.teacher import Consistency, StepDistillation
-    from dlm.training.recipe import open_model
+    from dlm.training.recipe import open_beside
 
     if settings.teach == "certainty":
         return CertaintyForcing(settings.certainty)
     teacher = model
     if settings.teacher:
-        teacher = open_model(settings, path=settings.teacher)
-        check_vocabulary(model, teacher, settings.teacher)
+        teacher = open_beside(settings.teacher, model, tokenizer, "teacher")
         check_same_shape(model, teacher, settings.teacher)
     if settings.teach == "consistency":
         return Consistency(frozen(teacher), weight=settings.consistency, decay=settings.teacher_ema)

@@ -19,7 +19,7 @@ if __package__ in (None, ""):  # `accelerate launch train/grpo.py` from a clone:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dlm.objectives.config import POLICY_NAMES
-from dlm.rewards.table import open_rewards
+from dlm.rewards.table import check_columns, open_rewards
 from dlm.sampling.settings import sampling_of
 from dlm.training.tuning import TuningConfig, adapted
 from dlm.utils import settings
@@ -109,9 +109,9 @@ def prepare(settings: Recipe, accelerator) -> Prepared:
     from dlm.data.questions import load_questions
     from dlm.data.sources import parse_sources
     from dlm.objectives.policy import Policy
-    from dlm.objectives.reference import check_vocabulary, frozen
+    from dlm.objectives.reference import frozen
     from dlm.tokenizer import mask_id
-    from dlm.training.recipe import Prepared, chat_format, open_model
+    from dlm.training.recipe import Prepared, chat_format, open_beside, open_model
     from dlm.training.rollouts import Plan
 
     rewards = open_rewards(settings.rewards, weights_of(settings))
@@ -125,11 +125,10 @@ def prepare(settings: Recipe, accelerator) -> Prepared:
         mask=mask_id(tokenizer, model.config), region=sampling.gen_length,
         answers=settings.group_size * settings.inner, split=settings.split,
     )  # fmt: skip
+    check_columns(rewards, tuple(questions.columns))
     reference = None
     if settings.kl and settings.reference:
-        other = open_model(settings, path=settings.reference)
-        check_vocabulary(model, other, settings.reference)
-        reference = frozen(other)
+        reference = frozen(open_beside(settings.reference, model, tokenizer, "reference"))
     elif settings.kl and not settings.lora:
         reference = frozen(model)
     plan = Plan(

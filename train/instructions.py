@@ -20,9 +20,8 @@ if __package__ in (None, ""):  # run by path from a clone: find dlm/ beside trai
 
 import numpy as np
 
-from dlm.cli.parser import Parser
+from dlm.cli import story_files
 from dlm.cli.scripts import guarded
-from dlm.data.sources import parse_sources, read_documents
 from dlm.utils.jsonio import to_json
 from dlm.utils.random import example_generator
 
@@ -92,16 +91,9 @@ def rarer_words(stories: list[str], limits: Limits) -> set[str]:
 
 def run(argv: list[str]) -> int:
     """Read the stories, write one JSON object a line: prompt, response, and what the prompt asks for."""
-    parser = Parser("train instructions", "--data FILE --output FILE [options]", __doc__)
-    parser.add_argument("--data", metavar="FILE,FILE", help="stories, as dlm train pretrain reads them")
-    parser.add_argument("--output", metavar="FILE", help="where the JSONL goes")
-    parser.add_argument("--text-column", default="text", metavar="NAME", help="of JSONL (default: text)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is asked for (default: 0)")
-    args = parser.parse(argv)
-    if not args.data or not args.output:
-        raise ValueError("give --data with stories and --output for the instructions")
-    paths = [source.path for source in parse_sources(args.data)]
-    stories = [story for path in paths for story in read_documents(path, args.text_column, "train")]
+    args = story_files.options("train instructions", "FILE", __doc__, "where the JSONL goes").parse(argv)
+    story_files.check(args, "instructions")
+    stories = story_files.read(args)
     limits = Limits()
     rare, made = rarer_words(stories, limits), []
     for index, story in enumerate(stories):

@@ -66,8 +66,8 @@ def prepare(settings: Recipe, accelerator) -> Prepared:
     from dlm.data.pairs import Pairs, load_pairs
     from dlm.data.sources import parse_sources
     from dlm.objectives.preference import Preference
-    from dlm.objectives.reference import check_vocabulary, frozen
-    from dlm.training.recipe import Prepared, chat_format, open_model
+    from dlm.objectives.reference import frozen
+    from dlm.training.recipe import Prepared, chat_format, open_beside, open_model
 
     model = open_model(settings)
     tokenizer = open_tokenizer(settings.tokenizer or settings.model)
@@ -78,9 +78,7 @@ def prepare(settings: Recipe, accelerator) -> Prepared:
         pairs = Pairs([load_pairs(source.path, tokenizer, form, split=settings.split) for source in sources])
     options = {"beta": settings.beta, "draws": settings.draws, "sft": settings.sft_weight}
     if settings.reference:
-        other = open_model(settings, path=settings.reference)
-        check_vocabulary(model, other, settings.reference)
-        reference = frozen(other)
+        reference = frozen(open_beside(settings.reference, model, tokenizer, "reference"))
     else:
         reference = None if settings.lora else frozen(model)
     made, finish = adapted(model, settings)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 class Recipe(TuningConfig):
     """What tuning recipes share (TuningConfig), and how rows become examples.
 
+    preface: a text before the first request of every example, such as d1's "Respond in the following format: ...".
     overlong: `truncate` or `skip` longer ones. base_dtype: type of the frozen weights under adapters.
     """
 
@@ -42,6 +43,7 @@ class Recipe(TuningConfig):
     messages_column: str = ""
     prompt_column: str = ""
     response_column: str = ""
+    preface: str = ""
     overlong: str = "truncate"
     base_dtype: str = "float32"
 

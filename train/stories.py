@@ -23,9 +23,9 @@ if __package__ in (None, ""):  # run by path from a clone: find dlm/ beside trai
 
 import numpy as np
 
-from dlm.cli.parser import Parser
+from dlm.cli import story_files
 from dlm.cli.scripts import guarded
-from dlm.data.sources import parse_sources, read_documents
+from dlm.data.sources import read_documents
 from dlm.utils.random import example_generator
 
 LABEL = re.compile(
@@ -187,17 +187,12 @@ def request(story: str, nouns: set[str], limits: Limits, rng: np.random.Generato
 
 def run(argv: list[str]) -> int:
     """Read, clean, divide, and write the three files."""
-    parser = Parser("train stories", "--data FILE,FILE --output FOLDER [options]", __doc__)
-    parser.add_argument("--data", metavar="FILE,FILE", help="stories, as dlm train pretrain reads them")
+    parser = story_files.options("train stories", "FOLDER", __doc__, "where the three files go")
     parser.add_argument("--simple-words", metavar="FILE", help="their commonest words are simple (default: --data)")
-    parser.add_argument("--output", metavar="FOLDER", help="where the three files go")
-    parser.add_argument("--text-column", default="text", metavar="NAME", help="of JSONL (default: text)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is asked for (default: 0)")
     args = parser.parse(argv)
-    if not args.data or not args.output:
-        raise ValueError("give --data with stories and --output for the folder")
+    story_files.check(args, "folder")
     limits = Limits()
-    raw = [text for source in parse_sources(args.data) for text in read_documents(source.path, args.text_column)]
+    raw = story_files.read(args)
     plain = read_documents(args.simple_words, args.text_column) if args.simple_words else raw
     counts = Counter(word for text in plain for word in LOWER.findall(text))
     simple = {word for word, _ in counts.most_common(limits.common)}

@@ -20,6 +20,7 @@ if __package__ in (None, ""):  # `accelerate launch train/sudoku.py` from a clon
 import numpy as np
 
 from dlm.evaluation import sudoku
+from dlm.models.choices import check_grid
 from dlm.training.config import RecipeConfig
 from dlm.utils import settings
 from dlm.utils.progress import counted
@@ -35,8 +36,9 @@ class Recipe(RecipeConfig):
     """What all recipes share, the puzzles, and the shape of a new model.
 
     bases: minimal puzzles that are generated, puzzle i from (puzzle_seed, i); examples: forms of them, drawn anew from
-    `seed`; fewest_clues, most_clues: givens of a form, even over the range. valid_examples: forms of other puzzles,
-    for validation.
+    `seed`; fewest_clues, most_clues: givens of a form, even over the range, or with clue_power above 1 more often near
+    the fewest: fewest + range u^clue_power of an even u. valid_examples: forms of other puzzles, for validation.
+    layer_repeats: how often the layers are applied; grid: heads see rows, columns and boxes (`LLaDAConfig`).
     """
 
     output: str = "runs/sudoku"
@@ -49,11 +51,14 @@ class Recipe(RecipeConfig):
     valid_examples: int = 512
     fewest_clues: int = 24
     most_clues: int = 60
+    clue_power: float = 1.0
     d_model: int = 128
     n_layers: int = 8
     n_heads: int = 4
     mlp_hidden_size: int = 384
     rope_theta: float = 1000.0
+    layer_repeats: int = 1
+    grid: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -64,6 +69,12 @@ class Recipe(RecipeConfig):
                 f"givens from {self.fewest_clues} to {self.most_clues}: give 17 to 80, the fewest first (no puzzle "
                 f"with fewer than 17 has one solution)"
             )
+        if self.grid:
+            check_grid(sudoku.ROW_LENGTH, self.n_heads)
+        if self.layer_repeats < 1:
+            raise ValueError(f"layer_repeats is {self.layer_repeats}: give 1 or more")
+        if not self.clue_power > 0:
+            raise ValueError(f"clue_power is {self.clue_power}: give a number above 0, 1 for clues even over the range")
         for name in ("bases", "examples", "valid_examples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give 1 or more")
@@ -122,7 +133,8 @@ def forms(puzzles: np.ndarray, grids: np.ndarray, count: int, settings: Recipe, 
     base = rng.integers(len(puzzles), size=count)
     symmetry = sudoku.random_symmetries(count, rng)
     some, whole = sudoku.transform(puzzles[base], symmetry), sudoku.transform(grids[base], symmetry)
-    clues = rng.integers(settings.fewest_clues, settings.most_clues + 1, size=count)
+    span = settings.most_clues + 1 - settings.fewest_clues
+    clues = settings.fewest_clues + (span * rng.random(count) ** settings.clue_power).astype(int)
     some = sudoku.add_givens(some, whole, clues, rng)
     target = np.zeros((count, sudoku.LENGTH), bool)
     target[:, sudoku.CELLS] = some == 0
@@ -143,6 +155,8 @@ def _config(settings: Recipe, tokenizer) -> LLaDAConfig:
         embedding_size=len(tokenizer),
         weight_tying=False,
         rope_theta=settings.rope_theta,
+        layer_repeats=settings.layer_repeats,
+        grid_width=sudoku.ROW_LENGTH if settings.grid else None,
         max_sequence_length=sudoku.LENGTH,
         mask_token_id=tokenizer.mask_token_id,
         eos_token_id=None,

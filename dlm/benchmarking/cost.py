@@ -63,7 +63,7 @@ def pass_seconds(config, machine: Machine, dtype: str, rows: int, computed: int,
     """Seconds of one pass of a model with this configuration."""
     size = ITEMSIZE[dtype]
     d, width = config.d_model, config.n_heads * config.head_dim
-    kv, hidden, layers = config.n_kv_heads * config.head_dim, config.mlp_hidden_size, config.n_layers
+    kv, hidden, layers = config.n_kv_heads * config.head_dim, config.mlp_hidden_size, config.layers_applied
     every, few = rows * computed, rows * asked
     total = 0.0
 
@@ -121,7 +121,7 @@ def memory(config, dtype: str, shape: Shape, parameters: float) -> float:
     size, slots = ITEMSIZE[dtype], shape.prompt + shape.length
     d, kv = config.d_model, config.n_kv_heads * config.head_dim
     joined = config.n_layers * d * (config.n_heads * config.head_dim + 2 * kv + 2 * config.mlp_hidden_size)
-    stored = 0 if shape.method == "none" else 2 * shape.rows * slots * kv * config.n_layers
+    stored = 0 if shape.method == "none" else 2 * shape.rows * slots * kv * config.layers_applied
     asked = max(asked for _, asked, _ in passes(shape))
     wide = shape.rows * slots * (3 * config.mlp_hidden_size + 3 * d)
     return size * (parameters + joined) + max(size, 2) * (stored + shape.rows * asked * config.embedding_size + wide)

@@ -38,7 +38,8 @@ def packed_from(folder: Path, config: Any, tensors: Tensors, placing: Placing) -
     whole = placing.whole == torch.float32 or (placing.whole == "auto" and 4 * tensors.parameters <= LARGEST)
     elsewhere = placing.device_map is not None or placing.cuda_graphs or placing.tensor_parallel or placing.bits
     usual = device == "cpu" and whole and not elsewhere and placing.attn_implementation in (None, "sdpa")
-    if not isinstance(config, LLaDAFields) or not usual or kind_for(cpu, torch.float32) is None:
+    plain = isinstance(config, LLaDAFields) and config.layer_repeats == 1 and config.grid_width is None
+    if not plain or not usual or kind_for(cpu, torch.float32) is None:
         return None
     if 4 * tensors.parameters > LARGEST or not fits(config, tensors) or not (folder / WEIGHTS).is_file():
         return None

@@ -1,8 +1,8 @@
 """The columns of a row -> the messages of a conversation, in the words of the data sets people have.
 
 Known: messages or conversations (OpenAI's, ShareGPT's words), a prompt and a response under their usual names, a
-system text, earlier turns (`history`), a text the question is about (`input`, `context`), and `weight` 0, which means
-no loss. What is not used is named.
+system text, earlier turns (`history`), a text the question is about (`input`, `context`), reasoning traces as s1K has
+them (`thinking_trajectories` and `attempt`), and `weight` 0, which means no loss. What is not used is named.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ PROMPTS = ("prompt", "question", "instruction", "input", "query")
 RESPONSES = ("response", "answer", "completion", "output", "answers")
 SYSTEMS = ("system", "system_prompt")
 ABOUT = ("input", "context")  # the text that a question is about: Alpaca's, Dolly's and SQuAD's
+TRACES, ATTEMPT = "thinking_trajectories", "attempt"  # s1K's (arXiv:2501.19393): ways to think, and the answer
+TRACED = "<reasoning>{}</reasoning>\n<answer>{}</answer>"  # an answer as d1 writes it (arXiv:2504.12216)
 ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "model": "assistant", "function": "tool"}
 COLUMNS = "not used: column "  # + its name, in the counts
 
@@ -63,8 +65,12 @@ def messages_of(row: dict, named: Columns, where: str) -> tuple[list[Message], l
 
 def _pair(row: dict, named: Columns, where: str, used: set[str]) -> list[Message]:
     prompt = named.prompt or next((name for name in PROMPTS if name in row), "")
-    response = named.response or next((name for name in RESPONSES if name in row), "")
+    traced = not named.response and TRACES in row and ATTEMPT in row
+    response = ATTEMPT if traced else named.response or next((name for name in RESPONSES if name in row), "")
     answer = row.get(response)
+    if traced:
+        answer = _traced(row, where)
+        used.add(TRACES)
     if isinstance(answer, dict) and isinstance(answer.get("text"), list) and answer["text"]:
         answer = answer["text"][0]  # SQuAD's several answers: the first
     for wanted, column, value in (("prompt", prompt, row.get(prompt)), ("response", response, answer)):
@@ -91,6 +97,17 @@ def _pair(row: dict, named: Columns, where: str, used: set[str]) -> list[Message
         {"role": "user", "content": checked(asked, where), "loss": False},
         {"role": "assistant", "content": checked(answer, where), "loss": True},
     ]
+
+
+def _traced(row: dict, where: str) -> str:
+    """The first way to think, and the answer it came to."""
+    traces, answer = row[TRACES], row[ATTEMPT]
+    if not isinstance(traces, list) or not traces or not isinstance(traces[0], str) or not isinstance(answer, str):
+        raise ValueError(
+            f"{where}: column {TRACES!r} must be a list of texts and {ATTEMPT!r} a text; the columns are "
+            f"{columns_of(row)}. Name others with --prompt-column and --response-column"
+        )
+    return TRACED.format(traces[0], answer)
 
 
 def _history(history: Sequence, where: str) -> list[Message]:

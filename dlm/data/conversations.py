@@ -29,9 +29,10 @@ class ChatFormat:
     """How rows become tokens.
 
     chat: through the tokenizer's chat template; otherwise prompt and separator, as `dlm generate` encodes a prompt,
-    then response and end-of-text. messages, prompt, response: columns, "" for those that are known by name. length:
-    most tokens of an example; overlong: `truncate` a longer one or `skip` it. on_bad_row: `stop` at a row that cannot
-    be used, or `skip` and count it.
+    then response and end-of-text. messages, prompt, response: columns, "" for those that are known by name. preface: a
+    text before the first request of every conversation, with a blank line between them. length: most tokens of an
+    example; overlong: `truncate` a longer one or `skip` it. on_bad_row: `stop` at a row that cannot be used, or `skip`
+    and count it.
     """
 
     chat: bool
@@ -40,6 +41,7 @@ class ChatFormat:
     prompt: str = ""
     response: str = ""
     separator: str = "\n"
+    preface: str = ""
     overlong: str = "truncate"
     on_bad_row: str = "stop"
 
@@ -84,6 +86,8 @@ class Encoder:
             if not any(message["role"] == "assistant" and message["loss"] for message in messages):
                 self._count("without_answer")
                 return None
+            if self.form.preface:
+                messages = _prefaced(messages, self.form.preface)
             ids, target = encode_conversation(self.tokenizer, messages, self.form, where, self.template, self.counts)
         except ValueError as error:
             self.bad(error)
@@ -177,6 +181,15 @@ def encode_conversation(
         ids.append(end)
         target.append(target[-1])
     return np.array(ids, dtype=np.int64), np.array(target, dtype=bool)
+
+
+def _prefaced(messages: Sequence[Message], preface: str) -> list[Message]:
+    """The messages with `preface` before the first one of a user."""
+    first = next((number for number, message in enumerate(messages) if message["role"] == "user"), None)
+    return [
+        {**message, "content": f"{preface}\n\n{message['content']}"} if number == first else message
+        for number, message in enumerate(messages)
+    ]
 
 
 def template_end(template: ChatTemplate | None) -> tuple[int, ...]:

@@ -97,6 +97,8 @@ def random_puzzle(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     for cell in map(int, rng.permutation(81)):
         digit, cells[cell] = cells[cell], 0
         taken = {cells[peer] for peer in PEERS[cell]}
+        if len(taken) == 9 or _only_place(cells, cell, digit):  # of eight digits and the empty cell's 0
+            continue
         for other in range(1, 10):  # a second solution would have another digit here
             if other != digit and other not in taken:
                 cells[cell] = other
@@ -105,6 +107,15 @@ def random_puzzle(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
                     break
                 cells[cell] = 0
     return np.array(cells, np.int8), np.array(solution, np.int8)
+
+
+def _only_place(cells: list[int], cell: int, digit: int) -> bool:
+    """Whether a row, column or box of an empty cell has no other empty cell that could take the digit."""
+    for unit in _UNITS[cell]:
+        others = (other for other in PEERS[cell] if not cells[other] and unit in _UNITS[other])
+        if all(any(cells[peer] == digit for peer in PEERS[other]) for other in others):
+            return True
+    return False
 
 
 def random_puzzles(count: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -153,6 +164,7 @@ def transform(grids: np.ndarray, symmetry: tuple[np.ndarray, np.ndarray]) -> np.
 
 
 ROWS = "abcdefghi"  # each row begins with a label: rotary positions are relative, so a cell needs a landmark
+ROW_LENGTH = 10
 LENGTH = 90  # tokens of a grid
 CELLS = np.array([row * 10 + 1 + column for row in range(9) for column in range(9)])  # where its cells stand
 

@@ -161,6 +161,8 @@ def _say_plain(model: LLaDAModelLM, alone: bool = False) -> None:
         why = "its rope scaling is dynamic"
     elif config.head_dim % 2:
         why = f"its head size {config.head_dim} is odd"
+    elif config.layer_repeats > 1 or config.grid_width is not None:
+        why = "its layers are applied several times, or its heads see a grid"
     elif dtype in (torch.bfloat16, torch.float16) and kind_for(device, dtype) is None:
         why = f"this processor has no fast product for {str(dtype).removeprefix('torch.')}: float32 is quicker"
     elif not _room(model, device, alone):
@@ -176,7 +178,7 @@ def _can_pack(model: LLaDAModelLM, alone: bool = False) -> bool:
         return False
     if model.config.rotary.scaling == "dynamic":  # its angles depend on the row's length, and the table here does not
         return False
-    if model.config.head_dim % 2:
+    if model.config.head_dim % 2 or model.config.layer_repeats > 1 or model.config.grid_width is not None:
         return False
     weights = list(model.parameters())
     dtype, device = weights[0].dtype, weights[0].device

@@ -27,6 +27,10 @@ def shared_out(config: LLaDAFields, dtype: str) -> dict:
         raise ValueError(f"dtype is {dtype}, whose layers cannot be shared out: use bfloat16 with tensor_parallel")
     if config.attention_layer_norm:
         raise ValueError("this model norms its heads together, so they cannot be shared out: leave tensor_parallel out")
+    if config.grid_width is not None:
+        raise ValueError(
+            "this model's heads see a grid in turn, so they cannot be shared out: leave tensor_parallel out"
+        )
     if config.n_kv_heads % processes or config.mlp_hidden_size % processes:
         raise ValueError(
             f"{processes} processes cannot share {config.n_kv_heads} key heads and an MLP of {config.mlp_hidden_size}: "

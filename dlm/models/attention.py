@@ -7,11 +7,14 @@ tensors that broadcast. It is FlexAttention's mask_mod without the head, so the 
 a GPU and a dense mask for SDPA on a CPU.
 """
 
+import math
 from collections.abc import Callable
 from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
+
+from dlm.models.kv_cache import Beside
 
 __all__ = [
     "Visible",
@@ -23,6 +26,7 @@ __all__ = [
     "causal",
     "document",
     "full",
+    "grid_views",
     "usable_kernel",
     "visible_of",
 ]
@@ -110,12 +114,46 @@ def both(first: Visible, second: Visible) -> Visible:
     return rule
 
 
-def usable_kernel(implementation: str | None, visible: Visible, valid: Tensor | None, device: torch.device) -> str:
+GRID_VIEWS = {  # name: (row, column, cells on a box's side) -> the unit of a cell; cells of one unit see each other
+    "row": lambda row, column, side: row,
+    "column": lambda row, column, side: column,
+    "box": lambda row, column, side: row // side * (side + 1) + (column + side - 1) // side,
+    "all": lambda row, column, side: torch.zeros_like(row),
+}
+
+
+def grid_views(positions: Tensor, cache, width: int, heads: int) -> Tensor:
+    """Which slots of a grid each head sees, (B or 1, H, Q, K) bool: the views of `GRID_VIEWS` in turn.
+
+    positions (B or 1, Q): of the queries. The keys are the queries, or the slots of `cache`, with the queries behind
+    them where it is a `kv_cache.Beside`. width: tokens of a row, the first of which is its label and stands in a column
+    and a box column of its own.
+    """
+    slots = positions
+    if cache is not None:
+        stored = cache.length - (cache.count if isinstance(cache, Beside) else 0)
+        slots = torch.arange(stored, device=positions.device)[None]
+        if isinstance(cache, Beside):
+            slots = torch.cat([slots.expand(len(positions), -1), positions], dim=1)
+    side = math.isqrt(width - 1)
+    views = []
+    for unit in GRID_VIEWS.values():
+        mine, theirs = (unit(where // width, where % width, side) for where in (positions, slots))
+        views.append(mine[:, :, None] == theirs[:, None, :])
+    return torch.stack([views[head % len(views)] for head in range(heads)], dim=1)
+
+
+def usable_kernel(
+    implementation: str | None, visible: Visible, valid: Tensor | None, device: torch.device, by_head: bool = False
+) -> str:
     """The kernel for this call: `implementation`, or SDPA (the same result) where that one cannot do it.
 
-    flash-attn takes no general mask, and FlexAttention on a CPU needs a C++ compiler at run time.
+    flash-attn takes no general mask, and FlexAttention on a CPU needs a C++ compiler at run time. by_head: the heads
+    have different masks, which SDPA and the reference take.
     """
     implementation = implementation or "eager"
+    if by_head:
+        return implementation if implementation == "eager" else "sdpa"
     hidden = visible is not full or valid is not None
     if implementation.startswith("flash_attention") and hidden:
         return "sdpa"

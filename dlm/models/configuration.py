@@ -15,9 +15,12 @@ class LLaDAConfig(LLaDAFields, PretrainedConfig):
     Fields and defaults are those of LLaDA-8B's `config.json`. Ours beside them, written only where set:
     `block_length` (a model trained with block-causal attention of that block length, BD3-LM), beside it
     `full_attention` (trained under full attention too: one network for both visibilities) and `shift_logits` (the guess
-    for slot i is the output at slot i - 1). `objective`, always written, is what the weights were trained for:
-    diffusion, block_diffusion or autoregressive. The properties below say of LLaDA what the tables of other families
-    say of theirs.
+    for slot i is the output at slot i - 1). Two that LLaDA's own code does not know: `layer_repeats` (all layers are
+    applied in order so many times, with the same weights: a recurrent transformer) and `grid_width` (the canvas is a
+    square grid written row by row, a row being a label and its cells, so many tokens; heads see in turn its row, its
+    column, its box and everything, `attention.grid_views`). `objective`, always written, is what the weights were
+    trained for: diffusion, block_diffusion or autoregressive. The properties below say of LLaDA what the tables of
+    other families say of theirs.
     Raises ValueError, naming the field, for a variant that is not implemented and for sizes that do not fit.
     """
 
@@ -60,9 +63,11 @@ class LLaDAConfig(LLaDAFields, PretrainedConfig):
         fields = super().to_diff_dict()
         if fields.get("dtype") is not None:
             fields["torch_dtype"] = fields.pop("dtype")
-        for name in ("block_length", "shift_logits"):
+        for name in ("block_length", "shift_logits", "grid_width"):
             if fields.get(name) is None:
                 fields.pop(name, None)
+        if fields.get("layer_repeats") == 1:
+            del fields["layer_repeats"]
         if not fields.get("full_attention"):
             fields.pop("full_attention", None)
         return fields

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dlm.models.choices import check_grid
 from dlm.models.rotary import Rotary
 
 __all__ = ["LLaDAFields"]
@@ -81,6 +82,8 @@ class LLaDAFields:
     full_attention: bool = False
     objective: str | None = None
     shift_logits: bool | None = None
+    layer_repeats: int = 1
+    grid_width: int | None = None
 
     def __post_init__(self):
         self.complete()
@@ -125,6 +128,7 @@ class LLaDAFields:
             "mlp_hidden_size",
             "vocab_size",
             "max_sequence_length",
+            "layer_repeats",
         )
         for field in sizes:
             if getattr(self, field) < 1:
@@ -144,6 +148,8 @@ class LLaDAFields:
                 f"config has embedding_size={self.embedding_size} below vocab_size={self.vocab_size}: "
                 "every token needs an embedding"
             )
+        if self.grid_width is not None:
+            check_grid(self.grid_width, self.n_heads)
         if self.block_length is not None and self.block_length < 1:
             raise ValueError(f"config field block_length={self.block_length}: give 1 or more, or leave it out")
 
@@ -157,6 +163,11 @@ class LLaDAFields:
             )
         if self.full_attention and self.block_length is None:
             raise ValueError("config has full_attention=true without a block_length: it belongs beside one")
+
+    @property
+    def layers_applied(self) -> int:
+        """Layers that a token passes through, each of which has keys and values of its own."""
+        return self.n_layers * self.layer_repeats
 
     @property
     def head_dim(self) -> int:

@@ -79,9 +79,10 @@ def training_flops(config, tokens: float, width: int, predicted: float, *, froze
     what the hardware does.
     """
     each = 4 if frozen else 6
-    attention = 12 * config.n_layers * config.n_heads * config.head_dim * width
+    attention = 12 * config.layers_applied * config.n_heads * config.head_dim * width
     logits = each * config.d_model * config.embedding_size
-    return tokens * (each * block_parameters(config) + attention) + predicted * logits
+    blocks = each * config.layer_repeats * block_parameters(config)
+    return tokens * (blocks + attention) + predicted * logits
 
 
 def pass_flops(config, computed: int, keys: int, asked: int) -> float:
@@ -92,13 +93,14 @@ def pass_flops(config, computed: int, keys: int, asked: int) -> float:
     """
     d, kv, width = config.d_model, config.n_kv_heads * config.head_dim, config.n_heads * config.head_dim
     rest = [2 * d * width + _ffn_parameters(config, layer, active=True) for layer in range(config.n_layers)]
-    layers = config.n_layers - 1
-    products = computed * (sum(rest[:-1]) + config.n_layers * 2 * d * kv) + asked * rest[-1]
+    rest = rest * config.layer_repeats
+    layers = config.layers_applied - 1
+    products = computed * (sum(rest[:-1]) + config.layers_applied * 2 * d * kv) + asked * rest[-1]
     attention = 2 * width * keys * (layers * computed + asked)
     return 2 * (products + attention + asked * d * config.embedding_size)
 
 
 def pass_bytes(config, rows: int, keys: int, itemsize: int) -> float:
-    """Bytes that a forward pass must read: every matrix once, and the keys and values of all rows."""
-    cache = 2 * rows * keys * config.n_kv_heads * config.head_dim * config.n_layers
-    return itemsize * (block_parameters(config) + config.d_model * config.embedding_size + cache)
+    """Bytes that a forward pass must read: every matrix as often as its layer is applied, and the keys and values."""
+    cache = 2 * rows * keys * config.n_kv_heads * config.head_dim * config.layers_applied
+    return itemsize * (config.layer_repeats * block_parameters(config) + config.d_model * config.embedding_size + cache)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Beside", "KVCache"]
+__all__ = ["Beside", "Further", "KVCache"]
 
 
 class KVCache:
@@ -123,3 +123,18 @@ class Beside:
     def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         stored = [x if self.rows is None else x[self.rows] for x in self.cache.stored(layer, k)]
         return tuple(torch.cat([x.transpose(1, 2), new], dim=1) for x, new in zip(stored, (k, v), strict=True))
+
+
+@dataclass(frozen=True)
+class Further:
+    """A cache as it is seen by layers that are applied again: their keys and values come `ahead` layers further on."""
+
+    cache: KVCache | _Rows | Beside
+    ahead: int
+
+    @property
+    def length(self) -> int:
+        return self.cache.length
+
+    def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return self.cache.update(layer + self.ahead, positions, k, v)

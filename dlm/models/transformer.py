@@ -17,9 +17,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dlm.models.attention import attention_mask, usable_kernel, visible_of
+from dlm.models.attention import attention_mask, grid_views, usable_kernel, visible_of
 from dlm.models.configuration import LLaDAConfig
 from dlm.models.head import Head, weighted_cross_entropy, weighted_sum
+from dlm.models.kv_cache import Further
 from dlm.models.moe import MoE
 from dlm.models.predictor import MaskPredictor, PredictCall
 from dlm.models.rotary import rotary_angles, rotate
@@ -219,12 +220,18 @@ class LLaDAModel(LLaDAPreTrainedModel):
         rotary = rotary_angles(where, self.rotary, x.dtype)
         keys = queries if cache is None else cache.length
         slots = None if cache is None else positions
-        kernel = usable_kernel(self.config._attn_implementation, visible, call.valid, device)
+        grid = self.config.grid_width is not None
+        kernel = usable_kernel(self.config._attn_implementation, visible, call.valid, device, by_head=grid)
         mask = attention_mask(kernel, visible, call.valid, slots, (batch, queries, keys), device)
-        for block in self.transformer.blocks:
-            if call.hidden_states is not None:
-                call.hidden_states.append(x)
-            x = block(x, rotary, kernel, mask, positions, cache)
+        if grid:
+            views = grid_views(where, cache, self.config.grid_width, self.config.n_heads)
+            mask = views if mask is None else mask & views
+        for repeat in range(self.config.layer_repeats):
+            stored = cache if repeat == 0 or cache is None else Further(cache, repeat * len(self.transformer.blocks))
+            for block in self.transformer.blocks:
+                if call.hidden_states is not None:
+                    call.hidden_states.append(x)
+                x = block(x, rotary, kernel, mask, positions, stored)
         x = self.transformer.ln_f(x)
         if call.hidden_states is not None:
             call.hidden_states.append(x)

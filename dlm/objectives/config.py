@@ -29,21 +29,21 @@ class NoiseSettings:
     """How noise is drawn.
 
     estimator: `count`, `uniform`, `stratified` (uniform, with the times spread evenly over the optimizer step) or
-    `d3pm` (of `steps` discrete times). schedule: of the estimators that draw a time; exponent: of `polynomial`.
-    low, high: mask rates to draw from; a narrower range than 0 to 1 is no bound, but has less variance (BD3-LM,
-    arXiv:2503.09573, section 5). block_length: a draw for each block of so many tokens; None: one for each example.
-    rate_alpha, rate_beta: of the Beta distribution of the mask rates under `count`; 1, 1 is uniform. complementary:
-    draws that come with their complement (`noise.draw_halves`). decoding_share: the share of the examples that get the
-    pattern of left-to-right decoding in place of independent masks, with blocks of decoding_block tokens
-    (`noise.decoding_noise`).
+    `d3pm` (of `diffusion_steps` discrete times). noise_schedule: of the estimators that draw a time; noise_exponent: of
+    `polynomial`. lowest_rate, highest_rate: mask rates to draw from; a narrower range than 0 to 1 is no bound, but has
+    less variance (the clipped schedules of BD3-LM, arXiv:2503.09573). block_length: a draw for each block of so many
+    tokens; None: one for each example. rate_alpha, rate_beta: of the Beta distribution of the mask rates under `count`;
+    1, 1 is uniform. complementary: draws that come with their complement (`noise.draw_halves`). decoding_share: the
+    share of the examples that get the pattern of left-to-right decoding in place of independent masks, with blocks of
+    decoding_block tokens (`noise.decoding_noise`).
     """
 
     estimator: str = "count"
-    schedule: str = "linear"
-    exponent: float = 2.0
-    steps: int = 1000
-    low: float = 0.0
-    high: float = 1.0
+    noise_schedule: str = "linear"
+    noise_exponent: float = 2.0
+    diffusion_steps: int = 1000
+    lowest_rate: float = 0.0
+    highest_rate: float = 1.0
     block_length: int | None = None
     rate_alpha: float = 1.0
     rate_beta: float = 1.0
@@ -64,22 +64,23 @@ class NoiseSettings:
     def __post_init__(self):
         check_name("estimator", self.estimator, ESTIMATORS)
         self._check_patterns()
-        check_name("noise schedule", self.schedule, NOISE_SCHEDULE_NAMES)
-        if self.estimator == "count" and self.schedule != "linear":
+        check_name("noise schedule", self.noise_schedule, NOISE_SCHEDULE_NAMES)
+        if self.estimator == "count" and self.noise_schedule != "linear":
             raise ValueError(
-                f"noise schedule {self.schedule!r} changes nothing under estimator count, which has the time "
+                f"noise schedule {self.noise_schedule!r} changes nothing under estimator count, which has the time "
                 f"integrated out: use estimator uniform or stratified, or leave the schedule out"
             )
-        if self.exponent <= 0:
-            raise ValueError(f"the noise schedule's exponent is {self.exponent}: it must be above 0")
-        if self.steps < 1:
-            raise ValueError(f"d3pm has {self.steps} discrete times: give 1 or more")
-        if not 0 <= self.low < self.high <= 1 or (self.high <= EPSILON and self.estimator != "count"):
+        if self.noise_exponent <= 0:
+            raise ValueError(f"the noise schedule's exponent is {self.noise_exponent}: it must be above 0")
+        if self.diffusion_steps < 1:
+            raise ValueError(f"d3pm has {self.diffusion_steps} discrete times: give 1 or more")
+        tiny = self.highest_rate <= EPSILON and self.estimator != "count"
+        if not 0 <= self.lowest_rate < self.highest_rate <= 1 or tiny:
             raise ValueError(
-                f"mask rates from {self.low} to {self.high}: give 0 <= lowest < highest <= 1, "
+                f"mask rates from {self.lowest_rate} to {self.highest_rate}: give 0 <= lowest < highest <= 1, "
                 f"the highest above {EPSILON}"
             )
-        if self.estimator == "d3pm" and (self.low, self.high) != (0, 1):
+        if self.estimator == "d3pm" and (self.lowest_rate, self.highest_rate) != (0, 1):
             raise ValueError("estimator d3pm takes all mask rates: use uniform or count to draw from some of them")
         if self.block_length is not None and self.block_length < 1:
             raise ValueError(f"block_length is {self.block_length}: a block holds at least one token")
@@ -91,7 +92,7 @@ class NoiseSettings:
             raise ValueError(f"decoding_share is {self.decoding_share}: it is a share of the examples, from 0 to 1")
         if self.decoding_block < 1:
             raise ValueError(f"decoding_block is {self.decoding_block}: a block holds at least one token")
-        plain = self.estimator == "count" and (self.low, self.high) == (0, 1)
+        plain = self.estimator == "count" and (self.lowest_rate, self.highest_rate) == (0, 1)
         if self.beta != (1.0, 1.0) and self.estimator != "count":
             raise ValueError(
                 f"rate_alpha and rate_beta shape the counts of estimator count, and it is {self.estimator!r}: use "

@@ -23,7 +23,10 @@ def entropy_where_right(logits: Tensor, truth: Tensor) -> Tensor:
 
 class CertaintyForcing(BlockDiffusion):
     """The bound of either visibility plus `certainty` times the entropy of the predictions whose argmax is right
-    (dParallel, arXiv:2509.26488), on texts that a teacher or the model itself wrote.
+    (dParallel, arXiv:2509.26488, eqs. 6 to 8), on texts that a teacher or the model itself wrote.
+
+    The paper takes the mean entropy over the right places, at temperature 0.5, of one partly masked block; here it is
+    the sum, at temperature 1, over all masked places.
 
     Where a prediction is right already, its probability goes up until a threshold commits it. The logged loss holds the
     second term, so it is no bound.

@@ -103,12 +103,13 @@ def autoregressive(
 
 
 class Objective(ABC):
-    """What a run minimises: which tokens count, the noise they get, the loss on them.
+    """What a run minimises: which tokens count, the noise they get, the loss on them. `unit` names what is counted.
 
     An objective is an object, so that it may hold a reference model, a teacher or settings of its own; the three below
     hold nothing. A batch may carry `advantages`, which an objective of policy gradients reads.
     """
 
+    unit = "tokens"  # what `count` counts, for the log
     identity = ""  # names what the object holds (a digest of a reference's weights), for an exact resume
 
     def targets(self, batch: Batch) -> Tensor:

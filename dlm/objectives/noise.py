@@ -205,18 +205,18 @@ def _draws(
     if settings.complementary:
         return [draw_halves(length, generator) for length in lengths]
     if name == "count":
-        options = {"low": settings.low, "high": settings.high, "beta": settings.beta}
+        options = {"low": settings.lowest_rate, "high": settings.highest_rate, "beta": settings.beta}
         return [draw_count(length, generator, **options) for length in lengths]
-    schedule = NOISE_SCHEDULES[settings.schedule](settings.exponent)
+    schedule = NOISE_SCHEDULES[settings.noise_schedule](settings.noise_exponent)
     if name == "d3pm":
-        return [draw_d3pm(length, generator, steps=settings.steps, schedule=schedule) for length in lengths]
-    low, units = max(settings.low, EPSILON), len(lengths)
+        return [draw_d3pm(length, generator, steps=settings.diffusion_steps, schedule=schedule) for length in lengths]
+    low, units = max(settings.lowest_rate, EPSILON), len(lengths)
     places: list[float | None] = [None] * units
     if name == "stratified":  # the blocks of an example stand evenly around the circle from the example's own place
         place = (stratum[0] + generator.random()) / stratum[1]
         places = [(place + unit / units) % 1.0 for unit in range(units)]
     return [
-        draw_uniform(length, generator, u=u, low=low, high=settings.high, schedule=schedule)
+        draw_uniform(length, generator, u=u, low=low, high=settings.highest_rate, schedule=schedule)
         for length, u in zip(lengths, places, strict=True)
     ]
 
@@ -282,7 +282,8 @@ def draw_noise(
         generator = example_generator(seed, *key, stream)
         sizes = None if block is None else np.diff(np.flatnonzero(np.diff(block[own], prepend=-1)), append=len(own))
         if sizes is not None and len(sizes) > 1 and settings.counts_blocks:
-            chosen, factors, drawn_rates = draw_block_counts(sizes, generator, settings.low, settings.high)
+            low, high = settings.lowest_rate, settings.highest_rate
+            chosen, factors, drawn_rates = draw_block_counts(sizes, generator, low, high)
             numbers = np.repeat(np.arange(len(sizes)), sizes)
             masked[own] = chosen
             weight[own] = np.where(chosen, factors[numbers], 0)

@@ -4,10 +4,10 @@ Shapes: B rows (an answer each), T their length, N scored places, G answers of a
 
 A part of a step is one forward pass over answers of which some places are masked. Two ways to say how probable an
 answer is (`METHODS` names them):
-- one pass, everything of the answer masked and some of the prompt too (diffu-GRPO, d1, arXiv:2504.12216, sections 3.2
-  and 3.3; wd1, arXiv:2507.08838). Exact for an answer of one token, else a mean-field estimate;
+- one pass, everything of the answer masked and some of the prompt too (diffu-GRPO, d1, arXiv:2504.12216, sections 3.1
+  and 3.2; wd1, arXiv:2507.08838, takes the same). Exact for an answer of one token, else a mean-field estimate;
 - one pass for each pass of the sampler, with what it had committed before in place (TraceRL, arXiv:2509.06949,
-  section 4). Exact where a pass commits one token and its place does not depend on the weights.
+  section 4.1). Exact where a pass commits one token and its place does not depend on the weights.
 
 The policy is the model's prediction at the temperature that it was sampled with, without the ids that are never
 proposed. Top-k, top-p and guidance are not part of it.
@@ -50,7 +50,7 @@ class Answers:
 
 
 def one_pass(target: Tensor, region: Tensor, hidden: Tensor) -> list[Answers]:
-    """All of the answer masked, every token of it scored with weight 1/|o| (d1, section 3.3).
+    """All of the answer masked, every token of it scored with weight 1/|o| (d1, section 3.1 and eq. 4).
 
     target (B, T) bool: the answer to its end; region (B, T): all that the sampler may write; hidden (B, T): the places
     of the prompt that are masked too.
@@ -61,7 +61,8 @@ def one_pass(target: Tensor, region: Tensor, hidden: Tensor) -> list[Answers]:
 
 def trace_passes(target: Tensor, region: Tensor, order: Tensor, shrink: int = 1) -> list[Answers]:
     """One pass for each `shrink` passes of the sampler: what was committed before is seen, and what was committed in
-    them is scored, each token with weight 1 / (their number) (TraceRL, section 4, with its shrinkage parameter).
+    them is scored, each token with weight 1 / (their number) (TraceRL, section 4.1, eq. 3, with its shrinkage
+    parameter; advantages are divided by their deviation there, and not here).
 
     order (B, T) int64: the pass that committed a place, from 1; 0: none did (a place behind an early end).
     """
@@ -75,13 +76,17 @@ def trace_passes(target: Tensor, region: Tensor, order: Tensor, shrink: int = 1)
 
 
 def group_means(rewards: Tensor, group: int) -> Tensor:
-    """(B,) rewards minus the mean of their group of G, without a division by its deviation (d1, section 3.1)."""
+    """(B,) rewards minus the mean of their group of G, without a division by its deviation (d1, eq. 2)."""
     grouped = rewards.view(-1, group)
     return (grouped - grouped.mean(dim=1, keepdim=True)).view(-1)
 
 
 def exponential_weights(rewards: Tensor, group: int) -> Tensor:
-    """(B,) G (w+ - w-), w+ = softmax(A) and w- = softmax(-A) over the group of advantages A (wd1, section 3)."""
+    """(B,) G (w+ - w-), w+ = softmax(A) and w- = softmax(-A) over the group of advantages A (wd1, eq. 9 with psi = 1).
+
+    Its loss (eq. 8) has 1 / G in front of the sum over a group: with the factor G the weights are of the size of
+    advantages, and the mean over answers is theirs times G.
+    """
     grouped = group_means(rewards, group).view(-1, group)
     return (group * (grouped.softmax(dim=1) - (-grouped).softmax(dim=1))).view(-1)
 
@@ -116,6 +121,8 @@ class Policy(Objective):
     eq. 4). It is divided by the number of answers. reference: a frozen model; None: the policy with its adapters off.
     temperature: of the sampler. forbidden: ids that it never proposes. columns: names what the rewards read.
     """
+
+    unit = "answers"
 
     def __init__(
         self, method: str = "diffu_grpo", *, reference: nn.Module | None = None, ratio_clip: float = 0.2,
@@ -162,7 +169,8 @@ class Policy(Objective):
         return log_p.gather(1, batch.tokens[answers.scored][:, None])[:, 0], entropy
 
     def loss(self, model, batch: Batch, noise: Answers, mask_id: int, chunk: int | None = None) -> Loss:
-        """The sum of the answers' losses; its notes are sums over answers. `chunk` is not used: all logits are held."""
+        """The sum of the answers' losses; its notes are sums over answers, none where no token has a weight. `chunk` is
+        not used: all logits are held."""
         assert batch.advantages is not None, "a policy gradient needs advantages"
         owner = batch.segments[noise.scored]
         log_p, entropy = self.log_probs(model, batch, noise, mask_id)
@@ -187,5 +195,5 @@ class Policy(Objective):
         return Loss(
             total=examples.sum(), count=self.count(batch), examples=examples.detach(),
             lengths=torch.bincount(owner, minlength=size), ce=-log_p.detach(), rate=torch.ones_like(weight),
-            notes={name: (value.detach() * weight).sum() for name, value in notes.items()},
+            notes={name: (value.detach() * weight).sum() for name, value in notes.items() if bool(weight.any())},
         )  # fmt: skip

@@ -99,6 +99,8 @@ class Preference(Objective):
     shared: whether policy and reference have the same noise; without it the reference has draws of its own.
     """
 
+    unit = "pairs"
+
     def __init__(self, reference: nn.Module | None, *, beta: float = 0.1, draws: int = 8, sft: float = 0.0,
                  shared: bool = True):  # fmt: skip
         if beta <= 0 or draws < 1 or sft < 0:

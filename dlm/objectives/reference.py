@@ -38,12 +38,21 @@ def as_reference(reference: nn.Module | None, model: nn.Module):
         yield plain
 
 
-def check_vocabulary(model: nn.Module, reference: nn.Module, name: str) -> None:
-    """Raises ValueError for a reference that does not read the policy's tokens."""
+def check_vocabulary(model: nn.Module, other: nn.Module, name: str, tokenizers: tuple = (), kind: str = "reference"):
+    """Raises ValueError for a reference or teacher (`kind`) that does not read the model's tokens.
+
+    tokenizers: the model's and its own, None where its folder has none.
+    """
     for field in ("embedding_size", "mask_token_id"):
-        mine, its = getattr(model.config, field), getattr(reference.config, field)
+        mine, its = getattr(model.config, field), getattr(other.config, field)
         if mine != its:
-            raise ValueError(f"reference {name} has {field} {its} and the model {mine}: give one with its vocabulary")
+            raise ValueError(f"{kind} {name} has {field} {its} and the model {mine}: give one with its vocabulary")
+    if len(tokenizers) == 2 and tokenizers[1] is not None:
+        mine, its = (tokenizer.get_vocab() for tokenizer in tokenizers)
+        odd = next((word for word in mine if mine[word] != its.get(word)), None)
+        if odd is not None:
+            where = f"number {its[odd]} there and {mine[odd]} here" if odd in its else "not in its tokenizer"
+            raise ValueError(f"{kind} {name} has other tokens ({odd!r} is {where}): give one with the same tokenizer")
 
 
 def check_same_shape(model: nn.Module, teacher: nn.Module, name: str) -> None:

@@ -118,7 +118,7 @@ class Taught(Objective):
 
 class StepDistillation(Taught):
     """KL(teacher || student) at the masked places of x_t, where the teacher took K passes for the student's one (SDTT,
-    arXiv:2410.21035, section 3).
+    arXiv:2410.21035).
 
     The student takes `steps` passes for a text, so one goes from t to t - 1 / steps. The teacher takes K ancestral
     passes over the same time; the target of a place is its prediction in the last pass before it was revealed, or in
@@ -167,8 +167,8 @@ class Consistency(Taught):
     """The bound, and `weight` times KL(teacher at x_s || student at x_t) at the places masked in both.
 
     x_s is a later state on the way from x_t to the text: a share of the masked tokens, drawn evenly for each example,
-    is revealed. With a moving average of the student as the teacher it is consistency training (arXiv:2303.01469,
-    section 4) on masked text.
+    is revealed. With a moving average of the student as the teacher it is consistency training (arXiv:2303.01469) on
+    masked text.
     """
 
     def __init__(self, teacher: nn.Module, *, weight: float, decay: float = 0.0):

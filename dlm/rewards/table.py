@@ -20,7 +20,7 @@ from dlm.rewards.texts import text_of
 from dlm.utils.errors import one_line
 from dlm.utils.names import nearest
 
-__all__ = ["REWARDS", "Reward", "RewardError", "open_rewards", "score", "weighted"]
+__all__ = ["REWARDS", "Reward", "RewardError", "check_columns", "open_rewards", "score", "weighted"]
 
 REWARDS: dict[str, Callable] = {
     "countdown": countdown,
@@ -134,6 +134,24 @@ def _accepted(function: Callable, given: dict) -> dict:
         return given
     taken = {parameter.name for parameter in parameters}
     return {name: value for name, value in given.items() if name in taken}
+
+
+def check_columns(rewards: Sequence[Reward], columns: Sequence[str]) -> None:
+    """Raises ValueError for a function that must be given a column which the data do not have."""
+    for reward in rewards:
+        try:
+            parameters = inspect.signature(reward.function).parameters.values()
+        except (TypeError, ValueError):  # a callable without a signature
+            continue
+        kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        asked = [p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind in kinds]
+        missing = [name for name in asked if name not in ("prompts", "completions", *columns)]
+        if missing:
+            raise ValueError(
+                f"reward {reward.name} reads the column {missing[0]!r}, and the data have "
+                f"{', '.join(map(repr, columns)) or 'none beside the prompt'}: add it to the data, or give the "
+                f"function a default for it"
+            )
 
 
 def _culprit(reward: Reward, given: dict, count: int) -> int:

@@ -159,7 +159,7 @@ class Engine:
         """Bytes of keys and values that a slot of a row takes."""
         config = self.pretrained.config
         size = getattr(getattr(self.pretrained.predictor, "embedding", None), "itemsize", 4)
-        return 2 * config.n_layers * config.n_kv_heads * config.head_dim * size
+        return 2 * config.layers_applied * config.n_kv_heads * config.head_dim * size
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens removed."""

@@ -10,10 +10,6 @@ from dlm.training import options
 from dlm.training.growth import block_at, read_growth
 from dlm.utils.names import check_name
 
-NOISE = {  # a field of `NoiseSettings`: what it is called among the settings of a run; the others have the same name
-    "schedule": "noise_schedule", "exponent": "noise_exponent", "steps": "diffusion_steps", "low": "lowest_rate",
-    "high": "highest_rate",
-}  # fmt: skip
 # How Accelerate calls a precision; here float32 and fp32 are the same name.
 MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -60,11 +56,11 @@ class TrainingConfig:
     ema: float = 0.999
     objective: str = "diffusion"
     estimator: str = NoiseSettings.estimator
-    noise_schedule: str = NoiseSettings.schedule
-    noise_exponent: float = NoiseSettings.exponent
-    diffusion_steps: int = NoiseSettings.steps
-    lowest_rate: float = NoiseSettings.low
-    highest_rate: float = NoiseSettings.high
+    noise_schedule: str = NoiseSettings.noise_schedule
+    noise_exponent: float = NoiseSettings.noise_exponent
+    diffusion_steps: int = NoiseSettings.diffusion_steps
+    lowest_rate: float = NoiseSettings.lowest_rate
+    highest_rate: float = NoiseSettings.highest_rate
     block_length: int | None = NoiseSettings.block_length
     block_growth: str = ""
     rate_alpha: float = NoiseSettings.rate_alpha
@@ -189,7 +185,7 @@ class TrainingConfig:
         length = self.block_length
         if self.block_growth and step is not None:
             length = block_at(self.block_growth, length, step, self.max_steps)
-        given = {field.name: getattr(self, NOISE.get(field.name, field.name)) for field in fields(NoiseSettings)}
+        given = {field.name: getattr(self, field.name) for field in fields(NoiseSettings)}
         share = 0.0 if blocks and self.full_share else self.decoding_share
         return NoiseSettings(**given | {"block_length": length if blocks else None, "decoding_share": share})
 

@@ -90,7 +90,7 @@ def activation_bytes(config, tokens: int, predicted: int, *, checkpointing: bool
     chunk, and the softmax in place of the fp32 ones.
     """
     layer = 30 * config.d_model + 4 * config.n_kv_heads * config.head_dim + 8 * config.mlp_hidden_size
-    kept = 4 * config.d_model * config.n_layers + layer if checkpointing else layer * config.n_layers
+    kept = 4 * config.d_model * config.layers_applied + layer if checkpointing else layer * config.layers_applied
     logits = predicted * (2 + 4 + 4) if chunk is None else min(predicted, chunk) * (2 + 4)
     return tokens * kept + logits * config.embedding_size
 

@@ -20,7 +20,10 @@ SPEED_STEPS = 20  # after so many a line with the speed and the time left is pri
 
 
 class Display:
-    """Collects steps and shows their mean loss, tokens per second and the time left."""
+    """Collects steps and shows their mean loss, what they learn from a second and the time left.
+
+    unit: what the objective counts: target tokens, answers of a policy gradient, pairs of preferences.
+    """
 
     def __init__(
         self,
@@ -31,12 +34,13 @@ class Display:
         log_every: int,
         log_seconds: float,
         peak: float | None = None,
+        unit: str = "tokens",
     ):
         self.report, self.max_steps, self.log_every, self.log_seconds = report, max_steps, log_every, log_seconds
         self.began, self.first, self.shown = time.perf_counter(), step, 0.0
         self.settled = self.began, step
         self.live = report is print and sys.stderr.isatty()
-        self.peak = peak  # operations a second of all devices; None: not known
+        self.unit, self.peak = unit, peak  # operations a second of all devices; None: not known
         self._clear()
 
     def _clear(self) -> None:
@@ -55,7 +59,7 @@ class Display:
         time_share: float = 0.0,
         last: bool = False,
     ) -> dict | None:
-        """Note a step; returns a record for the log every `log_every` steps. Loss in nats per target token.
+        """Note a step; returns a record for the log every `log_every` steps. Loss per unit (nats per target token).
 
         work: the step's operations, of which the record's `mfu` is the share of the peak. time_share: of the time that
         the run has, where that limits it. last: nothing comes after it.
@@ -80,18 +84,20 @@ class Display:
             "grad_norm": self.norm / self.steps,
             "learning_rate": rates[0] if rates else 0.0,
             "learning_rates": rates,
-            "tokens": tokens,
-            "tokens_per_s": self.count / self.took,
+            self.unit: tokens,
+            f"{self.unit}_per_s": self.count / self.took,
             "seconds": elapsed,
         }
         usage = ""
         if self.peak:
             record["mfu"] = self.work / self.took / self.peak
             usage = f" ({record['mfu']:.1%} MFU)"
-        loss = f"{record['loss']:.4f}" if self.count else "- (no token carried loss)"
+        speed = record[f"{self.unit}_per_s"]
+        loss = f"{record['loss']:.4f}" if self.count else f"- (none of the {self.unit} carried loss)"
+        rate = f"{speed:,.{int(speed < 10)}f} {self.unit}/s{usage}"
         line = (
             f"step {step}/{self.max_steps}  loss {loss}  grad {record['grad_norm']:.2f}  "
-            f"lr {record['learning_rate']:.2e}  {record['tokens_per_s']:,.0f} tokens/s{usage}  left {duration(left)}"
+            f"lr {record['learning_rate']:.2e}  {rate}  left {duration(left)}"
         )
         if self.live:
             sys.stderr.write(f"\r\x1b[2K{line}" + ("\n" if last else ""))

@@ -25,6 +25,7 @@ GROUPS = {  # title: {field: help}
         "messages_column": "column of the conversation; empty: found by its name",
         "prompt_column": "column of the prompt; empty: found by its name",
         "response_column": "column of the response; empty: found by its name",
+        "preface": "text before the first request of every example",
         "separator": "between prompt and response in format plain",
         "sequence_length": "tokens of a row; 0: the model's own limit",
         "overlong": "examples longer than a row",

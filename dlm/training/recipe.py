@@ -39,12 +39,9 @@ from dlm.utils.launch import launcher_processes, typed_command
 # ------------------------------------------------------------------------------------------------- model and data
 
 
-def open_model(recipe: RecipeConfig, dtype: torch.dtype = torch.float32, path: str | None = None) -> torch.nn.Module:
-    """The model that a recipe goes on from, with its weights in `dtype`, on the host: the trainer places it.
-
-    path: another one than `recipe.model`.
-    """
-    opened = load_pretrained(path or recipe.model, dtype=dtype, device="cpu")
+def open_model(recipe: RecipeConfig, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """The model that a recipe goes on from, with its weights in `dtype`, on the host: the trainer places it."""
+    opened = load_pretrained(recipe.model, dtype=dtype, device="cpu")
     if recipe.objective != "autoregressive":
         opened.check_diffusion()
     return opened.model
@@ -65,6 +62,19 @@ def stream_examples(value: str, length: int, window: int, source: Callable[..., 
     return StreamedExamples([source([one.path], weight=one.weight) for one in sources], length, window)
 
 
+def open_beside(path: str, model, tokenizer, kind: str) -> torch.nn.Module:
+    """A model beside the one that is trained, a `reference` or a `teacher` (kind), that reads the same tokens.
+
+    Raises ValueError for one of another vocabulary or objective.
+    """
+    from dlm.objectives.reference import check_vocabulary
+
+    opened = load_pretrained(path, dtype=torch.float32, device="cpu")
+    opened.check_diffusion()
+    check_vocabulary(model, opened.model, path, (tokenizer, opened.tokenizer), kind)
+    return opened.model
+
+
 def chat_format(settings: RecipeConfig, tokenizer, longest: int) -> ChatFormat:
     """How rows become tokens. Errors: the chat format without a template, a length beyond the model's."""
     if settings.format == "chat" and not tokenizer.chat_template:
@@ -79,6 +89,7 @@ def chat_format(settings: RecipeConfig, tokenizer, longest: int) -> ChatFormat:
         prompt=getattr(settings, "prompt_column", ""),
         response=getattr(settings, "response_column", ""),
         separator=settings.separator,
+        preface=getattr(settings, "preface", ""),
         overlong=getattr(settings, "overlong", "skip"),
         on_bad_row=settings.on_bad_row,
     )

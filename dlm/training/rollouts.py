@@ -26,6 +26,7 @@ from dlm.sampling.canvas import Canvas
 from dlm.sampling.config import SamplingConfig, as_ids
 from dlm.training.accelerator import sum_over_processes
 from dlm.training.batches import StepBatches
+from dlm.training.sharding import make_buffers
 from dlm.utils.random import PROMPT_MASK, ROLLOUT, example_generator
 from dlm.utils.stats import mean_and_error
 
@@ -167,6 +168,7 @@ class RolloutBatches:
                 f"model needs as many passes in every process: use commit quota alone, or --lora under DDP"
             )
         self.round: Round | None = None
+        self.buffers = not run.sharded  # whether the model can be sampled from: see `sharding.make_buffers`
         self.go_to(None)
 
     def go_to(self, position, window: str = "", folder=None) -> None:
@@ -206,8 +208,18 @@ class RolloutBatches:
         size = rows // self.config.accumulation
         for start in range(0, rows, size):
             parts += [part for _, *part in self._passes(self.round.rows(slice(start, start + size)), turn)]
+        batch, answers = parts[-1]
+        parts += [[batch, replace(answers, weight=torch.zeros_like(answers.weight))]] * self._idle(len(parts))
         numbers = sorted(set(self.round.index.tolist()))
         return StepBatches(parts, rows, numbers, self.position, "")
+
+    def _idle(self, passes: int) -> int:
+        """How many passes this process must take beside its own, so that the processes of a sharded model, each of
+        which holds a part of every layer, take as many: answers that end early have fewer passes of a trace."""
+        if not self.run.sharded:
+            return 0
+        mine = [float(passes) if rank == self.rank else 0.0 for rank in range(self.world)]
+        return int(max(sum_over_processes(self.run.accelerator, mine))) - passes
 
     # --------------------------------------------------------------------------------------------- a round
 
@@ -221,6 +233,9 @@ class RolloutBatches:
             generator = example_generator(self.config.seed, epoch, index, ROLLOUT)
             seeds += generator.integers(2**62, size=plan.group).tolist()
         run.model.eval()
+        if not self.buffers:
+            make_buffers(run.model)
+            self.buffers = True
         size = len(run.tokenizer)
         ends = as_ids(getattr(run.plain.config, "eos_token_id", None))
         with torch.compiler.set_stance("force_eager"):
@@ -266,6 +281,7 @@ class RolloutBatches:
         run, size = self.run, self.run.micro_batch
         old = torch.zeros(self.plan.inner, *whole.tokens.shape)
         alike = self.objective.method.traced or not self.plan.prompt_mask  # all iterations have the same passes
+        taken = 0
         for turn in range(1 if alike else self.plan.inner):
             for start in range(0, len(whole.index), size):
                 rows = torch.arange(start, min(start + size, len(whole.index)))
@@ -274,6 +290,9 @@ class RolloutBatches:
                     found, _ = self.objective.log_probs(run.model, *on_device, self.mask_id)
                     row, place = answers.scored.nonzero(as_tuple=True)
                     old[turn, rows[here][row], place] = found.cpu()
+                    taken += 1
+        for _ in range(self._idle(taken)):
+            self.objective.log_probs(run.model, *on_device, self.mask_id)
         if alike:
             old[1:] = old[0]
         return old

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from dlm.models.predictor import as_predictor
 from dlm.training import zero
 
 
@@ -113,6 +114,14 @@ def tables_in_root(model):
 
 
 # -------------------------------------------------------------------------------------------------------------- EMA
+
+
+@torch.no_grad()
+def make_buffers(model: nn.Module) -> None:
+    """Under FSDP2: a pass over one token, so that the buffers of whole weights, which live as long as the model, are
+    made outside of inference mode. A sampler's pass would make tensors that no training pass may write to."""
+    device = next(model.parameters()).device
+    as_predictor(model)(torch.zeros((1, 1), dtype=torch.int64, device=device))
 
 
 def reshard(model: nn.Module) -> None:

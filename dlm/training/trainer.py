@@ -24,13 +24,13 @@ from dlm.data.streaming import StreamedExamples
 from dlm.models.flops import peak_flops, training_flops
 from dlm.objectives.losses import OBJECTIVES, Objective
 from dlm.rewards.table import RewardError
-from dlm.training import zero
 from dlm.training.accelerator import make_accelerator, prepare_model, sum_over_processes
 from dlm.training.ahead import Ahead, usual_workers
 from dlm.training.batches import Batches, StepBatches
 from dlm.training.checks import check_batch, check_targets
 from dlm.training.config import TrainingConfig
 from dlm.training.ema import EMA
+from dlm.training.finite import refuse_loss, refuse_state
 from dlm.training.growth import plan
 from dlm.training.logging import Display, Metrics, finish_tracker, start_tracker
 from dlm.training.optim import schedule_factor, set_learning_rates
@@ -69,10 +69,6 @@ class Step(NamedTuple):
     work: float
     examples: list[int]
     losses: list[tuple[torch.Tensor, torch.Tensor]]
-
-
-class NonFiniteLoss(ValueError):
-    """The loss or the gradient became NaN or infinite; the message says where and which checkpoint is good."""
 
 
 def fit(
@@ -179,7 +175,7 @@ class Run:
         config = self.config
         display = Display(
             self.report, self.step, config.max_steps, log_every=config.log_every, log_seconds=config.log_seconds,
-            peak=None if self.peak is None else self.peak * self.accelerator.num_processes,
+            peak=None if self.peak is None else self.peak * self.accelerator.num_processes, unit=self.objective.unit,
         )  # fmt: skip
         device, ahead = self.accelerator.device, None
         workers = usual_workers(device, self.batches.data) if config.workers is None else config.workers
@@ -244,7 +240,7 @@ class Run:
     def train_step(self, made: StepBatches) -> Step:
         """One optimizer step. On a GPU nothing of its outcome is read yet: `read` does that later."""
         config, accelerator = self.config, self.accelerator
-        count = int(self._sum([made.count])[0])
+        count = int(self.sum([made.count])[0])
         self._set_rates()
         self.model.train()
         total, losses = self._backward(made.parts, count)
@@ -253,8 +249,8 @@ class Run:
         work = self.operations(made.parts) if self.peak else 0.0
         step = Step(self.step + 1, total, norm.detach(), count, work, made.examples, losses)
         if accelerator.device.type != "cuda":  # where reading is free, bad numbers do not reach the weights
-            whole, broken = self._sum([float(total), float(not math.isfinite(norm))])
-            self._refuse_non_finite(step, whole, math.nan if broken else 0.0, float(norm))
+            whole, broken = self.sum([float(total), float(not math.isfinite(norm))])
+            refuse_loss(step, whole, float(norm), not broken, self.last_checkpoint, self.config.precision)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -294,10 +290,10 @@ class Run:
         took = time.perf_counter() - self.since
         self.seconds += took
         broken = [float(not math.isfinite(norm)) for norm in norms]
-        *sums, stops, spent = self._sum([*totals, *broken, float(stop), self.seconds])
+        *sums, stops, spent = self.sum([*totals, *broken, float(stop), self.seconds])
         totals, broken = sums[: len(steps)], sums[len(steps) :]
         for step, total, bad, norm in zip(steps, totals, broken, norms, strict=True):
-            self._refuse_non_finite(step, total, math.nan if bad else 0.0, norm)
+            refuse_loss(step, total, norm, not bad, self.last_checkpoint, self.config.precision)
         if self.config.max_seconds:
             self.time_share = spent / self.accelerator.num_processes / self.config.max_seconds
         losses = [(s, total / max(s.count, 1), norm) for s, total, norm in zip(steps, totals, norms, strict=True)]
@@ -307,17 +303,10 @@ class Run:
         """The means of what the objective noted since the last record, over all processes."""
         if not self.notes:
             return {}
-        *sums, count = self._sum([*map(float, self.notes.values()), float(self.noted)])
+        *sums, count = self.sum([*map(float, self.notes.values()), float(self.noted)])
         means = {name: value / max(count, 1) for name, value in zip(self.notes, sums, strict=True)}
         self.notes, self.noted = {}, 0
         return means
-
-    def _refuse_non_finite(self, step: Step, total: float, any_norm: float, norm: float) -> None:
-        """NonFiniteLoss where a step's loss is not finite, or a process's gradient; fp16 skips the latter by itself."""
-        if math.isfinite(total) and (math.isfinite(any_norm) or self.config.precision == "fp16"):
-            return
-        bad = [int(i) for index, losses in step.losses for i in index[~losses.isfinite().cpu()]]
-        raise NonFiniteLoss(self._non_finite(step.number, bad or step.examples, total, norm))
 
     def operations(self, parts) -> float:
         """Operations of a step over all processes; half of the targets are predicted on average in diffusion."""
@@ -330,7 +319,8 @@ class Run:
             total += training_flops(self.plain.config, rows * width * copies, width * copies, predicted, frozen=frozen)
         return total * self.accelerator.num_processes
 
-    def _sum(self, values: list[float]) -> list[float]:
+    def sum(self, values: list[float]) -> list[float]:
+        """The sums of numbers over all processes."""
         return sum_over_processes(self.accelerator, values)
 
     def _set_rates(self) -> None:
@@ -344,15 +334,6 @@ class Run:
     def _rates(self) -> list[float]:
         return [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
 
-    def _non_finite(self, step: int, examples: list[int], total: float, norm: float) -> str:
-        of = sorted(set(examples))
-        shown = ", ".join(map(str, of[:16])) + (f" … ({len(of)} in all)" if len(of) > 16 else "")
-        last = self.last_checkpoint or "none yet"
-        return (
-            f"step {step}: the loss is {total} and the gradient norm {norm}; examples {shown}. "
-            f"Last good checkpoint: {last}. Lower learning_rate, raise warmup_steps, or look at those examples"
-        )
-
     # ------------------------------------------------------------------------------------------------- state
 
     @cached_property
@@ -362,7 +343,7 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint of this moment. Errors: NonFiniteLoss, where the last step made numbers that are none."""
-        self._check_finite()
+        refuse_state(self)
         state = {
             "step": self.step,
             "tokens": self.tokens,
@@ -378,23 +359,6 @@ class Run:
         self.last_checkpoint = save_state(
             self.accelerator, self.output, state, self._average(), self.config.keep_last, kept
         )
-
-    def _check_finite(self) -> None:
-        """Errors: weights, optimizer state or moving average that the last update left NaN or infinite."""
-        held = [(name, zero.held(parameter)) for name, parameter in self.plain.named_parameters()]
-        held += [] if self.ema is None else [(f"average of {name}", part) for name, part in self.ema.weights.items()]
-        for optimizer in self.optimizers:
-            states = getattr(optimizer, "state", None) or {}
-            held += [(f"optimizer's {key}", part) for one in states.values() for key, part in one.items()]
-        local = [(name, getattr(part, "_local_tensor", part)) for name, part in held if isinstance(part, torch.Tensor)]
-        bad = [name for name, part in local if part.is_floating_point() and not part.isfinite().all()]
-        if self._sum([float(bool(bad))])[0]:
-            names = ", ".join(bad[:3]) + (f" … ({len(bad)} in all)" if len(bad) > 3 else "")
-            raise NonFiniteLoss(
-                f"step {self.step}: its update left numbers that are not finite in {names or 'another process'}; "
-                f"nothing of it is kept. Last good checkpoint: {self.last_checkpoint or 'none yet'}. Go on from there "
-                f"with --resume and a lower learning_rate, or more warmup_steps"
-            )
 
     def _average(self) -> dict[str, torch.Tensor] | None:
         """The moving average, whole in the main process; every process calls this."""

@@ -110,6 +110,19 @@ def test_two_processes_have_the_same_run(tmp_path, start, measured):
     measured("weights, 2 processes and then 1, rollouts", away(tmp_path, "one_too", "two"), 1e-4)
 
 
+@pytest.mark.parametrize("policy", ["diffu_grpo", "trace"])
+def test_two_sharded_processes_have_the_same_run(tmp_path, start, measured, policy):
+    """FSDP2 by gloo. Answers that end early have fewer passes of a trace: the processes must take as many."""
+    more = [f"--policy={policy}", "--rewards=regex:.*[aeiou].*", "--optimizer=adamw"]
+    two([ROOT / "tests" / "helpers" / "sharded.py", "grpo", *argv(tmp_path, "two"), *more])
+    assert start("one", *more) == 0
+    measured(f"weights, 1 process and 2 under FSDP2, rollouts, {policy}", away(tmp_path, "one", "two"), 1e-4)
+    steps = [[r for r in records(tmp_path / name) if r["kind"] == "train"] for name in ("one", "two")]
+    for mine, theirs in zip(*steps, strict=True):
+        for name in ("loss", "kl", "entropy", "clip_share"):
+            assert theirs[name] == pytest.approx(mine[name], abs=2e-4), (name, mine, theirs)
+
+
 def test_adapters_are_their_own_reference(tmp_path, start):
     assert start("lora", "--lora=2") == 0
     first = next(r for r in records(tmp_path / "lora") if r["kind"] == "train")
@@ -139,6 +152,7 @@ def test_equal_rewards_are_counted_and_said(tmp_path, start, capsys):
     ("more", "message"),
     [
         (["--rewards=countdwon"], "the nearest is 'countdown'"),
+        (["--rewards=sudoku4x4"], "reads the column 'puzzle', and the data have 'bonus'"),
         (["--rewards="], "no reward: give --rewards"),
         (["--reward-weights=a"], "reward_weights are a: give numbers"),
         (["--group-size=1"], "a group has 2 answers or more"),
@@ -161,7 +175,8 @@ def test_bad_input_is_one_line(start, capsys, more, message):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a child is forked, so that imports are paid once")
-def test_a_run_killed_at_random_moments_ends_with_the_same_bits(tmp_path, start, kills=KILLS):
+@pytest.mark.parametrize("kills", [KILLS, pytest.param(10, marks=pytest.mark.slow)])
+def test_a_run_killed_at_random_moments_ends_with_the_same_bits(tmp_path, start, kills):
     """SIGKILL in a rollout, a step or the writing of a checkpoint."""
     tqdm.set_lock(threading.RLock())  # its own is shared with forked children
     more, moments = ["--max-steps=12", "--checkpoint-every=1", "--inner=3"], random.Random(0)

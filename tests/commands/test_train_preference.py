@@ -106,6 +106,20 @@ def test_a_reference_of_another_vocabulary_is_refused(tmp_path, start, tokenizer
     assert "give one with its vocabulary" in capsys.readouterr().err
 
 
+def test_a_reference_with_other_words_under_the_same_numbers_is_refused(tmp_path, start, tokenizer, capsys):  # noqa: F811
+    """The embeddings are as many, but two tokens of the tokenizer have changed places."""
+    make_checkpoint(tmp_path / "other", tokenizer)
+    file = tmp_path / "other" / "tokenizer.json"
+    words = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = words["model"]["vocab"]
+    one, two = list(vocabulary)[10:12]
+    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+    file.write_text(json.dumps(words), encoding="utf-8")
+    assert start("run", f"--reference={tmp_path / 'other'}") == 2
+    told = capsys.readouterr().err
+    assert "has other tokens (" in told and "give one with the same tokenizer" in told and told.count("\n") == 1
+
+
 def test_formats_of_trl():
     user, one, two = ({"role": r, "content": c} for r, c in (("user", "q"), ("assistant", "a"), ("assistant", "b")))
     text = messages_of_pair({"prompt": "q", "chosen": "a", "rejected": "b"}, "x")

@@ -105,6 +105,31 @@ def test_columns_are_found_or_named(tmp_path, tokenizer, row, changes):
     assert learned == "b<|eot_id|><|endoftext|>" and "user<|end_header_id|>\n\na<|eot_id|>" in text
 
 
+def test_reasoning_traces_are_written_as_d1_writes_them(tmp_path, tokenizer):
+    row = {"question": "1 + 1?", "thinking_trajectories": ["One more.", "Or so."], "attempt": "2", "solution": "two"}
+    part = documents(jsonl(tmp_path / "a.jsonl", [row]), tokenizer, length=200, preface="Think first.")
+    text, learned = shown(tokenizer, part)
+    assert learned == "<reasoning>One more.</reasoning>\n<answer>2</answer><|eot_id|><|endoftext|>"
+    assert "user<|end_header_id|>\n\nThink first.\n\n1 + 1?<|eot_id|>" in text
+    assert part.counts["not used: column solution"] == 1
+    named = documents(jsonl(tmp_path / "b.jsonl", [row]), tokenizer, prompt="question", response="attempt")
+    assert shown(tokenizer, named)[1] == "2<|eot_id|><|endoftext|>"
+    bad = {**row, "thinking_trajectories": []}
+    with pytest.raises(ValueError, match=r"line 1: column 'thinking_trajectories' must be a list of texts"):
+        documents(jsonl(tmp_path / "c.jsonl", [bad]), tokenizer)
+
+
+def test_the_recipe_for_reasoning_traces_reads_its_rows(tmp_path, tokenizer):
+    """The YAML on a file of s1K's columns: its settings parse, and the answer is preceded by the format it asks for."""
+    recipe = parse(["--config", "train/configs/sft_reasoning.yaml"])
+    assert (recipe.sequence_length, recipe.epochs, recipe.eos_padding) == (4096, 20, "longest")
+    row = {"question": "1 + 1?", "thinking_trajectories": ["One more."], "attempt": "2"}
+    part = documents(jsonl(tmp_path / "a.jsonl", [row]), tokenizer, length=400, preface=recipe.preface)
+    text = shown(tokenizer, part)[0]
+    assert "\n\nRespond in the following format:\n<reasoning>\nYour reasoning here\n</reasoning>" in text
+    assert "</answer>\n\n1 + 1?<|eot_id|>" in text
+
+
 def test_alpacas_two_parts_are_one_prompt(tmp_path, tokenizer):
     path = jsonl(tmp_path / "a.jsonl", [{"instruction": "add", "input": "1 2", "output": "3"}])
     assert "\n\nadd\n\n1 2<|eot_id|>" in shown(tokenizer, documents(path, tokenizer))[0]

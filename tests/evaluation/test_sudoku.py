@@ -1,9 +1,11 @@
 """Sudoku: the solver and generator against known facts, what the model sees, and the recipe and its evaluation."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from dlm.data.examples import pack
 from dlm.evaluation import sudoku
@@ -153,6 +155,50 @@ def test_an_answer_that_is_right_counts(monkeypatch):
     assert record["positions"] == 9 and record["27-31 givens"] == "66.7 ± 27.2" and record["17-26 givens"] == "-"
 
 
+def test_a_grid_model_with_repeated_layers_is_trained_and_tried_several_times(run, tmp_path):
+    options = "--bases 3 --examples 40 --valid-examples 4 --max-steps 2 --batch-size 4 --precision no --clue-power 2"
+    options += " --d-model 16 --n-layers 1 --n-heads 4 --layer-repeats 2 --grid"
+    code, _, error = run("train", "sudoku", *options.split(), "--output", tmp_path / "r", "--export", tmp_path / "m")
+    assert code == 0, error
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert config["layer_repeats"] == 2 and config["grid_width"] == 10
+    code, _, error = run(
+        "eval", "sudoku", "--model", tmp_path / "m", "--puzzles", "2", "--steps", "2", "--thresholds", "", "--tries",
+        "2", "--orders", "margin", "--rules", "verify", "--output", tmp_path / "t",
+    )  # fmt: skip
+    assert code == 0, error
+    rows = json.loads((tmp_path / "t").read_text())["rows"]
+    assert [row["rule"] for row in rows] == ["one cell a pass", "2 passes"] * 2 and rows[1]["passes"] == 4
+
+
+def test_doubtful_answers_are_tried_again_and_the_likelier_one_stays(monkeypatch):
+    """A model that knows the answer to all: the wrong answer of the first try is doubted, the right one is not."""
+    from dlm import SamplingConfig
+    from eval import sudoku as evaluation
+
+    class Knows:
+        config = SimpleNamespace(mask_token_id=0)
+
+        def predict(self, tokens):
+            truth = torch.from_numpy(sudoku.to_ids(cells(ANSWER)[None])).long().expand_as(tokens)
+            return 5.0 * torch.nn.functional.one_hot(truth, 19).float()
+
+    wrong, calls = cells(ANSWER), []
+    wrong[[2, 3]] = wrong[[3, 2]]
+
+    def solved(model, puzzles, config, batch):
+        calls.append((len(puzzles), config.temperature, config.seed))
+        first = [wrong, cells(ANSWER)] if len(calls) == 1 else [cells(ANSWER)]
+        return np.stack(first), np.full(len(puzzles), 51), np.full(len(puzzles), 9)
+
+    monkeypatch.setattr(evaluation, "solve", solved)
+    puzzles = np.stack([cells(WIKIPEDIA)] * 2)
+    tries = evaluation.Tries(5, 0.7, 0.5)
+    answers, passes, _ = evaluation.solve_often(Knows(), puzzles, SamplingConfig(block_length=81), 8, tries)
+    assert all(sudoku.is_solution(answer) for answer in answers) and passes.tolist() == [102, 51]
+    assert calls == [(2, 0.0, 0), (1, 0.7, 1_000_003)]
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -166,6 +212,10 @@ def test_an_answer_that_is_right_counts(monkeypatch):
         (["eval", "sudoku", "--model", "x", "--rules", "verfy"], "verify"),
         (["eval", "sudoku", "--model", "x", "--rules", "none:2"], "takes no number"),
         (["eval", "sudoku", "--model", "x", "--orders", ""], "both empty"),
+        (["eval", "sudoku", "--model", "x", "--tries", "0"], "--tries is 0"),
+        (["eval", "sudoku", "--model", "x", "--accept", "2"], "--accept 2"),
+        (["train", "sudoku", "--clue-power", "0"], "clue_power is 0"),
+        (["train", "sudoku", "--grid", "--n-heads", "2"], "n_heads=2: heads see row"),
     ],
 )
 def test_bad_input(run, words, says):

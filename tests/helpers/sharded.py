@@ -1,9 +1,10 @@
-"""Runs the pretraining recipe under FSDP2 on CPU processes; test_processes.py starts it once for each.
+"""`sharded.py RECIPE options`: runs a recipe under FSDP2 on CPU processes; a test starts it once for each.
 
 Accelerate reads its FSDP settings on accelerators alone, though FSDP2 itself shards over CPU processes just as well:
 this script tells Accelerate that it is sharding, and changes nothing else.
 """
 
+import importlib
 import sys
 
 from accelerate.state import PartialState
@@ -11,7 +12,6 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 from dlm.training import accelerator as accelerators
 from dlm.training import recipe
-from train.pretrain import main
 
 
 def make_accelerator(config):
@@ -28,4 +28,4 @@ def make_accelerator(config):
 
 
 recipe.make_accelerator = make_accelerator
-sys.exit(main(sys.argv[1:]))
+sys.exit(importlib.import_module(f"train.{sys.argv[1]}").main(sys.argv[2:]))

@@ -319,13 +319,13 @@ def test_counts_keep_to_their_range_of_rates():
     ("settings", "message"),
     [
         ({"estimator": "strata"}, "did you mean 'stratified'"),
-        ({"estimator": "uniform", "schedule": "cosin"}, "did you mean 'cosine'"),
-        ({"schedule": "cosine"}, "changes nothing under estimator count"),
-        ({"low": 0.5, "high": 0.4}, "from 0.5 to 0.4"),
-        ({"estimator": "d3pm", "high": 0.5}, "takes all mask rates"),
-        ({"estimator": "d3pm", "steps": 0}, "give 1 or more"),
+        ({"estimator": "uniform", "noise_schedule": "cosin"}, "did you mean 'cosine'"),
+        ({"noise_schedule": "cosine"}, "changes nothing under estimator count"),
+        ({"lowest_rate": 0.5, "highest_rate": 0.4}, "from 0.5 to 0.4"),
+        ({"estimator": "d3pm", "highest_rate": 0.5}, "takes all mask rates"),
+        ({"estimator": "d3pm", "diffusion_steps": 0}, "give 1 or more"),
         ({"block_length": 0}, "block_length is 0"),
-        ({"exponent": 0}, "above 0"),
+        ({"noise_exponent": 0}, "above 0"),
     ],
 )
 def test_settings_are_checked(settings, message):

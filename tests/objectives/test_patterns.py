@@ -145,7 +145,7 @@ def test_rows_without_blocks_are_trained_under_full_attention():
     [
         ({"rate_alpha": 0.0}, "above 0"),
         ({"rate_alpha": 2.0, "estimator": "uniform"}, "estimator count"),
-        ({"complementary": True, "high": 0.5}, "complementary"),
+        ({"complementary": True, "highest_rate": 0.5}, "complementary"),
         ({"complementary": True, "decoding_share": 0.5}, "complementary"),
         ({"decoding_share": 1.5}, "from 0 to 1"),
         ({"decoding_share": 0.5, "block_length": 4}, "full attention"),

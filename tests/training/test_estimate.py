@@ -1,8 +1,11 @@
 """Time and memory: operations and weights counted on a model, a published cost, what a tracker and a log are given."""
 
+import importlib
 import json
 import math
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +25,7 @@ from dlm.training.state import checkpoints
 from tests.helpers.ranks import settings, tiny_data
 from tests.helpers.training import fresh_accelerate, train, weights
 
+CONFIGS = Path("train/configs")
 assert fresh_accelerate  # a fixture for every test here
 
 
@@ -127,6 +131,51 @@ def test_llada_8b_costs_what_was_published():
     assert found.parameters == pytest.approx(8.02e9, rel=0.001)
     assert found.gpu_hours == pytest.approx(0.13e6, rel=0.25)
     assert found.tokens_per_second * found.seconds == pytest.approx(2.3e12)
+
+
+ROWS = "--gpu H100 --gpus 8 --sequence-length 1024 --rows 4 --activation-checkpointing --no-ema"
+
+
+def test_the_tables_of_the_guide_are_what_the_command_says(capsys):
+    """train/SCALING.md: memory in whole GB and tokens a second to three digits, of every recipe and of pretraining."""
+
+    def said(options):
+        assert dlm_main(["train", "--estimate", *options.split(), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        return f"{found['memory'] / 1e9:.0f} GB", float(f"{found['tokens_per_second']:.3g}"), found["gpu_hours"]
+
+    def number(cell):
+        return float(cell.replace(",", ""))
+
+    lines = Path("train/SCALING.md").read_text(encoding="utf-8").splitlines()
+    tables = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    checked = 0
+    for row in tables:
+        if len(row) == 6 and row[0].startswith("LLaDA-8B"):
+            more = " --objective block_diffusion" if "block" in row[0] else ""
+            kind = f"--gpu {row[1].split()[-1]} --gpus 8 --tokens 1e9 {row[2].strip('`')}{more}"
+            memory, speed, hours = said(kind)
+            assert (row[3], row[5]) == (memory, f"{hours:.0f}") and number(row[4]) == pytest.approx(speed, rel=0.02)
+            checked += 1
+        elif len(row) == 5 and row[0].startswith("`") and row[0] != "`--recipe`":
+            recipe = "--recipe " + row[0].split("`")[1] + (" --draws 8" if "8 draws" in row[0] else "")
+            memory, speed, _ = said(f"{ROWS} {recipe} --sharding fsdp")
+            assert (row[1].split(",")[0], number(row[3])) == (memory, speed)
+            if "no-kl" in row[1]:
+                assert said(f"{ROWS} {recipe} --sharding fsdp --no-kl")[0].split()[0] in row[1]
+            if row[4]:
+                memory, speed, _ = said(f"{ROWS} {recipe} --lora 32")
+                assert (row[2], number(row[4])) == (memory, speed)
+            checked += 1
+    assert checked == 9
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_reads_its_yaml(path):
+    """The command in a YAML's comment names the recipe whose settings it holds."""
+    command = rf"(?:dlm train |train[/.])(\w+?)(?:\.py)? (?:\\\n#\s+)?--config train/configs/{path.name}"
+    name = re.search(command, path.read_text(encoding="utf-8"))[1]
+    assert importlib.import_module(f"train.{name}").parse(["--config", str(path)]).output
 
 
 def test_sharding_and_checkpointing_save_what_they_should():

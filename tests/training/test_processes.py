@@ -32,13 +32,15 @@ def test_fsdp2_trains_resumes_and_exports_the_same_model(tmp_path, measured, tie
     one, two_parts = tmp_path / "one", tmp_path / "two"
     assert pretrain.main(options(tmp_path, "one", weight_tying=tied)) == 0
     script = Path(__file__).parents[1] / "helpers" / "sharded.py"
-    two([script, *options(tmp_path, "two", weight_tying=tied, tracker="auto", accumulation=2, loss_chunk=7)])
+    two(
+        [script, "pretrain", *options(tmp_path, "two", weight_tying=tied, tracker="auto", accumulation=2, loss_chunk=7)]
+    )
     assert_same_run(one, two_parts, measured, f"1 process and 2 under FSDP2, {'tied' if tied else 'untied'}")
     if not tied:
         return
     [_, (_, last)] = checkpoints(two_parts)
     shutil.rmtree(last)  # as if killed after step 2
-    two([script, *options(tmp_path, "two", resume=True)])
+    two([script, "pretrain", *options(tmp_path, "two", resume=True)])
     assert_same_run(one, two_parts, measured, "1 process and 2 under FSDP2, resumed")
     assert main.main(["generate", "The cat", "--model", str(two_parts / "model"), "--gen-length", "8"]) == 0
 

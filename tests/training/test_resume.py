@@ -16,8 +16,9 @@ from dlm.data.streaming import StreamedExamples, StreamedSource
 from dlm.models.configuration import LLaDAConfig
 from dlm.models.transformer import LLaDAModelLM
 from dlm.training.ema import EMA
+from dlm.training.finite import NonFiniteLoss
 from dlm.training.state import EMA_FILE, STATE_FILE, Damaged, _seal, checkpoints, read_state, verify
-from dlm.training.trainer import NonFiniteLoss, fit
+from dlm.training.trainer import fit
 from tests.helpers.ranks import MASK, settings, tiny_data, tiny_model
 from tests.helpers.training import fresh_accelerate, train, weights
 

@@ -1,12 +1,15 @@
 """Rollouts without a run: how groups are shared out, put together again for another number of processes, and kept."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from dlm.objectives.policy import METHODS
 from dlm.sampling.config import SamplingConfig
+from dlm.training import rollouts
 from dlm.training.rollouts import ROLLOUT_FILE, Plan, RolloutBatches, Round
 
 GROUP, PROMPTS = 2, 4
@@ -50,6 +53,21 @@ def test_nothing_is_kept_between_rounds():
     maker = batches(0, 1)
     maker.round, maker.run.step = round_of([1, 2, 3, 4], 2), 3
     assert maker.kept() == {}
+
+
+def test_processes_of_a_sharded_model_take_as_many_passes(monkeypatch):
+    """An answer that ended early has fewer passes of a trace; alone or under DDP nothing is added."""
+    maker = batches(0, 2, sharded=True)
+    maker.run.accelerator = None
+    monkeypatch.setattr(rollouts, "sum_over_processes", lambda accelerator, mine: [mine[0], 5.0])
+    assert maker._idle(3) == 2 and maker._idle(5) == 0
+    assert batches(0, 2)._idle(3) == 0
+    maker.objective = SimpleNamespace(method=METHODS["trace"])
+    maker.round = round_of([7, 5], 3)
+    maker.plan = replace(maker.plan, shrink=100)  # all of an answer in one pass
+    parts = maker.next(1).parts
+    assert len(parts) == 5 and parts[0][1].weight.sum() == 4
+    assert all(not part.weight.any() and part.scored.any() for _, part in parts[1:])
 
 
 def test_what_cannot_be_shared_is_refused():

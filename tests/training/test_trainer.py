@@ -15,9 +15,10 @@ from dlm.data.examples import Examples
 from dlm.models.configuration import LLaDAConfig
 from dlm.models.transformer import LLaDAModelLM
 from dlm.training.ema import EMA
+from dlm.training.finite import NonFiniteLoss
 from dlm.training.optim import build_optimizers, parameter_groups, schedule_factor
 from dlm.training.state import checkpoints
-from dlm.training.trainer import NonFiniteLoss, fit
+from dlm.training.trainer import fit
 from dlm.utils.stats import ratio
 from tests.helpers.ranks import MASK, settings, tiny_data, tiny_model
 from tests.helpers.training import fresh_accelerate, train, weights  # noqa: F401

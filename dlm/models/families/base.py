@@ -223,6 +223,21 @@ class FamilyConfig(PretrainedConfig):
         return None
 
     @property
+    def layers_applied(self) -> int:
+        """Layers that a token passes through."""
+        return self.n_layers
+
+    @property
+    def layer_repeats(self) -> int:
+        """Every layer is applied once."""
+        return 1
+
+    @property
+    def grid_width(self) -> None:
+        """The canvas is a line, not a grid."""
+        return None
+
+    @property
     def attention(self) -> str:
         """What a slot sees: `full`, `block_causal` or `causal`."""
         return "full" if self.block_length is None or self.full_attention else "block_causal"

@@ -38,7 +38,8 @@ class Recipe(RecipeConfig):
     bases: minimal puzzles that are generated, puzzle i from (puzzle_seed, i); examples: forms of them, drawn anew from
     `seed`; fewest_clues, most_clues: givens of a form, even over the range, or with clue_power above 1 more often near
     the fewest: fewest + range u^clue_power of an even u. valid_examples: forms of other puzzles, for validation.
-    layer_repeats: how often the layers are applied; grid: heads see rows, columns and boxes (`LLaDAConfig`).
+    layer_repeats: how often the layers are applied (0: once, or as `model` has it; weights learned with few repeats are
+    a start for more); grid: heads see rows, columns and boxes (`LLaDAConfig`).
     """
 
     output: str = "runs/sudoku"
@@ -57,7 +58,7 @@ class Recipe(RecipeConfig):
     n_heads: int = 4
     mlp_hidden_size: int = 384
     rope_theta: float = 1000.0
-    layer_repeats: int = 1
+    layer_repeats: int = 0
     grid: bool = False
 
     def __post_init__(self):
@@ -71,8 +72,10 @@ class Recipe(RecipeConfig):
             )
         if self.grid:
             check_grid(sudoku.ROW_LENGTH, self.n_heads)
-        if self.layer_repeats < 1:
-            raise ValueError(f"layer_repeats is {self.layer_repeats}: give 1 or more")
+        if self.grid and self.model:
+            raise ValueError("grid is of a new model, and --model brings its own heads: leave one of them out")
+        if self.layer_repeats < 0:
+            raise ValueError(f"layer_repeats is {self.layer_repeats}: give 1 or more, or 0 for the model's own")
         if not self.clue_power > 0:
             raise ValueError(f"clue_power is {self.clue_power}: give a number above 0, 1 for clues even over the range")
         for name in ("bases", "examples", "valid_examples"):
@@ -99,6 +102,8 @@ def prepare(settings: Recipe, accelerator) -> Prepared:
         train, held_out = _bases(settings, accelerator.is_main_process)
     torch.manual_seed(settings.seed)
     model = open_model(settings) if settings.model else LLaDAModelLM(_config(settings, tokenizer))
+    if settings.layer_repeats:
+        model.config.layer_repeats = settings.layer_repeats
     return Prepared(
         model,
         tokenizer,
@@ -155,7 +160,7 @@ def _config(settings: Recipe, tokenizer) -> LLaDAConfig:
         embedding_size=len(tokenizer),
         weight_tying=False,
         rope_theta=settings.rope_theta,
-        layer_repeats=settings.layer_repeats,
+        layer_repeats=settings.layer_repeats or 1,
         grid_width=sudoku.ROW_LENGTH if settings.grid else None,
         max_sequence_length=sudoku.LENGTH,
         mask_token_id=tokenizer.mask_token_id,

@@ -162,6 +162,11 @@ def test_a_grid_model_with_repeated_layers_is_trained_and_tried_several_times(ru
     assert code == 0, error
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     assert config["layer_repeats"] == 2 and config["grid_width"] == 10
+    more = "--bases 3 --examples 40 --valid-examples 4 --max-steps 1 --batch-size 4 --precision no --layer-repeats 3"
+    deep = ["--output", tmp_path / "deeper", "--export", tmp_path / "d", "--model", tmp_path / "m"]
+    assert run("train", "sudoku", *more.split(), *deep)[0] == 0  # the same weights, applied once more
+    deeper = json.loads((tmp_path / "d" / "config.json").read_text())
+    assert deeper["layer_repeats"] == 3 and deeper["grid_width"] == 10
     code, _, error = run(
         "eval", "sudoku", "--model", tmp_path / "m", "--puzzles", "2", "--steps", "2", "--thresholds", "", "--tries",
         "2", "--orders", "margin", "--rules", "verify", "--output", tmp_path / "t",
@@ -215,6 +220,7 @@ def test_doubtful_answers_are_tried_again_and_the_likelier_one_stays(monkeypatch
         (["eval", "sudoku", "--model", "x", "--tries", "0"], "--tries is 0"),
         (["eval", "sudoku", "--model", "x", "--accept", "2"], "--accept 2"),
         (["train", "sudoku", "--clue-power", "0"], "clue_power is 0"),
+        (["train", "sudoku", "--grid", "--model", "x"], "--model brings its own heads"),
         (["train", "sudoku", "--grid", "--n-heads", "2"], "n_heads=2: heads see row"),
     ],
 )

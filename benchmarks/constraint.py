@@ -162,7 +162,8 @@ def timed_passes(args, automaton, words: Vocabulary, tokens: int, seed: int) -> 
         start = time.process_time()
         _, _, chosen = commit_in_order(written, slots, token, sure, chosen, again, keep_count=True)
         spent.append(first + time.process_time() - start)
-        masked = [slot for slot in masked if slot not in set(slots[chosen].tolist())]
+        done = set(slots[chosen].tolist())
+        masked = [slot for slot in masked if slot not in done]
     return spent
 
 

@@ -9,7 +9,7 @@ the others are brought up to date where they are asked for, and no further.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -35,6 +35,7 @@ class Places:
     def __init__(self, automaton: Automaton, tokens: Sequence[int | None]):
         """Raises ValueError where no text that matches fits these places."""
         self.automaton, self.tokens = automaton, list(tokens)
+        self._kinds = [self._kind(token) for token in self.tokens]  # the class of each token, -1 for any
         size = len(self.tokens)
         start = np.zeros(automaton.states, bool)
         start[automaton.start] = True
@@ -50,40 +51,54 @@ class Places:
                 "give more of them, or a pattern with shorter matches"
             )
 
+    def _kind(self, token: int | None) -> int:
+        return -1 if token is None else int(self.automaton.classes[token])
+
     def ahead(self, place: int) -> bytes:
         """The states before a place."""
-        while self._low < place:
-            i = self._low
-            after = self._step(self._ahead[i], self.tokens[i], _after)
-            if i >= self._last and after == self._ahead[i + 1]:
-                self._low = len(self.tokens)
+        sets, i = self._ahead, self._low
+        if i >= place:
+            return sets[place]
+        kinds, memo, last, here = self._kinds, self.automaton.memo, self._last, sets[i]
+        while i < place:
+            key = (_after, here, kinds[i])
+            here = memo.get(key) or self._step(key)
+            if i >= last and here == sets[i + 1]:
+                i = len(kinds)
                 break
-            self._ahead[i + 1], self._low = after, i + 1
-        return self._ahead[place]
+            i += 1
+            sets[i] = here
+        self._low = i
+        return sets[place]
 
     def back(self, place: int) -> bytes:
         """The states from which what stands from a place on can end."""
-        while self._high > place:
-            i = self._high - 1
-            before = self._step(self._back[i + 1], self.tokens[i], _before)
-            if i <= self._first and before == self._back[i]:
-                self._high = 0
+        sets, i = self._back, self._high
+        if i <= place:
+            return sets[place]
+        kinds, memo, first, there = self._kinds, self.automaton.memo, self._first, sets[i]
+        while i > place:
+            key = (_before, there, kinds[i - 1])
+            there = memo.get(key) or self._step(key)
+            if i - 1 <= first and there == sets[i - 1]:
+                i = 0
                 break
-            self._back[i], self._high = before, i
-        return self._back[place]
+            i -= 1
+            sets[i] = there
+        self._high = i
+        return sets[place]
 
-    def _step(self, here: bytes, token: int | None, take) -> bytes:
-        kind = -1 if token is None else int(self.automaton.classes[token])
-        key = (take, here, kind)
-        if (there := self.automaton.memo.get(key)) is None:
-            there = take(self.automaton, here, kind)
-            _keep(self.automaton, key, there)
-        return there
+    def _step(self, key: tuple[Callable, bytes, int]) -> bytes:
+        """A step that was not taken yet: the rule, the set and the class of the token, -1 for any."""
+        take, states, kind = key
+        found = take(self.automaton, states, kind)
+        _keep(self.automaton, key, found)
+        return found
 
     def set(self, place: int, token: int | None) -> None:
         """Puts a token there, or empties the place; the sets of the other places follow."""
         size = len(self.tokens)
-        self.tokens[place] = token
+        self.tokens[place], self._kinds[place] = token, self._kind(token)
         self._last = place if self._low >= size else max(self._last, place, self._low)
         self._low = min(self._low, place)
         self._first = place if self._high <= 0 else min(self._first, place, self._high - 1)
@@ -93,12 +108,12 @@ class Places:
         """For each of these empty places bool (K,): the classes of tokens with which a match can still be completed."""
         memo = self.automaton.memo
         keys = [(self.ahead(place), self.back(place + 1)) for place in places]
-        new = [key for key in dict.fromkeys(keys) if key not in memo]
-        opened = dict(zip(new, _open(self.automaton, new), strict=True)) if new else {}
-        classes = [opened[key] if key in opened else memo[key] for key in keys]
-        for key, value in opened.items():
+        known = {key: memo.get(key) for key in keys}
+        new = [key for key, value in known.items() if value is None]
+        for key, value in zip(new, _open(self.automaton, new) if new else (), strict=True):
+            known[key] = value
             _keep(self.automaton, key, value)
-        return classes
+        return [known[key] for key in keys]
 
     def allowed(self, place: int) -> np.ndarray:
         """bool (V,): the tokens at an empty place with which a match can still be completed."""
@@ -174,8 +189,8 @@ def _before(automaton: Automaton, there: bytes, kind: int) -> bytes:
 
 def _open(automaton: Automaton, pairs: Sequence[tuple[bytes, bytes]]) -> np.ndarray:
     """bool (N, K): for N pairs of sets the classes with a step from a state of the first to one of the second."""
-    here, there = (np.stack([_states(pair[side]) for pair in pairs]) for side in (0, 1))
-    edges = here[:, automaton.source] & there[:, automaton.target]  # (N, E)
+    here, there = (_states(b"".join(each)).reshape(len(pairs), -1) for each in zip(*pairs, strict=True))
+    edges = here.take(automaton.source, axis=1) & there.take(automaton.target, axis=1)  # (N, E)
     if automaton.holds is not None:
         return edges.astype(np.float32) @ automaton.holds > 0
     packed = [np.bitwise_or.reduce(automaton.sets[np.unique(automaton.kind[row])], axis=0) for row in edges]

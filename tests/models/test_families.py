@@ -273,9 +273,13 @@ def test_every_family_has_a_table():
         assert family.model.config_class is family.config
 
 
-# Released sizes: what of config.json decides the number, and the number that is documented. Of LLaDA2.0 it is the bytes
-# of files (mini: 30.28 GiB of bf16; flash: 205.85 GB of fp16), so a per mille may differ, which is more than the width
-# of flash's one dense layer decides. iLLaDA's is documented as 7.62B, and 6.98B without its 155,136 embeddings.
+# Released sizes: what of config.json decides the number, and the number that is documented, exact where it is whole:
+# counts of the tensors in the published safetensors files, as the hub's metadata and people's records of loading them
+# have it. LLaDA-8B and SmolLM3-3B are their own; Dream is of Qwen2.5-7B's shape, SDAR-8B, SDAR-30B-A3B and RND1 are of
+# those of Qwen3-8B and Qwen3-30B-A3B, Fast-dLLM v2 of Qwen2.5-1.5B's, from whose weights they began.
+# Not exact: LLaDA2.0 is known by the bytes of its files (mini: 30.28 GiB of bf16; flash: 205.85 GB of fp16), so a per
+# mille may differ, which is more than the width of flash's one dense layer decides; iLLaDA's is documented as 7.62B,
+# and 6.98B without its 155,136 embeddings; of LLaDA-MoE-7B-A1B the experts alone are, 12,288 MiB in bf16 (last test).
 QWEN = {"head_dim": 128, "vocab_size": 151_936}
 LLADA2 = {
     "model_type": "llada2_moe",
@@ -302,6 +306,9 @@ COUNTS = {
                         "num_hidden_layers": 32, "num_attention_heads": 32}, 205_852_119_520 / 2),
     "SDAR-8B": ({**QWEN, "model_type": "sdar", "hidden_size": 4096, "intermediate_size": 12_288,
                  "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8}, 8_190_735_360),
+    "SDAR-30B-A3B": ({**QWEN, "model_type": "sdar_moe", "hidden_size": 2048, "num_hidden_layers": 48,
+                      "num_experts": 128, "moe_intermediate_size": 768, "num_attention_heads": 32,
+                      "num_key_value_heads": 4}, 30_532_122_624),
     "Fast-dLLM v2 1.5B": ({"model_type": "Fast_dLLM_Qwen", "hidden_size": 1536, "intermediate_size": 8960,
                            "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2,
                            "vocab_size": 151_936, "tie_word_embeddings": True}, 1_543_714_304),
@@ -316,6 +323,13 @@ COUNTS = {
     "SmolLM2-135M": ({"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
                       "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49_152,
                       "tie_word_embeddings": True}, 134_515_008),
+    "SmolLM3-3B": ({"model_type": "smollm3", "hidden_size": 2048, "intermediate_size": 11_008, "num_hidden_layers": 36,
+                    "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 128_256}, 3_075_098_624),
+    "Qwen2.5-7B": ({"model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28,
+                    "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152_064}, 7_615_616_512),
+    "Qwen3-4B": ({**QWEN, "model_type": "qwen3", "hidden_size": 2560, "intermediate_size": 9728,
+                  "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
+                  "tie_word_embeddings": True}, 4_022_468_096),
 }  # fmt: skip
 
 
@@ -326,3 +340,13 @@ def test_released_sizes_have_their_number_of_parameters(fields, count):
     shapes = expected_tensors(family.model, family.config.from_dict(dict(fields)))
     found = sum(torch.Size(shape).numel() for shape in shapes.values())
     assert found == count if isinstance(count, int) else abs(found - count) < 1e-3 * count
+
+
+def test_experts_of_llada_moe_have_the_bytes_that_are_documented():
+    fields = {"model_type": "llada", "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 16,
+              "vocab_size": 157_184, "num_experts": 64, "num_experts_per_tok": 8, "expert_intermediate_size": 1024,
+              "qk_layernorm": True}  # fmt: skip
+    family = recognise(fields)
+    shapes = expected_tensors(family.model, family.config.from_dict(fields))
+    experts = sum(torch.Size(shape).numel() for name, shape in shapes.items() if ".experts." in name)
+    assert 2 * experts == 12_288 * 2**20

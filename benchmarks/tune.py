@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 PROMPTS = Path(__file__).parent / "tune_prompts.txt"
 TUNED = (
     "method", "block_length", "commit", "steps", "steps_per_block", "threshold", "factor", "entropy_bound", "revise",
-    "edit_threshold", "max_post_passes", "verify_threshold",
+    "edit_threshold", "edit_shadow", "max_post_passes", "verify_threshold",
 )  # fmt: skip
 BLOCKS = (8, 16, 32, 64)
 BUDGET = 300.0
@@ -68,7 +68,7 @@ def parser(argv: Sequence[str]) -> Parser:
     group = made.add_argument_group("what is searched (LIST: values with commas between them)")
     group.add_argument("--methods", metavar="LIST", help="default: all that suit the model")
     group.add_argument("--block-lengths", metavar="LIST", help="default: 8,16,32,64, or what the model was trained on")
-    group.add_argument("--revisions", metavar="LIST", help="default: none,edit,verify")
+    group.add_argument("--revisions", metavar="LIST", help="of none, edit, shadow, verify (default: none,edit,verify)")
     made.set_defaults(swept=TUNED)
     made.add_model()
     made.add_sampling(shown_defaults(argv), leave_out=TUNED)
@@ -189,11 +189,11 @@ def revisions_of(args, opened: Pretrained) -> list[dict]:
     """Fields of SamplingConfig of each revision that is tried. Errors: a name that is none."""
     from dlm.benchmarking.tune import REVISIONS
 
-    names = args.revisions.split(",") if args.revisions else list(REVISIONS)
+    names = args.revisions.split(",") if args.revisions else ["none", "edit", "verify"]
     for name in names:
         check_name("revisions", name, REVISIONS)
     shifted = getattr(opened.config, "shift_logits", False)
-    return [REVISIONS[name] for name in names if not (shifted and name == "verify")]
+    return [REVISIONS[name] for name in names if not (shifted and name in ("shadow", "verify"))]
 
 
 def main(argv: Sequence[str]) -> int:

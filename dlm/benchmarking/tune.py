@@ -28,6 +28,7 @@ THRESHOLDS = (0.95, 0.9, 0.8, 0.7, 0.5, 0.3)
 REVISIONS: dict[str, dict] = {
     "none": {},
     "edit": {"revise": "edit", "edit_threshold": 0.9},
+    "shadow": {"revise": "edit", "edit_shadow": True, "edit_threshold": 0.97},
     "verify": {"revise": "verify", "verify_threshold": 0.0001},
 }
 TOKENS_A_PASS = (1, 2, 3, 4, 8)
@@ -140,7 +141,8 @@ def predicted(candidate: Candidate, config, machine: Machine, dtype: str, length
     block = min(own["block_length"], length)
     steps = own.get("steps") or max(-(-length // GUESSED), -(-length // block))
     shape = Shape(1, prompt, length, block, steps, own["method"])
-    return generation(config, machine, dtype, shape) * (2.0 if own.get("revise") == "verify" else 1.0)
+    shadowed = own.get("revise") == "verify" or own.get("edit_shadow", False)
+    return generation(config, machine, dtype, shape) * (2.0 if shadowed else 1.0)
 
 
 # ---------------------------------------------------------------- what came out

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dlm.data.workers import Workers, worker_count
 from dlm.tokenizer import encode_documents
 
 __all__ = ["Words"]
@@ -22,6 +23,7 @@ __all__ = ["Words"]
 PIECE = re.compile(r"""\s*[A-Za-z]+(?=[.,;:!?")\-])|\s*["(\-]+(?=[A-Za-z])|\s*\S+|\s+""")
 ODD = re.compile(r"[\x1c-\x1f]")  # white space to Python, not to `tokenizers`
 KEPT = 500_000  # pieces, some 150 MB
+MANY = 2**24  # characters after which other processes help; to start them takes a second
 BATCH = 2**16  # characters of texts that are compared with the tokenizer's own answer before the pieces are trusted
 
 
@@ -33,12 +35,15 @@ class Words:
         self.before, self.after = (self._bytes(ids) for ids in (before, after))
         self.known: dict[str, bytes] = {}
         self.left = BATCH if cuts_as_gpt2(tokenizer) else None  # characters still to compare; None: no pieces
+        self.seen, self.workers = 0, None  # characters so far; processes that help, once they are many
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """An array of tokens for each text."""
         if self.left is None or any(ODD.search(text) for text in texts):
             return self._whole(texts)
-        made = self._pieces(texts)
+        if self.left <= 0 and (made := self._shared(texts)) is not None:
+            return made
+        made = self.encode_pieces(texts)
         if self.left > 0:
             self.left -= sum(map(len, texts))
             whole = self._whole(texts)
@@ -50,7 +55,15 @@ class Words:
     def _whole(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self._array(self._bytes(ids)) for ids in encode_documents(self.tokenizer, texts)]
 
-    def _pieces(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def _shared(self, texts: Sequence[str]) -> list[np.ndarray] | None:
+        """The texts encoded with the help of other processes; None before there are many, and where there are none."""
+        self.seen += sum(map(len, texts))
+        if self.workers is None and self.seen > MANY and (count := worker_count()) > 0:
+            self.workers = Workers(self, count)
+        return self.workers.encode(texts) if self.workers is not None and self.workers.alive else None
+
+    def encode_pieces(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """An array of tokens for each text, by pieces."""
         cut = [PIECE.findall(text) for text in texts]
         if len(self.known) > KEPT:
             self.known.clear()

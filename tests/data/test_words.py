@@ -1,6 +1,8 @@
 """Words that came before are looked up: the tokens are the tokenizer's own, whatever the text."""
 
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dlm.data import words as module
+from dlm.data import workers
 from dlm.data.words import Words, cuts_as_gpt2
 from dlm.tokenizer import encode_documents, train_tokenizer
 
@@ -105,3 +108,42 @@ def test_which_tokenizers_are_cut(tokenizer):
     plain = made()
     plain.add_tokens(["a b"])
     assert not cuts_as_gpt2(plain)
+
+
+def test_other_processes_help_with_much_text(tokenizer, monkeypatch):
+    """Two workers, then one that goes in the middle: the tokens stay the tokenizer's own, text by text."""
+    monkeypatch.setattr(module, "MANY", 100)
+    monkeypatch.setattr(module, "worker_count", lambda: 2)
+    rng = random.Random(1)
+    batches = [[" ".join(rng.choices(["the", "cat,", "sat", "日本", "é", ""], k=rng.randint(0, 60))) for _ in range(n)]
+               for n in (9, 1, 40, 0, 7, 5)]  # fmt: skip
+    words = trusted(tokenizer)
+    for number, batch in enumerate(batches):
+        if number == 4:
+            words.workers.processes[0].kill()
+            words.workers.processes[0].wait()
+        made = words.encode(batch)
+        assert [array.tolist() for array in made] == [array.tolist() for array in whole(tokenizer, batch)]
+        assert all(array.dtype == np.uint16 for array in made)
+        assert words.workers.alive == (number < 4)
+    assert all(process.returncode is not None for process in words.workers.processes)
+
+
+def test_a_worker_needs_neither_torch_nor_transformers():
+    code = "import sys, dlm.data.workers, dlm.data.words; print({'torch', 'transformers'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
+
+
+def test_shares_are_runs_of_about_as_many_characters():
+    texts = ["a" * n for n in (5, 1, 1, 1, 4, 4)]
+    assert workers._shares(texts, 2) == [texts[:3], texts[3:]] and workers._shares([], 3) == [[], [], []]
+    assert [text for share in workers._shares(texts, 4) for text in share] == texts
+
+
+def test_the_cores_of_a_machine_are_shared_by_its_processes(monkeypatch):
+    monkeypatch.setattr(workers.os, "sched_getaffinity", lambda process: range(8), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert workers.worker_count() == 3
+    for processes, count in (("4", 1), ("8", 0), ("16", -1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        assert workers.worker_count() == count

@@ -50,6 +50,8 @@ def run(argv: list[str]) -> int:
 
     import dlm
 
+    if args.family == "llada2" and args.gen_length % 32:
+        raise ValueError(f"--gen-length is {args.gen_length}: LLaDA2's sampler writes blocks of 32; give a multiple")
     code = Path(args.dllm) / "dllm"
     if not code.is_dir():
         raise ValueError(f"{args.dllm} is no clone of dllm: it has no folder dllm")

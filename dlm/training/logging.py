@@ -39,6 +39,7 @@ class Display:
         self.report, self.max_steps, self.log_every, self.log_seconds = report, max_steps, log_every, log_seconds
         self.began, self.first, self.shown = time.perf_counter(), step, 0.0
         self.settled = self.began, step
+        self.first_share: tuple[float, float] | None = None  # when the first step was noted, and of what time it was
         self.live = report is print and sys.stderr.isatty()
         self.unit, self.peak = unit, peak  # operations a second of all devices; None: not known
         self._clear()
@@ -69,6 +70,8 @@ class Display:
         last = last or step == self.max_steps
         if step - self.first == SLOW_STEPS:
             self.settled = time.perf_counter(), step
+        if self.first_share is None:
+            self.first_share = time.perf_counter(), time_share
         early = step - self.first == SPEED_STEPS
         if step % self.log_every and not last and not early:
             return None
@@ -76,8 +79,9 @@ class Display:
         elapsed = now - self.began  # with validation and samples: the time left includes them
         since, first = self.settled if step - self.settled[1] >= SLOW_STEPS else (self.began, self.first)
         left = (now - since) / (step - first) * (self.max_steps - step)
-        if time_share > 0:
-            left = min(left, elapsed * max(0.0, 1 / time_share - 1))
+        if time_share > self.first_share[1]:  # a resumed run begins with a share of its time over
+            pace = (now - self.first_share[0]) / (time_share - self.first_share[1])
+            left = min(left, pace * max(0.0, 1 - time_share))
         record = {
             "step": step,
             "loss": self.loss / self.count if self.count else None,

@@ -16,12 +16,13 @@ from dlm.cli.main import main as dlm_main
 from dlm.models.configuration import LLaDAConfig
 from dlm.models.flops import PEAKS, block_parameters, parameters, peak_flops, training_flops
 from dlm.models.transformer import LLaDAModelLM
-from dlm.training import state
+from dlm.training import logging, state
 from dlm.training.accelerator import checkpoint_activations
 from dlm.training.estimate import LLADA_8B, Work, activation_bytes, adapter_parameters, estimate, work_of
 from dlm.training.logging import Display, start_tracker, tracker_of
 from dlm.training.lora import TARGETS, add_lora
 from dlm.training.state import checkpoints
+from dlm.utils.progress import duration
 from tests.helpers.ranks import settings, tiny_data
 from tests.helpers.training import fresh_accelerate, train, weights
 
@@ -236,6 +237,19 @@ def test_mfu_is_the_share_of_the_peak():
     record = display.add(2, 2.0, 10, 1.0, 2.0, [1e-3], 20, 1e12)
     assert record["mfu"] == pytest.approx(0.5) and "(50.0% MFU)" in lines[0]
     assert "mfu" not in Display(lines.append, 0, 1, log_every=1, log_seconds=0.0).add(1, 1.0, 1, 1.0, 1.0, [1.0], 1)
+
+
+def test_the_time_left_of_a_resumed_run_is_what_its_own_pace_says(monkeypatch):
+    """It once divided the seconds since the resume by the share of all seconds, and promised a quarter of the time."""
+    clock, lines = iter(range(0, 1000, 10)), []
+    monkeypatch.setattr(logging.time, "perf_counter", lambda: next(clock))
+    display = Display(lines.append, 100, 10_000, log_every=1, log_seconds=0.0, unit="answers")
+    for step in range(101, 104):  # ten seconds of a time of a thousand are 1%; a clock read more than once a step
+        record = display.add(step, 1.0, 8, 1.0, 4.0, [1.0], 8 * step, time_share=0.5 + 0.01 * (step - 101))
+    took = (display.first_share[0], record["seconds"])
+    pace = (took[1] - took[0]) / 0.02
+    assert lines[-1].endswith(f"left {duration(pace * 0.48)}") and pace * 0.48 > 900
+    assert "2.0 answers/s" in lines[-1] and record["answers_per_s"] == 2 and record["answers"] == 824
 
 
 def test_tensorboard_gets_what_the_log_gets(tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from torch import Tensor
 from dlm.models.attention import Visible, attention_mask
 from dlm.models.kv_cache import KVCache
 
-__all__ = ["EndToEnd", "Piece", "RowSizes", "Uniform", "lay_out", "pieces_of"]
+__all__ = ["EndToEnd", "Piece", "RowSizes", "Stored", "Uniform", "lay_out", "pieces_of"]
 
 SPLIT, FEW = 32, 4  # queries that attention works on together, and below which threads share one
 Span = tuple[int, int, int]  # first query, the one behind the last, number of keys

@@ -57,27 +57,29 @@ void gated(const float *x, ptrdiff_t rows, ptrdiff_t stride, float *y, ptrdiff_t
     }
 }
 
-/* The tokens n of first .. first + count - 1, token n in row n / Q of the batch: their queries, turned, to q (N, H, D);
-   keys (turned) and values to keys and values (B, H_kv, T, D). x (N, (H + 2 H_kv) D), a head's pairs side by side, or
-   of queries alone where H_kv is 0; turns (T', D): cos and sin in turn; slots (N,), or NULL for n mod Q. */
-void place(const float *x, ptrdiff_t stride, const float *turns, const int64_t *slots, float *q, float *keys,
-           float *values, ptrdiff_t first, ptrdiff_t count, ptrdiff_t queries, ptrdiff_t heads, ptrdiff_t kv_heads,
+/* The tokens n of first .. first + count - 1: their queries, turned, to q (N, H, D); keys (turned) and values to keys and
+   values (B, H_kv, T, D). x (N, (H + 2 H_kv) D), a head's pairs side by side, or of queries alone where H_kv is 0; turns
+   (T', D): cos and sin in turn. Of each token: slots (N,) or NULL for n mod Q, by which it turns; rows (N,) or NULL for
+   n / Q and places (N,) or NULL for its slot, where its key and value lie. */
+void place(const float *x, ptrdiff_t stride, const float *turns, const int64_t *slots, const int64_t *rows,
+           const int64_t *places, float *q, float *keys, float *values, ptrdiff_t first, ptrdiff_t count, ptrdiff_t queries, ptrdiff_t heads, ptrdiff_t kv_heads,
            ptrdiff_t length, ptrdiff_t size) {
     for (ptrdiff_t n = first; n < first + count; n++) {
         const float *token = x + n * stride;
-        ptrdiff_t row = n / queries, slot = slots ? slots[n] : n % queries;
+        ptrdiff_t slot = slots ? slots[n] : n % queries, row = rows ? rows[n] : n / queries;
+        ptrdiff_t kept = places ? places[n] : slot;
         const float *restrict turn = turns + slot * size;
         for (ptrdiff_t h = 0; h < heads + kv_heads; h++) {
             const float *restrict in = token + h * size;
             float *restrict out = h < heads ? q + (n * heads + h) * size
-                                            : keys + ((row * kv_heads + h - heads) * length + slot) * size;
+                                            : keys + ((row * kv_heads + h - heads) * length + kept) * size;
             for (ptrdiff_t d = 0; d < size; d += 2) {
                 out[d] = in[d] * turn[d] - in[d + 1] * turn[d + 1];
                 out[d + 1] = in[d] * turn[d + 1] + in[d + 1] * turn[d];
             }
         }
         for (ptrdiff_t h = 0; h < kv_heads; h++)
-            memcpy(values + ((row * kv_heads + h) * length + slot) * size, token + (heads + kv_heads + h) * size,
+            memcpy(values + ((row * kv_heads + h) * length + kept) * size, token + (heads + kv_heads + h) * size,
                    size * sizeof(float));
     }
 }

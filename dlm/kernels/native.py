@@ -38,7 +38,7 @@ SIZE, POINTER = ctypes.c_ssize_t, ctypes.c_void_p
 SIGNATURES = {
     "normed": (POINTER, SIZE, SIZE, POINTER, POINTER, SIZE, ctypes.c_float),
     "gated": (POINTER, SIZE, SIZE, POINTER, SIZE),
-    "place": (POINTER, SIZE, POINTER, POINTER, POINTER, POINTER, POINTER, *[SIZE] * 7),
+    "place": (POINTER, SIZE, *[POINTER] * 7, *[SIZE] * 7),
 }
 
 
@@ -77,13 +77,21 @@ class Native:
         return y
 
     def place(
-        self, x: Tensor, turns: Tensor, positions: Tensor | None, heads: int, stored: tuple[Tensor, Tensor] | None
+        self,
+        x: Tensor,
+        turns: Tensor,
+        positions: Tensor | None,
+        heads: int,
+        stored: tuple[Tensor, Tensor] | None,
+        rows: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> Tensor:
         """Queries (B, Q, H, D), turned by their rotary angles, and keys (turned) and values where they are kept.
 
         x (B, Q, (H + 2 H_kv) D): queries, keys and values of every slot, a head's pairs side by side. turns (T', D / 2)
         complex: exp(i angle) of every slot. positions (B, Q) int64: the slots; None is 0..Q-1. stored: keys and values
-        (B, H_kv, T, D) to write to, None where x is of queries alone.
+        (B, H_kv, T, D) to write to, None where x is of queries alone. rows, places (B * Q,): where each token's key and
+        value lie in them, by default its own row and slot.
         """
         batch, queries, width = x.shape
         size = 2 * turns.shape[1]
@@ -91,17 +99,16 @@ class Native:
         keys, values = stored or (q, q)
         assert keys.is_contiguous() and values.is_contiguous() and turns.is_contiguous()
         kv_heads, length = (keys.shape[1], keys.shape[2]) if stored else (0, 0)
-        rows = x.reshape(-1, width)
-        slots = None if positions is None else positions.contiguous()
-        pointers = (
-            rows.data_ptr(), rows.stride(0), turns.data_ptr(), None if slots is None else slots.data_ptr(),
-            q.data_ptr(), keys.data_ptr(), values.data_ptr(),
-        )  # fmt: skip
+        flat = x.reshape(-1, width)
+        kept = [index if index is None else index.contiguous() for index in (positions, rows, places)]
+        indices = [index if index is None else index.data_ptr() for index in kept]
+        outputs = q.data_ptr(), keys.data_ptr(), values.data_ptr()
+        pointers = flat.data_ptr(), flat.stride(0), turns.data_ptr(), *indices, *outputs
 
         def part(first: int, count: int) -> None:
             self._place(*pointers, first, count, queries, heads, kv_heads, length, size)
 
-        _shared(part, len(rows), width)
+        _shared(part, len(flat), width)
         return q
 
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlm.kernels.available import triton_kernels
-from dlm.kernels.by_rows import EndToEnd, RowSizes, Uniform, lay_out, pieces_of
+from dlm.kernels.by_rows import EndToEnd, RowSizes, Stored, Uniform, lay_out, pieces_of
 from dlm.kernels.int8 import QuantizedLinear
 from dlm.kernels.linear import QUANTIZED, Blocked, Plain, kind_for
 from dlm.kernels.native import native
@@ -161,6 +161,9 @@ class Packed:
             self.layers.append(_pack_layer(block, block is blocks[-1], rope))
             if release:
                 _release(block)
+        # Whether one kernel makes queries, keys and values of what the product gives.
+        plain = self.layers[0].q_norm is None and config.rope_layers is None
+        self.at_once = self.small is not None and plain
         self.last_norm = transformer.ln_f.weight.detach()
         tied = config.weight_tying
         self.head = kind_for(self.embedding.device, self.embedding.dtype).of(
@@ -252,7 +255,8 @@ class Packed:
         """`__call__` for rows of several sizes, which lie end to end, so that what pads them is not computed; the
         logits of places that no row asks about are 0."""
         laid = lay_out(positions, tokens.shape, visible, cache, valid, asked, sizes)
-        where = _Where(laid.slots[None], self.turns[laid.slots][None, :, None])
+        turns = None if self.at_once else self.turns[laid.slots][None, :, None]
+        where = _Where(laid.slots[None], turns)
         x = F.embedding(tokens.flatten()[laid.queries], self.embedding)[None]
         if self.scale_in is not None:
             x = x * self.scale_in
@@ -311,16 +315,22 @@ class Packed:
 
     def _queried_at_once(self, layer: _Layer, number: int, asking: Tensor, normed: Tensor, x_where, where, cache):
         """`_queried` by one kernel that turns what it reads and writes keys and values where they are kept."""
+        laid = {}
         if cache is not None:
-            stored = cache.stored(number, normed.new_empty(0, self.kv_heads, self.size))
+            base = cache.cache if isinstance(cache, Stored) else cache
+            stored = base.stored(number, normed.new_empty(0, self.kv_heads, self.size))
+            if isinstance(cache, Stored):
+                laid = {"rows": cache.rows}
         else:
+            if where.slots is not None:  # rows end to end, whose keys are those of the pass
+                laid = {"places": torch.arange(normed.shape[1])}
             shape = (len(normed), self.kv_heads, normed.shape[1], self.size)
             stored = normed.new_empty(shape), normed.new_empty(shape)
         if layer.qkv is not None:
-            q = self.small.place(layer.qkv(normed), self.turns, where.slots, self.heads, stored)
+            q = self.small.place(layer.qkv(normed), self.turns, where.slots, self.heads, stored, **laid)
         else:
             q = self.small.place(layer.q(asking), self.turns, x_where.slots, self.heads, None)
-            self.small.place(layer.kv(normed), self.turns, where.slots, 0, stored)
+            self.small.place(layer.kv(normed), self.turns, where.slots, 0, stored, **laid)
         return q, *(x.transpose(1, 2) for x in stored)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -337,7 +347,7 @@ class Packed:
     def _where(self, positions: Tensor | None, queries: int, cache) -> _Where:
         """Where queries stand; without turns where one kernel looks them up, which it can in whole canvases."""
         whole = positions is None if cache is None else type(cache) is KVCache
-        if self.small is not None and whole and self.layers[0].q_norm is None and self.config.rope_layers is None:
+        if self.at_once and whole:
             return _Where(positions, None)
         turns = self.turns[None, :queries] if positions is None else self.turns[positions]
         return _Where(positions, turns[:, :, None])

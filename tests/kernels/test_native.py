@@ -9,8 +9,10 @@ import torch.nn.functional as F
 import dlm
 from dlm.cli.main import main
 from dlm.kernels import native as module
+from dlm.kernels.by_rows import RowSizes
 from dlm.kernels.linear import has_kernels
 from dlm.kernels.packing import packed
+from dlm.models.kv_cache import KVCache
 from tests.helpers.toys import tiny_model
 
 pytestmark = pytest.mark.skipif(
@@ -98,7 +100,7 @@ SETTINGS = [
 
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 1, "attention_layer_norm": True, "include_qkv_bias": True}])
-def test_tokens_are_those_of_the_plain_path(native, settings, changes):
+def test_tokens_are_those_of_the_plain_path(native, settings, changes, monkeypatch):
     model = tiny_model(3, dtype=torch.float32, **changes).eval()
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8], [9]]
     config = dlm.SamplingConfig(gen_length=12, block_length=4, steps=6, seed=5, **settings)
@@ -106,15 +108,50 @@ def test_tokens_are_those_of_the_plain_path(native, settings, changes):
     copy = packed(model)
     model.compiled = True
     assert copy.small is None and packed(model) is not copy and type(packed(model).small) is module.Native
-    assert torch.equal(dlm.generate(model, prompts, config).sequences, plain)
+    placed, place = [], module.Native.place
+
+    def counted(*given, **more):
+        placed.append(1)
+        return place(*given, **more)
+
+    monkeypatch.setattr(module.Native, "place", counted)
+    assert torch.equal(dlm.generate(model, prompts, config).sequences, plain) and bool(placed) == (not changes)
 
 
-def test_a_row_has_the_same_bits_in_every_batch(native):
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_row_has_the_same_bits_in_every_batch(native, cached):
+    """Rows of several sizes end to end, with a cache and without: keys lie by row and slot, or by place in the pass."""
     model = tiny_model(2, dtype=torch.float32).eval()
     model.compiled = True
-    copy, tokens = packed(model), torch.randint(0, 30, (5, 7), generator=torch.Generator().manual_seed(0))
-    every = copy(tokens)
-    assert all(torch.equal(copy(tokens[i : i + 1])[0], every[i]) for i in range(5))
+    copy, generator = packed(model), torch.Generator().manual_seed(0)
+    tokens, counts, length = torch.randint(0, 30, (3, 7), generator=generator), (7, 4, 5), 9
+    slots = torch.stack([torch.randperm(length, generator=generator)[:7].sort().values for _ in range(3)])
+    slots = slots if cached else torch.arange(7).expand(3, -1)
+    asked = torch.tensor([[0, 2, 3]] * 3)
+
+    def run(rows, widest):
+        part = [counts[row] for row in rows]
+        keys = (length,) * len(rows) if cached else part
+        sizes = RowSizes(tuple(part), tuple(keys), (3,) * len(rows))
+        valid = torch.ones(len(rows), length if cached else widest, dtype=torch.bool)
+        if not cached:
+            valid = torch.arange(widest)[None] < torch.tensor(part)[:, None]
+        cache = KVCache(len(rows), length) if cached else None
+        where = slots[rows, :widest].clone()
+        for i, count in enumerate(part):  # padded with their last
+            where[i, count:] = where[i, count - 1]
+        more = {"cache": cache, "positions": where} if cached else {}
+        out = copy(tokens[rows, :widest], valid=valid, logits_to_keep=asked[rows], sizes=sizes, **more)
+        return out, cache
+
+    every, cache = run([0, 1, 2], 7)
+    for row, count in enumerate(counts):
+        alone, own = run([row], count)
+        assert torch.equal(alone[0], every[row])
+        if cached:
+            assert all(
+                torch.equal(a[0], b[row]) for a, b in zip(own.stored(0, alone), cache.stored(0, alone), strict=True)
+            )
 
 
 def test_the_library_is_kept_and_its_making_is_told(tmp_path, monkeypatch, capsys):

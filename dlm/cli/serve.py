@@ -33,6 +33,9 @@ def _parsed(argv: Sequence[str]):
     group.add_argument("--cors-origin", action="append", metavar="URL", help="page of another server; repeatable")
     group.add_argument("--served-model-name", metavar="NAME", help="what /v1/models lists (default: the checkpoint's)")
     group.add_argument("--log-texts", action="store_true", help="log prompts and answers too")
+    group.add_argument(
+        "--tensor-parallel", action="store_true", help="share layers out over torchrun's processes, a GPU each"
+    )
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max-rows", type=int, default=16, metavar="N", help="texts denoised together (16)")
     limits.add_argument(

@@ -21,7 +21,7 @@ def shared_out(config: LLaDAFields, dtype: str) -> dict:
     if "RANK" not in os.environ or not processes:
         raise ValueError(
             "tensor_parallel needs the processes of torchrun, and this is none of them: "
-            "torchrun --nproc-per-node 2 -m dlm generate ... --tensor-parallel"
+            "torchrun --nproc-per-node 2 -m dlm serve --tensor-parallel"
         )
     if dtype in QUANTIZED:
         raise ValueError(f"dtype is {dtype}, whose layers cannot be shared out: use bfloat16 with tensor_parallel")

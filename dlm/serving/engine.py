@@ -19,10 +19,10 @@ import torch
 from dlm.sampling.canvas import Canvas
 from dlm.sampling.constraints import Constraint, constraint_of
 from dlm.sampling.denoise import turn
-from dlm.sampling.growth import growth_tokens
 from dlm.sampling.methods import METHODS
-from dlm.sampling.rows import Batch
+from dlm.sampling.rows import Batch, Row
 from dlm.serving.prefixes import Prefixes
+from dlm.serving.ranks import BEAT_SECONDS, Lead, RanksLost, new_batch
 from dlm.serving.requests import Cancelled, Closing, Expired, Handle, PassFailed, QueueFull, Request, RowFailed
 from dlm.serving.running import Running
 from dlm.serving.stats import Stats
@@ -76,13 +76,14 @@ class Engine:
     `failure` says why).
     """
 
-    def __init__(self, pretrained: Pretrained, settings: EngineSettings | None = None):
-        """Raises ValueError for a checkpoint that cannot fill in masks, or has no tokenizer."""
+    def __init__(self, pretrained: Pretrained, settings: EngineSettings | None = None, lead: Lead | None = None):
+        """lead: tells the other processes of a model whose layers are shared out. Raises ValueError for a checkpoint
+        that cannot fill in masks, or has no tokenizer."""
         pretrained.check_diffusion()
         pretrained.check_tokenizer()
         self.pretrained, self.settings, self.stats = pretrained, settings or EngineSettings(), Stats()
         self.state, self.failure = "loading", None
-        self.loaded = threading.Event()
+        self.loaded, self.ended = threading.Event(), threading.Event()
         self.text_lock = threading.RLock()  # a tokenizer is not to be changed and read at once
         self._pieces: dict[int, str] = {}
         self._ready_to_work = threading.Condition()
@@ -90,7 +91,7 @@ class Engine:
         self._running: list[Running] = []
         self._batch: Batch | None = None
         self.prefixes = Prefixes(self.settings.prefix_bytes)
-        self._abandon = False
+        self._abandon, self._lead = False, lead
         self._threads = torch.get_num_threads()
         self._thread = threading.Thread(target=self._run, name="dlm-engine", daemon=True)
         self._thread.start()
@@ -190,14 +191,11 @@ class Engine:
         size = getattr(self.pretrained.config, "embedding_size", None) or 2**62
         if wrong := [token for token in ids if not 0 <= token < size]:
             raise ValueError(f"the prompt holds id {wrong[0]}, but the model's ids go from 0 to {size - 1}")
-        handle = Handle(request if request.timeout is not None else self._with_timeout(request))
+        handle = Handle(request if request.timeout is not None else replace(request, timeout=self.settings.timeout))
         canvas = Canvas.from_templates([ids], self.pretrained.mask_id)
         with self.text_lock:
             constraints = constraint_of(request.config, canvas, self.pretrained.tokenizer, self.pretrained.end_ids)
         return _Waiting(handle, canvas, constraints)
-
-    def _with_timeout(self, request: Request) -> Request:
-        return replace(request, timeout=self.settings.timeout)
 
     # ------------------------------------------------------------ the thread
 
@@ -214,22 +212,43 @@ class Engine:
             if self.state == "loading":
                 self.state = "ready"
         self.loaded.set()
-        while True:
+        try:
+            while self._work_came():
+                self._one_turn()
+            self._end_all(Closing("the server is shutting down: send the request to another one"))
+            self.state = "closed"
+            if self._lead is not None:
+                self._lead.tell(stop=True)
+        except RanksLost as error:
+            self.failure, self.state = one_line(error), "failed"
+            self._end_all(Closing(self.failure))
+        finally:
+            self.ended.set()
+
+    def _work_came(self) -> bool:
+        """Waits for something to do; False where all is done, or is to be left."""
+        while not self._abandon:
             with self._ready_to_work:
-                while not (self._waiting or self._running or self.state == "draining"):
-                    self._ready_to_work.wait()
-                if self._abandon or (self.state == "draining" and not (self._waiting or self._running)):
-                    break
-            try:
-                self._drop_unwanted()
-                self._admit()
-                if self._running:
-                    self._one_pass()
-            except Exception as error:  # of one pass: its rows are lost, the server is not
-                log.exception("a pass failed")
-                self._lose_rows(PassFailed(f"the pass failed: {one_line(error)}"))
-        self._end_all(Closing("the server is shutting down: send the request to another one"))
-        self.state = "closed"
+                if self._waiting or self._running:
+                    return True
+                if self.state == "draining":
+                    return False
+                came = self._ready_to_work.wait(None if self._lead is None else BEAT_SECONDS)
+            if not came:
+                self._lead.tell()
+        return False
+
+    def _one_turn(self) -> None:
+        try:
+            self._drop_unwanted()
+            self._admit()
+            if self._running:
+                self._one_pass()
+        except Exception as error:  # of one pass: its rows are lost, the server is not
+            if self._lead is not None:
+                raise RanksLost.of(error) from error
+            log.exception("a pass failed")
+            self._lose_rows(PassFailed(f"the pass failed: {one_line(error)}"))
 
     def _drop_unwanted(self) -> None:
         """Lets those go whose client has gone or whose time is over."""
@@ -286,23 +305,23 @@ class Engine:
             self._batch = self._new_batch()
         canvas = item.canvas.to(self.pretrained.device)
         [row] = self._batch.join(canvas, request.config, item.constraints)
+        if self._lead is not None:
+            self._lead.joined(request.ids, request.config)
         if row.done:
-            self._batch.leave(row)
+            self._free(row)
             raise ValueError("the canvas has no masked place: there is nothing to write")
         self._running.append(Running(self, item.handle, row, now - item.handle.began))
 
     def _new_batch(self) -> Batch:
-        opened = self.pretrained
-        known = {"vocab_size": len(opened.tokenizer), "eos_token_ids": opened.end_ids}
-        batch = Batch(opened.predictor, **known, growth_tokens=growth_tokens(opened.tokenizer, opened.config))
-        batch.lenient = True
-        return batch
+        return new_batch(self.pretrained)
 
     def _one_pass(self) -> None:
         batch, before = self._batch, time.monotonic()
         batch.likely = max((running.handle.request.likely or 0 for running in self._running), default=0)
         count = len(self._running)
         new = [running.row for running in self._running if running.row.nfe == 0]
+        if self._lead is not None:
+            self._lead.tell(batch.likely)
         batch.make_room()
         for row in new:
             self.prefixes.lend(batch, row)
@@ -328,8 +347,14 @@ class Engine:
 
     def _leave(self, running: Running) -> None:
         self._running.remove(running)
-        self._batch.leave(running.row)
-        if not self._running:  # what the largest requests took is given back
+        self._free(running.row)
+
+    def _free(self, row: Row) -> None:
+        """Takes a row out of the batch, and with the last one what the largest requests took."""
+        self._batch.leave(row)
+        if self._lead is not None:
+            self._lead.left(row.index)
+        if not any(self._batch.rows):
             self._batch.close()
             self._batch = None
 

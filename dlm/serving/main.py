@@ -16,17 +16,18 @@ from dlm.checkpoints.pretrained import load_pretrained
 from dlm.serving.engine import Engine, EngineSettings
 from dlm.serving.guards import LOCAL
 from dlm.serving.logs import JsonLines
+from dlm.serving.ranks import Lead, follow, rank
 from dlm.serving.server import ServerSettings, build_app
 
 __all__ = ["serve"]
 
 log = logging.getLogger("dlm.serving")
+PLACING = ("dtype", "device", "attn_implementation", "cuda_graphs", "compile", "tensor_parallel")
 
 
 def serve(args) -> int:
     """Serves until a signal ends it; 0 where all that was accepted is done. Raises ValueError, OSError."""
-    named = ("dtype", "device", "attn_implementation", "cuda_graphs", "compile")
-    options = {name: getattr(args, name) for name in named}
+    options = {name: getattr(args, name) for name in PLACING}
     opened = load_pretrained(args.model, revision=args.revision, **options)
     if args.max_length is not None and opened.max_length is not None and args.max_length > opened.max_length:
         raise ValueError(f"--max-length is {args.max_length}: this model reads {opened.max_length} tokens at most")
@@ -35,7 +36,7 @@ def serve(args) -> int:
         max_waiting=args.max_waiting,
         max_slots=args.max_length,
         kv_bytes=int(args.kv_memory * 1e9),
-        prefix_bytes=int(args.prefix_memory * 1e9),
+        prefix_bytes=0 if args.tensor_parallel else int(args.prefix_memory * 1e9),
         timeout=args.timeout or None,
     )
     settings = ServerSettings(
@@ -47,8 +48,10 @@ def serve(args) -> int:
         log_texts=args.log_texts,
     )
     _start_logs()
+    if args.tensor_parallel and rank() > 0:
+        return follow(opened)
     bound = _bind(args.host, args.port)
-    engine = Engine(opened, limits)
+    engine = Engine(opened, limits, Lead() if args.tensor_parallel else None)
     try:
         _listen(engine, settings, bound, args.host)
     finally:
@@ -97,7 +100,7 @@ def _start_logs() -> None:
 
 
 def _announce(engine: Engine, server: uvicorn.Server, bound: socket.socket, host: str) -> None:
-    """Says where the server listens once it is ready; ends it where the model cannot be loaded."""
+    """Says where the server listens once it is ready; ends it where the model cannot be loaded, or the engine ends."""
     port, shown = bound.getsockname()[1], f"[{host}]" if ":" in host else host
     began = time.monotonic()
     engine.loaded.wait()
@@ -108,6 +111,8 @@ def _announce(engine: Engine, server: uvicorn.Server, bound: socket.socket, host
         time.sleep(0.005)
     fields = {"url": f"http://{shown}:{port}/", "model": engine.pretrained.name}
     log.info("ready", extra={"fields": fields | {"loading_seconds": round(time.monotonic() - began, 3)}})
+    engine.ended.wait()
+    server.should_exit = True
 
 
 class _Server(uvicorn.Server):

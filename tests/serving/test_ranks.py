@@ -91,8 +91,7 @@ def test_a_rank_that_has_gone_ends_the_engine(opened, monkeypatch):
 
 @pytest.fixture
 def shared(tmp_path):
-    """(torchrun of two ranks that serve, its port): a full-attention checkpoint in float64, where sums are exact enough
-    for the same tokens."""
+    """(torchrun of two ranks that serve, its port, the checkpoint, the log)."""
     folder = make_checkpoint(tmp_path / "shared", train_tokenizer([STORY] * 4, 340))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -138,7 +137,8 @@ def test_two_processes_serve_what_one_does_and_stop(shared):
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) is not None
     events = [json.loads(line)["event"] for line in log.read_text().splitlines() if line.startswith("{")]
-    assert events.count("stopping") == 1 and "Traceback" not in log.read_text().split("SignalException")[0]
+    assert events.count("stopping") == 1 and "dlm: error" not in log.read_text()
+    assert log.read_text().count("Traceback") <= 1  # torchrun's own, about the signal
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ Shapes: d_model, heads, layers, MLP width and vocabulary as in a checkpoint's co
 
 from __future__ import annotations
 
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -90,6 +91,7 @@ def open_model(args: Namespace, length: int = 16_384) -> LLaDAModelLM:
 
     from dlm.checkpoints.pretrained import load_pretrained
     from dlm.kernels.linear import QUANTIZED, quantize_
+    from dlm.kernels.native import library
     from dlm.models.shapes import random_model
 
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -107,6 +109,8 @@ def open_model(args: Namespace, length: int = 16_384) -> LLaDAModelLM:
         model = random_model(args.config, dtype=whole, device=args.device, seed=args.seed, length=length)
         if args.dtype in QUANTIZED:
             model = quantize_(model, args.dtype)
+    if args.compile:
+        library(lambda word: print(f"{word} ...", file=sys.stderr))
     model.cuda_graphs, model.compiled = args.cuda_graphs, args.compile
     return model
 

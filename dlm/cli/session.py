@@ -83,6 +83,7 @@ def open_checkpoint(args, check: bool = True, model: bool = False) -> Pretrained
     gc.disable()  # the imports make a million objects and no garbage: a quarter less time
     try:
         from dlm.checkpoints.pretrained import load_pretrained
+        from dlm.kernels.threads import settle_threads
 
         named = ("dtype", "device", "attn_implementation", "cuda_graphs", "compile")
         options = {name: getattr(args, name) for name in named}
@@ -94,6 +95,8 @@ def open_checkpoint(args, check: bool = True, model: bool = False) -> Pretrained
         if check:
             settings(args, opened.defaults)
         opened.ready(model)
+        if not model:
+            settle_threads(opened.predictor)
         return opened
     finally:
         gc.freeze()  # what lives now stays: the next collection would look through all of it

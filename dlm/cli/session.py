@@ -46,6 +46,7 @@ class Result:
     written: int
     nfe: int
     seconds: float
+    positions_computed: int = 0
 
     @property
     def ids(self) -> list[int]:
@@ -64,6 +65,7 @@ class Result:
             "token_ids": self.ids,
             "nfe": self.nfe,
             "tokens_per_forward": round(self.written / max(self.nfe, 1), 4),
+            "positions_computed": self.positions_computed,
             "latency_s": round(self.seconds, 4),
             "seed": self.job.seed,
             "finished": self.finished,
@@ -188,7 +190,8 @@ def denoise(
         valid = final.valid[row]
         ids, ours, hidden = (part[row][valid].tolist() for part in (final.tokens, final.editable, masked))
         nfe = int(state.nfe[row]) if state else 0
-        results.append(Result(job, ids, ours, hidden, written[row], nfe, seconds))
+        computed = int(state.positions_computed[row]) if state else 0
+        results.append(Result(job, ids, ours, hidden, written[row], nfe, seconds, computed))
     return results
 
 

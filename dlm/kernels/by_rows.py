@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dlm.models.attention import Visible, attention_mask
-from dlm.models.kv_cache import KVCache
+from dlm.models.kv_cache import Drafted, KVCache
 
 __all__ = ["EndToEnd", "Piece", "RowSizes", "Stored", "Uniform", "lay_out", "pieces_of"]
 
@@ -162,6 +162,8 @@ class EndToEnd:
         """Splits pieces whose rows have no keys that lie evenly, and drops those of rows that ask about no place."""
 
         def even(i: int) -> bool:
+            if counts[i] != counts[i + 1]:  # a row that asks about no place, beside one that asks about a single one
+                return False
             return own[i] == own[i + 1] if stored is None else stored[i] + 1 == stored[i + 1]
 
         parts = []
@@ -207,7 +209,7 @@ class LaidOut:
     asked_of: Tensor
     attention: EndToEnd
     last_attention: EndToEnd
-    cache: Stored | None
+    cache: Stored | Drafted | None
 
 
 def lay_out(
@@ -228,7 +230,8 @@ def lay_out(
     slots, own, stored = every.flatten()[queries], sizes.queries, None
     if cache is not None:
         own, stored = None, cache.places
-        cache = Stored(cache.base, torch.tensor(stored).repeat_interleave(torch.tensor(sizes.queries)), slots)
+        rows = torch.tensor(stored).repeat_interleave(torch.tensor(sizes.queries))
+        cache = cache.end_to_end(rows, slots) if isinstance(cache, Drafted) else Stored(cache.base, rows, slots)
     mask = few_mask = places = few_places = None
     if blocks is not None:
         places, few_places = every.tolist(), every.gather(1, asked).tolist()

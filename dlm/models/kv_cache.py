@@ -2,12 +2,14 @@
 
 Shapes: B batch, T slots of the canvas, Q queried slots, H key heads, D head size."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["Beside", "Further", "KVCache"]
+__all__ = ["Beside", "Drafted", "Further", "KVCache", "Part"]
 
 
 class KVCache:
@@ -22,7 +24,7 @@ class KVCache:
         self._every = torch.arange(rows)[:, None]
 
     @property
-    def base(self) -> "KVCache":
+    def base(self) -> KVCache:
         """The cache that holds the keys and values."""
         return self
 
@@ -31,7 +33,7 @@ class KVCache:
         """Where each row of a batch lies in `base`."""
         return list(range(self.rows))
 
-    def at(self, rows: Tensor | None) -> "KVCache | _Rows":
+    def at(self, rows: Tensor | None) -> KVCache | _Rows:
         """The cache seen by a batch of these rows (R,); None is all of them, in order."""
         return self if rows is None else _Rows(self, rows)
 
@@ -67,7 +69,7 @@ class KVCache:
             for x, kept in zip(self.stored(layer, part[0].transpose(0, 1)), part, strict=True):
                 x[row, :, slots] = kept
 
-    def copy_rows(self, other: "KVCache", rows: slice, to: int) -> None:
+    def copy_rows(self, other: KVCache, rows: slice, to: int) -> None:
         """Copies these rows of a cache that is not longer to the rows from `to` on."""
         for layer, stored in other._layers.items():
             if layer not in self._layers:
@@ -138,3 +140,71 @@ class Further:
 
     def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return self.cache.update(layer + self.ahead, positions, k, v)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Keys and values (Q, H, D) of each layer at the slots `positions` (Q,) of one row of a cache."""
+
+    positions: Tensor
+    layers: list[tuple[Tensor, Tensor]]
+
+    def store(self, cache: KVCache, row: int) -> None:
+        """Writes them into a row of the cache."""
+        for layer, part in enumerate(self.layers):
+            for stored, new in zip(cache.stored(layer, part[0]), part, strict=True):
+                stored[row, :, self.positions] = new.transpose(0, 1)
+
+
+class Drafted:
+    """The stored keys and values of rows of a cache, each with those of the state that it is asked about put over them.
+
+    index (U,): the cache's row of each row of the pass. true: which rows of the pass belong to the canvas itself, and
+    are stored. before[u]: the rows of this pass whose keys are put over the stored slots of row u, in order. keep: the
+    rows whose keys and values `part` gives afterwards. length: slots that any row sees.
+    """
+
+    def __init__(
+        self, cache: KVCache, index: Tensor, true: list[int], before: list[list[int]], keep: list[int], length: int
+    ):
+        self.cache, self.index, self.length, self.rows = cache, index, length, len(index)
+        self.true, self.before = torch.tensor(true, device=index.device), before
+        self.places = list(range(self.rows))  # where each row lies in what `update` gives
+        self._kept: dict[int, Part] = {row: Part(index.new_empty(0), []) for row in keep}
+        self._laid: tuple[Tensor, Tensor] | None = None
+
+    def at(self, rows: Tensor | None) -> Drafted:
+        assert rows is None, "the rows of a pass over drafts are chosen already"
+        return self
+
+    def end_to_end(self, rows: Tensor, slots: Tensor) -> Drafted:
+        """For N queries that lie end to end: rows (N,) of the pass, and slots (N,) of each."""
+        self._laid = rows, slots
+        return self
+
+    def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Scatters k, v (U, Q, H, D), at slots `positions` (U, Q), or those of queries end to end (1, N, H, D), and
+        returns what each row sees, (U, T, H, D)."""
+        rows, slots = self._laid or (self._every(k.shape[1]), positions.flatten())
+        k, v = k.flatten(0, 1), v.flatten(0, 1)
+        mine = {row: rows == row for row in {*self._kept, *(part for parts in self.before for part in parts)}}
+        for row, part in self._kept.items():
+            part.layers.append((k[mine[row]], v[mine[row]]))
+            self._kept[row] = Part(slots[mine[row]], part.layers)
+        seen, true = [], torch.isin(rows, self.true)
+        for stored, new in zip(self.cache.stored(layer, k), (k, v), strict=True):
+            stored[self.index[rows[true]], :, slots[true]] = new[true]
+            here = stored[self.index, :, : self.length]
+            for row, parts in enumerate(self.before):
+                for part in parts:
+                    here[row, :, slots[mine[part]]] = new[mine[part]].transpose(0, 1)
+            here[rows, :, slots] = new
+            seen.append(here.transpose(1, 2))
+        return tuple(seen)
+
+    def _every(self, queries: int) -> Tensor:
+        return torch.arange(self.rows, device=self.index.device).repeat_interleave(queries)
+
+    def part(self, row: int) -> Part:
+        """The keys and values of a row in `keep`, after the pass."""
+        return self._kept[row]

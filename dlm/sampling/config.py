@@ -76,6 +76,7 @@ SAMPLING: dict[str, tuple[Callable, str]] = {
     "entropy_bound": (float, "for --commit entropy_bound, in nats"),
     "kl_bound": (float, "for --commit stable: most nats by which a prediction may change from pass to pass"),
     "kl_passes": (int, "for --commit stable: passes for which it must not change more"),
+    "draft": (int, "states ahead that a pass verifies beside its own; the text does not change"),
     "open_share": (float, "for --method pipeline: part of a block that is written before the next one opens"),
     "force_share": (float, "for --method pipeline: part after which the next one commits in every pass"),
     "revise": (str, "none, edit, remask or verify: which tokens a pass changes that were committed before"),
@@ -165,6 +166,8 @@ class SamplingConfig:
         one commits at least one token in every pass.
     commit: which places are committed at a pass (`commit.COMMITS`), with threshold, factor or entropy_bound; kl_bound
         and kl_passes for `stable`.
+    draft: states that a pass computes beside each row's own, guessed from the last predictions with the row's own noise
+        (`draft`): the text stays the same, with fewer passes over more slots; 0 is none.
     revise: what is changed after the commit (`revise.REVISIONS`). edit_threshold and max_post_passes are for `edit`,
         and edit_shadow: it reads what a place would hold without its own token (for models trained on masks alone,
         which repeat a token that they see); remask (`remask.REMASKS`), remask_eta and noise_schedule for `remask`;
@@ -202,6 +205,7 @@ class SamplingConfig:
     threshold: float = 0.9
     kl_bound: float = 0.01
     kl_passes: int = 2
+    draft: int = 0
     open_share: float = 0.5
     force_share: float = 0.95
     factor: float = 1.0
@@ -257,7 +261,7 @@ class SamplingConfig:
             value = getattr(self, name)
             if (value is not None or name in COUNTS) and (not _whole(value) or value < 1):
                 raise ValueError(f"{name} is {value!r}: it counts tokens or passes; give a whole number, 1 or more")
-        for name, what in (("window", "slots"), ("max_post_passes", "passes")):
+        for name, what in (("window", "slots"), ("max_post_passes", "passes"), ("draft", "states")):
             value = getattr(self, name)
             if not _whole(value) or value < 0:
                 raise ValueError(f"{name} is {value!r}: it counts {what}; give a whole number, 0 or more")

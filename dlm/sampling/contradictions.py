@@ -15,6 +15,8 @@ def refuse_contradictions(config: SamplingConfig) -> None:
     _check_rules(config)
     _check_blocks(config)
     _check_constraint(config)
+    if config.draft:
+        _check_draft(config)
 
 
 def _check_rules(config: SamplingConfig) -> None:
@@ -121,3 +123,22 @@ def _check_moves(config: SamplingConfig) -> None:
         raise ValueError(f"suppress_eos writes no end-of-text, and {name} looks for it: leave one of them out")
     if config.grow == "expand" and config.revise != "none":
         raise ValueError(f"revise {config.revise!r} and {name} both change what was committed: leave one of them out")
+
+
+DRAFTED = ("none", "prefix", "dual", "vicinity", "block_causal")  # methods whose next states can be guessed
+
+
+def _check_draft(config: SamplingConfig) -> None:
+    """A state is verified by its tokens alone: what depends on more, or is not foreseen, has no draft."""
+    for field, bad in (
+        ("method", config.method not in DRAFTED),
+        ("commit", config.commit in ("ancestral", "origin")),
+        ("revise", config.revise != "none"),
+        ("grow", config.grow != "none"),
+        ("sub_block_length", config.sub_block_length is not None),
+    ):
+        if bad:
+            raise ValueError(
+                f"draft guesses which tokens the next passes commit, and {field} {getattr(config, field)!r} is not "
+                "foreseen: leave one of them out"
+            )

@@ -7,6 +7,8 @@ Every decoding method is a row of `methods.METHODS`, every commit rule an entry 
 alike share one forward pass.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,6 +33,7 @@ from dlm.sampling.settle import advance, end_faulty, is_any, refuse_nan, stop_en
 from dlm.sampling.stability import stable_places
 from dlm.sampling.step import Check, Request, branches, compute, compute_shadows, decide_all, guided, held_probability
 from dlm.sampling.telemetry import Telemetry
+from dlm.sampling.verify import is_known, logits_known, note, verify
 
 __all__ = ["DenoiseState", "denoise", "turn"]
 
@@ -94,22 +97,14 @@ def turn(batch: Batch) -> DenoiseState:
     batch.make_room()
     active, before = batch.active, batch.canvas
     blocks = torch.tensor([0 if row is None else row.block for row in batch.rows])
-    pages = Pages(
-        before.tokens.clone(),
-        torch.zeros_like(before.valid),
-        torch.zeros(before.tokens.shape, device=before.tokens.device),
-        torch.zeros_like(before.valid),
-        {},
-        {},
-    )
-    for rows in alike(active, together=getattr(batch.predictor, "exact_rows", False)):
-        run_pass(batch, rows, pages)
-    batch.canvas = replace(before, tokens=pages.tokens)
-    for index, changes in pages.grown.items():
-        resize(batch, batch.rows[index], changes, pages)
-    refuse_nan(batch, before=batch.turns + 1 - batch.lag)
-    advance(batch, active, pages)
-    stop_ended(batch, [row for row in active if row.config.stop_at_eos and row.fault is None])
+    pages = Pages.of(before)
+    rows = active
+    while rows:
+        step = pages if rows is active else Pages.of(batch.canvas, pages.likely)
+        take_step(batch, rows, step, known=rows is not active)
+        if step is not pages:
+            pages.add(step)
+        rows = [row for row in active if row.config.draft and is_known(batch, row)]
     nfe, computed = (
         torch.tensor([0 if row is None else getattr(row, name) for row in batch.rows]) for name in ("nfe", "computed")
     )
@@ -133,9 +128,35 @@ class Pages:
     likely: dict[tuple[int, int], list[tuple[int, float]]]
     grown: dict[int, dict[int, int]]
 
+    @classmethod
+    def of(cls, canvas: Canvas, likely: dict | None = None) -> Pages:
+        """Those of a step from this canvas on."""
+        nothing = torch.zeros_like(canvas.valid)
+        sure = torch.zeros(canvas.tokens.shape, device=canvas.tokens.device)
+        return cls(canvas.tokens.clone(), nothing, sure, nothing.clone(), {} if likely is None else likely, {})
 
-def run_pass(batch: Batch, rows: list[Row], pages: Pages) -> None:
-    """One forward pass for `rows`, which are alike; what they commit and revise goes into `pages`."""
+    def add(self, step: Pages) -> None:
+        """Adds what a later step of the same turn wrote."""
+        self.tokens.copy_(step.tokens)
+        self.committed.logical_or_(step.committed)
+        self.confidence.add_(step.confidence)
+
+
+def take_step(batch: Batch, rows: list[Row], pages: Pages, known: bool) -> None:
+    """One step of plain decoding for these rows: a pass, or where its logits are `known` no pass; then each goes on."""
+    for some in alike(rows, together=getattr(batch.predictor, "exact_rows", False)):
+        run_pass(batch, some, pages, known)
+    batch.canvas = replace(batch.canvas, tokens=pages.tokens)
+    for index, changes in pages.grown.items():
+        resize(batch, batch.rows[index], changes, pages)
+    refuse_nan(batch, before=batch.turns + 1 - batch.lag)
+    advance(batch, rows, pages)
+    stop_ended(batch, [row for row in rows if row.config.stop_at_eos and row.fault is None])
+
+
+def run_pass(batch: Batch, rows: list[Row], pages: Pages, known: bool = False) -> None:
+    """One forward pass for `rows`, which are alike; what they commit and revise goes into `pages`. known: their logits
+    were computed by an earlier pass, and there is none."""
     plan = plan_pass(batch, rows)
     request, eligible = request_of(batch, rows, plan)
     canvas = batch.canvas if request.rows is None else batch.canvas.rows(plan.index)
@@ -146,8 +167,12 @@ def run_pass(batch: Batch, rows: list[Row], pages: Pages) -> None:
     if tail is not None:
         request = replace(request, slots=torch.cat([request.slots, tail[0]], dim=1))
     cache = batch.cache if rows[0].method.cached else None
-    shadow, visible = None, visible_to(rows)
-    if rows[0].config.shadowed:
+    shadow, visible, logits = None, visible_to(rows), logits_known(batch, rows, request) if known else None
+    if rows[0].config.draft and not known:
+        logits = verify(batch, rows, plan, request, visible_to)
+    if logits is not None:
+        pass
+    elif rows[0].config.shadowed:
         logits, shadow = compute_shadows(batch.predictor, canvas, request, visible, cache)
     else:
         guided, shift = rows[0].branches == 2, shifted(batch)
@@ -159,10 +184,12 @@ def run_pass(batch: Batch, rows: list[Row], pages: Pages) -> None:
         log_p, request = prediction(logits[:, asked:], rows[0].config), replace(request, slots=request.slots[:, :asked])
         take_tail(rows, batch.canvas.tokens[plan.index[:, None], tail[0]], log_p, tail[1], batch.canvas.mask_id)
         logits, shadow = logits[:, :asked], None if shadow is None else shadow[:, :asked]
-    for row, count in zip(rows, plan.counts, strict=True):
+    for row, count in zip(rows, plan.counts, strict=True) if not known else ():
         row.stale = False
         row.nfe += 1 + (shadow is not None and cache is not None)
         row.computed += row.branches * count
+    if rows[0].config.draft and not known:
+        note(batch, rows, request, logits)
     bad = faults_of(batch, rows, request, logits)
     kinds: dict[tuple[SamplingConfig, bool], list[int]] = {}  # a row beside a constrained one is as it is alone
     for place, row in enumerate(rows):
@@ -243,6 +270,8 @@ def commit(
         allowed = torch.ones(*request.slots.shape, logits.shape[-1], dtype=torch.bool, device=logits.device)
         for i, row in enumerate(rows):
             allowed[i, :, batch.growth_tokens[0]] = row.room_to_expand > 0
+    if config.draft and allowed is not None:
+        batch.drafts.allow(rows, request, pages.tokens, allowed)
     token, confidence, largest = decide_all(logits, request, config, generators=generators, allowed=allowed, **options)
     if bound and config.constraint_search == "viterbi":
         token, confidence = best_words(written, request, eligible, logits, token, confidence, config)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["CONFIDENCES", "drawn_order", "propose"]
+__all__ = ["CONFIDENCES", "drawn_order", "propose", "sampled_from"]
 
 
 # ---------------------------------------------------------------- propose: logits -> token, confidence
@@ -126,6 +126,21 @@ def largest(x: Tensor) -> Tensor:
     return token[..., 0]
 
 
+def sampled_from(
+    open_logits: Tensor, temperature: float, tempered: bool, top_k: int | None, top_p: float | None
+) -> Tensor:
+    """The logits (..., V) that tokens are drawn from: tempered, the largest at 0, and without what top_k and top_p
+    leave out; `open_logits` themselves at temperature 0."""
+    if not tempered and temperature == 0:
+        return open_logits
+    sampled = open_logits if tempered else filter_logits(open_logits, top_k, top_p)
+    if temperature > 0:  # the largest is moved to 0, so that no temperature overflows
+        sampled = (sampled - sampled.amax(dim=-1, keepdim=True)) / temperature
+    if tempered:  # Dream cuts what was tempered, by mass and then by rank
+        sampled = filter_logits(filter_logits(sampled, None, top_p), top_k, None)
+    return sampled
+
+
 def propose(
     logits: Tensor,
     generators: Sequence[torch.Generator] = (),
@@ -150,12 +165,7 @@ def propose(
     open_logits = logits if forbidden is None else logits.index_fill(-1, forbidden, -torch.inf)
     if allowed is not None:
         open_logits = open_logits.masked_fill(~allowed, -torch.inf)
-    if tempered or temperature > 0:
-        sampled = open_logits if tempered else filter_logits(open_logits, top_k, top_p)
-        if temperature > 0:  # the largest is moved to 0, so that no temperature overflows
-            sampled = (sampled - sampled.amax(dim=-1, keepdim=True)) / temperature
-        if tempered:  # Dream cuts what was tempered, by mass and then by rank
-            sampled = filter_logits(filter_logits(sampled, None, top_p), top_k, None)
+    sampled = sampled_from(open_logits, temperature, tempered, top_k, top_p)
     token = draw(sampled, _uniform(counts, generators, sampled)) if temperature > 0 else largest(open_logits)
     rule = CONFIDENCES[confidence]
     if rule is None:

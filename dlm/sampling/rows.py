@@ -19,6 +19,7 @@ from dlm.models.kv_cache import KVCache
 from dlm.sampling.canvas import Canvas
 from dlm.sampling.config import SamplingConfig
 from dlm.sampling.constraints import Constraint, Written
+from dlm.sampling.draft import Drafts
 from dlm.sampling.growth import check_growth, with_room
 from dlm.sampling.methods import METHODS, visibility
 from dlm.sampling.revise import REVISIONS
@@ -63,6 +64,7 @@ class Batch:
         self.lenient = False  # whether a row whose logits are no numbers ends alone, in place of an error for all
         self.likely = 0  # how many of the most probable tokens a state names
         self.plans: dict = {}
+        self.drafts = Drafts()
         self.unchecked: deque = deque()
         self.lag = 0
 
@@ -112,6 +114,11 @@ class Batch:
             raise ValueError(
                 f"{name} hides a token from its own place, and this model's logits are shifted by "
                 "one: take another revision"
+            )
+        if shifted and config.draft and method.cached:
+            raise ValueError(
+                f"draft with method {config.method!r} computes a block alone, and this model's logits are shifted by "
+                "one place: use method none, or leave draft out"
             )
         device = canvas.tokens.device
         offsets = [0] * count
@@ -199,6 +206,7 @@ class Batch:
         """Removes a row, done or not; its index is free for one that joins."""
         assert self.rows[row.index] is row, f"row {row.serial} is not in this batch"
         row.end()
+        self.drafts.forget(row)
         self.rows[row.index] = None
         self.plans = {kind: kept for kind, kept in self.plans.items() if row.serial not in kept[2]}
         if row.fault is not None and self.cache is not None:  # what is hidden is still multiplied by 0, and NaN stays

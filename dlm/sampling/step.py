@@ -18,7 +18,10 @@ from dlm.sampling.canvas import Canvas
 from dlm.sampling.config import SamplingConfig
 from dlm.sampling.propose import propose
 
-__all__ = ["Check", "Request", "branches", "compute", "compute_shadows", "decide_all", "guided", "held_probability"]
+__all__ = [
+    "Check", "Request", "branches", "compute", "compute_shadows", "decide_all", "forbidden_ids", "guided",
+    "held_probability",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,7 @@ def decide_all(
     `suppressed` ids, those from `vocab_size` on and the mask token are not proposed. allowed (R, M, V) bool: which
     tokens may be proposed at each place, None for all. kernels: the predictor's, where it has any.
     """
-    forbidden = _forbidden(logits.shape[-1], vocab_size, (mask_id, *suppressed), logits.device)
+    forbidden = forbidden_ids(logits.shape[-1], vocab_size, (mask_id, *suppressed), logits.device)
     kernels = fused(logits, kernels)
     decided = [
         decide(part, other, request.counts, config, suppressed, forbidden, generators, kernels, mask)
@@ -239,7 +242,7 @@ def fused(logits: Tensor, kernels):
 
 
 @lru_cache(maxsize=16)  # a copy from the host waits for the GPU
-def _forbidden(size: int, vocab_size: int | None, ids: tuple[int, ...], device: torch.device) -> Tensor:
+def forbidden_ids(size: int, vocab_size: int | None, ids: tuple[int, ...], device: torch.device) -> Tensor:
     """(N,) the ids of `size` that are not proposed."""
     ids = {token for token in ids if token < size} | set(range(size if vocab_size is None else vocab_size, size))
     with torch.inference_mode(False):  # it outlives the caller's mode

@@ -427,7 +427,7 @@ def test_where_triton_cannot_compile(monkeypatch):
 
 def test_forbidden_ids_outlive_inference_mode():
     with torch.inference_mode():
-        made = step._forbidden(50, 47, (3, 60), torch.device("cpu"))
+        made = step.forbidden_ids(50, 47, (3, 60), torch.device("cpu"))
     assert made.tolist() == [3, 47, 48, 49] and not made.is_inference()
 
 

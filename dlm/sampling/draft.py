@@ -177,7 +177,7 @@ class Drafts:
         """The `draft` most probable states that the row comes to from tokens (T,), whose logits are not known, each
         after those that lead to it. layout (T,): the block of each slot."""
         states = self._rows.get(row.serial, {})
-        start = name_of(row.block, tokens)
+        start, sources = name_of(row.block, tokens), _Sources(states, layout, mask_id)
         leaves = {
             start: (1.0, copy.copy(row), tokens, ())
         }  # name: probability, row at that state, what it holds, finished blocks
@@ -194,7 +194,7 @@ class Drafts:
                 guesses.append(Guess(here, ghost.block, slots, finished, ghost.turn == 0))
                 if len(guesses) == row.config.draft:
                     break
-            for share, after in _followers(states, ghost, here, slots, layout):
+            for share, after in _followers(sources, ghost, here, slots):
                 following, done = _advanced(ghost, after, len(slots), layout, mask_id)
                 crossed = following.block != ghost.block
                 if done or (crossed and row.method.cached and not row.method.block_causal):
@@ -208,11 +208,11 @@ class Drafts:
         return guesses
 
 
-def _followers(states, ghost: Row, tokens: np.ndarray, slots: np.ndarray, layout) -> list[tuple[float, np.ndarray]]:
+def _followers(known: _Sources, ghost: Row, tokens: np.ndarray, slots: np.ndarray) -> list[tuple[float, np.ndarray]]:
     """The states that may follow, with their probabilities; the ghost's generator goes on."""
     ghost.generator = ghost.generator.clone_state()
     config, count = ghost.config, len(slots)
-    sources = _nearest(states, tokens, slots, layout, ghost.block)
+    sources = known.nearest(tokens, slots, ghost.block)
     if sources is None:
         return []
     changes = _changes(count) if config.order_temperature == 0 else _changes(count)[:1]  # (S, M, 2)
@@ -220,9 +220,9 @@ def _followers(states, ghost: Row, tokens: np.ndarray, slots: np.ndarray, layout
     changes = changes[:1] if not spread.any() else changes * spread[:, None]
     uniform = _uniform(ghost, count).numpy() if config.temperature > 0 else None
     written, confidence = np.empty(changes.shape[:2], np.int64), np.empty(changes.shape[:2])
-    for i, (known, place, _) in enumerate(sources):
+    for i, (state, place, _) in enumerate(sources):
         drawn = None if uniform is None else uniform[i]
-        written[:, i], confidence[:, i] = known.tokens_at(place, drawn, changes[:, i])
+        written[:, i], confidence[:, i] = state.tokens_at(place, drawn, changes[:, i])
     if config.ordering == "random":
         confidence[:] = _uniform(ghost, count).numpy()
     if config.delay_eos:
@@ -230,15 +230,15 @@ def _followers(states, ghost: Row, tokens: np.ndarray, slots: np.ndarray, layout
     if config.order_temperature > 0:
         order = drawn_order(torch.from_numpy(confidence), config.order_temperature, [count], [ghost.generator])
         confidence = order.numpy()
-    chosen = _commit(ghost, slots, confidence, layout)
+    chosen = _commit(ghost, slots, confidence, known.layout)
     after = np.repeat(tokens[None], len(chosen), axis=0)
     after[:, slots] = np.where(chosen, written, tokens[slots])
     unique, times = np.unique(after[:, slots], axis=0, return_counts=True)
     found = []
     for ids, often in zip(unique, times.tolist(), strict=True):
-        state = tokens.copy()
-        state[slots] = ids
-        found.append((often / len(chosen), state))
+        following = tokens.copy()
+        following[slots] = ids
+        found.append((often / len(chosen), following))
     return found
 
 
@@ -258,24 +258,41 @@ def _changes(count: int) -> np.ndarray:
     return table
 
 
-def _nearest(states, tokens, slots, layout, block: int) -> list[tuple[Known, int, float]] | None:
-    """For each slot the state nearest to `tokens` in which it is masked, its place there, and how far a log-odds of its
-    prediction is from the one sought, about: measured on a model of 12M parameters, 1.2 / distance for each token that
-    is written beside it since."""
-    mine = np.flatnonzero((layout == block) | (layout == block - 1))
-    best: list[tuple[float, Known, int, float] | None] = [None] * len(slots)
-    for known in states.values():
-        if known.block != block:
-            continue
-        apart = mine[tokens[mine] != known.tokens[mine]]
-        lost = int((~np.isin(apart, known.slots)).sum())  # tokens that it has and the state sought has not
-        score = -len(apart) - CONFLICT * lost
-        places = np.searchsorted(known.slots, slots)
-        for i, (slot, place) in enumerate(zip(slots.tolist(), places.tolist(), strict=True)):
-            if place < len(known.slots) and known.slots[place] == slot and (best[i] is None or score >= best[i][0]):
-                near = np.abs(apart - slot)
-                best[i] = (score, known, place, 1.2 * float(np.sqrt((1.0 / near[near > 0] ** 2).sum())))
-    return None if any(one is None for one in best) else [one[1:] for one in best]
+class _Sources:
+    """The known states of a row, by block. mine: the slots of the block and of the one before it; held (E, W): what the
+    states hold there."""
+
+    def __init__(self, states: dict[bytes, Known], layout: np.ndarray, mask_id: int):
+        self.states, self.layout, self.mask_id = list(states.values()), layout, mask_id
+        self._blocks: dict[int, tuple[list[Known], np.ndarray, np.ndarray]] = {}
+
+    def _of(self, block: int) -> tuple[list[Known], np.ndarray, np.ndarray]:
+        if block not in self._blocks:
+            found = [known for known in reversed(self.states) if known.block == block]  # of equals the newest
+            mine = np.flatnonzero((self.layout == block) | (self.layout == block - 1))
+            self._blocks[block] = found, mine, np.array([known.tokens[mine] for known in found]).reshape(-1, len(mine))
+        return self._blocks[block]
+
+    def nearest(self, tokens: np.ndarray, slots: np.ndarray, block: int) -> list[tuple[Known, int, float]] | None:
+        """For each slot the state nearest to `tokens` in which it is masked, its place there, and how far a log-odds of
+        its prediction is from the one sought, about: measured on a model of 12M parameters, 1.2 / distance for each
+        token that is written beside it since. None where a slot is masked in no state."""
+        found, mine, held = self._of(block)
+        if not found:
+            return None
+        apart = held != tokens[mine]
+        lost = apart & (held != self.mask_id)  # tokens that a state has and the one sought has not
+        score = -(apart.sum(axis=1) + CONFLICT * lost.sum(axis=1)).astype(float)
+        masked = held[:, np.searchsorted(mine, slots)] == self.mask_id  # (E, M)
+        ranked = np.where(masked, score[:, None], -np.inf)
+        if np.isneginf(ranked.max(axis=0)).any():
+            return None
+        sources = []
+        for slot, which in zip(slots.tolist(), ranked.argmax(axis=0).tolist(), strict=True):
+            near = mine[apart[which]] - slot
+            away = 1.2 * float(np.sqrt((1.0 / near[near != 0] ** 2).sum()))
+            sources.append((found[which], int(np.searchsorted(found[which].slots, slot)), away))
+        return sources
 
 
 def _uniform(ghost: Row, count: int) -> Tensor:

@@ -152,7 +152,7 @@ def test_equal_rewards_are_counted_and_said(tmp_path, start, capsys):
     ("more", "message"),
     [
         (["--rewards=countdwon"], "the nearest is 'countdown'"),
-        (["--rewards=sudoku4x4"], "reads the column 'puzzle', and the data have 'bonus'"),
+        (["--rewards=sudoku4x4"], "reads the column 'solution', and the data have 'bonus'"),
         (["--rewards="], "no reward: give --rewards"),
         (["--reward-weights=a"], "reward_weights are a: give numbers"),
         (["--group-size=1"], "a group has 2 answers or more"),

@@ -17,105 +17,25 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dlm.kernels.available import triton_kernels
 from dlm.kernels.by_rows import EndToEnd, RowSizes, Stored, Uniform, lay_out, pieces_of
 from dlm.kernels.int8 import QuantizedLinear
-from dlm.kernels.linear import QUANTIZED, Blocked, Plain, kind_for
+from dlm.kernels.layers import Layer, let_go, pack_layer, release_weights
+from dlm.kernels.linear import Blocked, kind_for
 from dlm.kernels.native import native
 from dlm.models.attention import Visible, attention_mask, visible_of
 from dlm.models.kv_cache import KVCache
-from dlm.models.moe import MoE
 from dlm.models.rotary import rotary_angles
 
 if TYPE_CHECKING:  # generation from a file does without it, and its import takes seconds
-    from dlm.models.transformer import LLaDABlock, LLaDAModelLM
+    from dlm.models.transformer import LLaDAModelLM
 
-__all__ = ["FEW_BITS", "Packed", "attention"]
+__all__ = ["Packed", "attention"]
 
 TURNS = 2**17  # slots whose rotary angles are there from the start, where the model reads so many
 WIDEST = 2**24  # scores that attention in bf16 holds at once; beyond it the fused kernel, which holds none
-Linear = Plain | Blocked | QuantizedLinear
-FEW_BITS = tuple(kind.layer for kind in QUANTIZED.values())
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """One layer. qk and v in one product, but in the last layer, where fewer queries than keys are wanted. A mixture of
-    experts is used as it is, `moe`. rope: whether queries and keys are turned by their positions."""
-
-    q: Linear | None
-    qkv: Linear | None
-    kv: Linear | None
-    out: Linear
-    gate_up: Linear | None
-    down: Linear | None
-    moe: MoE | None
-    attn_norm: Tensor
-    ff_norm: Tensor
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    rope: bool
-
-
-def _interleave(rows: Tensor, size: int, turned: int) -> Tensor:
-    """The rows of every head in the order 0, R/2, 1, R/2 + 1 ...: a rotary pair side by side, as complex numbers are.
-
-    turned: R, the first dimensions of a head, which rotary positions turn; the others keep their places. Queries and
-    keys are permuted alike, so that their products stay what they were.
-    """
-    heads = rows.unflatten(0, (-1, size))
-    pairs = heads[:, :turned].unflatten(1, (2, turned // 2)).transpose(1, 2).flatten(1, 2)
-    return torch.cat((pairs, heads[:, turned:]), dim=1).flatten(0, 1)
-
-
-def _pack_layer(block: LLaDABlock, last: bool, rope: bool) -> _Layer:
-    size, part = block.head_dim, block.config.rotary.size
-    kind = kind_for(block.attn_norm.weight.device, block.attn_norm.weight.dtype)
-    turned = {block.q_proj, block.k_proj}
-
-    def joined(*linears: nn.Module) -> Linear:
-        def rows(name: str) -> list[Tensor | None]:
-            pieces = [getattr(linear, name) for linear in linears]
-            return [
-                _interleave(piece.detach(), size, part) if piece is not None and linear in turned else piece
-                for linear, piece in zip(linears, pieces, strict=True)
-            ]
-
-        if (few := type(linears[0])) in FEW_BITS:
-            return few.of(rows("weight"), rows("scale"), rows("bias"))
-        return kind.of(rows("weight"), rows("bias"))
-
-    normed = block.qk_norm is not None
-    return _Layer(
-        q=joined(block.q_proj) if last else None,
-        qkv=None if last else joined(block.q_proj, block.k_proj, block.v_proj),
-        kv=joined(block.k_proj, block.v_proj) if last else None,
-        out=joined(block.attn_out),
-        gate_up=None if block.mixture else joined(block.ff_proj, block.up_proj),
-        down=None if block.mixture else joined(block.ff_out),
-        moe=block.moe if block.mixture else None,
-        attn_norm=block.attn_norm.weight.detach(),
-        ff_norm=block.ff_norm.weight.detach(),
-        q_norm=_interleave(block.q_norm.weight.detach(), size, part) if normed else None,
-        k_norm=_interleave(block.k_norm.weight.detach(), size, part) if normed else None,
-        rope=rope,
-    )
-
-
-def _release(block: LLaDABlock) -> None:
-    """Lets the weights of the block's linear layers go; a mixture of experts is used as it is, and stays."""
-    for name in ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out"):
-        if (linear := getattr(block, name, None)) is not None:
-            _let_go(linear)
-
-
-def _let_go(linear) -> None:
-    if isinstance(linear, nn.Module):
-        linear.to("meta")
-    else:  # weights that a file gave
-        linear.weight = linear.bias = None
 
 
 @dataclass(frozen=True)
@@ -158,9 +78,9 @@ class Packed:
         self.layers = []
         every = config.rope_layers or (True,) * len(blocks)
         for block, rope in zip(blocks, every, strict=False):  # the list of a config.json may be longer
-            self.layers.append(_pack_layer(block, block is blocks[-1], rope))
+            self.layers.append(pack_layer(block, block is blocks[-1], rope))
             if release:
-                _release(block)
+                release_weights(block)
         # Whether one kernel makes queries, keys and values of what the product gives.
         plain = self.layers[0].q_norm is None and config.rope_layers is None
         self.at_once = self.small is not None and plain
@@ -170,7 +90,7 @@ class Packed:
             [transformer.wte.weight if tied else transformer.ff_out.weight], [None if tied else transformer.ff_out.bias]
         )
         if release and not tied:
-            _let_go(transformer.ff_out)
+            let_go(transformer.ff_out)
         device = self.embedding.device
         # exp(i angle), (T', D / 2), of many slots from the start: a recorded pass (`Graphs`) reads this memory, so that
         # a table that became too short is kept beside the longer one.
@@ -274,7 +194,7 @@ class Packed:
         logits = self.head(self._norm(x, self.last_norm))
         return logits if self.scale_out is None else logits * self.scale_out
 
-    def _layer(self, layer: _Layer, number: int, x: Tensor, every: Tensor, x_where: _Where, where: _Where, bias, cache):
+    def _layer(self, layer: Layer, number: int, x: Tensor, every: Tensor, x_where: _Where, where: _Where, bias, cache):
         """x (B, M, d_model) after the layer, attending to the keys of `every` (B, Q, d_model) and what is stored. Both
         stand where `x_where` and `where` say; on a GPU the sums may lie in the memory of x."""
         normed = self._norm(every, layer.attn_norm)
@@ -291,7 +211,7 @@ class Packed:
         gate, up = both.chunk(2, dim=-1)
         return layer.down.plus(F.silu(gate).mul_(up), x)
 
-    def _queried(self, layer: _Layer, number: int, asking: Tensor, normed: Tensor, x_where, where, cache):
+    def _queried(self, layer: Layer, number: int, asking: Tensor, normed: Tensor, x_where, where, cache):
         """Queries (B, M, H, D) of what asks, and keys and values (B, T, H_kv, D)."""
         kv_width = self.kv_heads * self.size
         if layer.qkv is not None:
@@ -313,7 +233,7 @@ class Packed:
             k, v = cache.update(number, where.slots, k, v)
         return q, k, v
 
-    def _queried_at_once(self, layer: _Layer, number: int, asking: Tensor, normed: Tensor, x_where, where, cache):
+    def _queried_at_once(self, layer: Layer, number: int, asking: Tensor, normed: Tensor, x_where, where, cache):
         """`_queried` by one kernel that turns what it reads and writes keys and values where they are kept."""
         laid = {}
         if cache is not None:
@@ -376,7 +296,7 @@ class Packed:
         bias = x.new_full((*mask.shape[:-1], -(-width // 16) * 16), -torch.inf)[..., :width]
         return bias.masked_fill_(mask, 0)
 
-    def _rotated(self, layer: _Layer, x: Tensor, turns: Tensor) -> Tensor:
+    def _rotated(self, layer: Layer, x: Tensor, turns: Tensor) -> Tensor:
         """x (B, Q, H * D) with its pairs turned where the layer has positions, (B, Q, H, D); in fp32, where it can, in
         place."""
         if not layer.rope:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from dlm.kernels.available import triton_kernels
 from dlm.kernels.cuda_graphs import Graphs
+from dlm.kernels.layers import FEW_BITS
 from dlm.kernels.linear import kind_for
-from dlm.kernels.packed import FEW_BITS, Packed
+from dlm.kernels.packed import Packed
 from dlm.models.head import Head
 from dlm.models.moe import MoE, SwiGLU
 

@@ -131,9 +131,7 @@ def test_bits_are_those_of_plain_decoding(causal):
 
 
 def test_blocks_in_a_row_of_one_chain_store_their_keys():
-    """A chain over several blocks: what later blocks read are the keys of the blocks as they were written in the end.
-
-    Was on purpose: without storing the parts of a first state, tokens differ."""
+    """A chain over several blocks: later blocks read the keys of the blocks as they were written in the end."""
     model = tiny_model(3, block_length=2, objective="block_diffusion", sharp=0.3)  # predictions hardly change
     config = SamplingConfig(gen_length=24, method="block_causal", temperature=0.5, seed=5)
     plain, draft = (run(model, [[1, 2, 3]], dataclasses.replace(config, draft=k)) for k in (0, 8))

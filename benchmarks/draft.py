@@ -1,6 +1,6 @@
 """What drafts save: forward passes, slots computed and seconds of plain decoding and of drafts of 1 to 7 states.
 
-    python -m benchmarks.draft [--model PATH] [--prompts N] [--gen-length 128] [--drafts 1,2,3,5,7] [--temperature 0.8]
+    dlm bench draft --prompts 4 --drafts 1 3 7 --temperature 0.8
 
 The same texts with and without drafts, which must be equal; runs of one text follow each other, plain decoding first,
 so that a ratio is of neighbours. Everything else is the checkpoint's own default. One thread.
@@ -8,7 +8,6 @@ so that a ratio is of neighbours. Everything else is the checkpoint's own defaul
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import statistics
 import sys
@@ -16,9 +15,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
+if __package__ in (None, ""):  # run by path from a clone: find dlm/ beside benchmarks/
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import dlm
+from dlm.cli.parser import Parser, check_least
 
 PROMPTS = Path(__file__).parent / "prompts.txt"
 
@@ -26,6 +26,10 @@ PROMPTS = Path(__file__).parent / "prompts.txt"
 def measure(model, tokenizer, prompts: Sequence[str], config, drafts: Sequence[int], clock) -> list[dict]:
     """A row for plain decoding and one for each draft: passes and slots a token, median seconds a text and the median
     ratio to plain decoding of the same text. Raises RuntimeError where a text differs."""
+    import torch
+
+    import dlm
+
     rows = [{"draft": draft, "tokens": 0, "passes": 0, "slots": 0, "seconds": []} for draft in (0, *drafts)]
     for number, prompt in enumerate(prompts):
         plain = None
@@ -53,29 +57,43 @@ def line(row: dict) -> str:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="default: the model that ships")
-    parser.add_argument("--prompts", type=int, default=8, help="texts (default: 8)")
-    parser.add_argument("--gen-length", type=int, default=128)
-    parser.add_argument("--temperature", type=float, help="default: the checkpoint's")
-    parser.add_argument("--method", help="default: the checkpoint's")
-    parser.add_argument("--drafts", default="1,2,3,5,7")
-    args = parser.parse_args(argv)
+def parser() -> Parser:
+    made = Parser("bench draft", "[options]", __doc__)
+    add = made.add_argument
+    add("--model", metavar="PATH", help="default: the model that ships")
+    add("--prompts", type=int, default=8, metavar="N", help="texts (default: 8)")
+    add("--gen-length", type=int, default=128, metavar="N", help="tokens of a text (default: 128)")
+    add("--temperature", type=float, metavar="X", help="default: the checkpoint's")
+    add("--method", metavar="NAME", help="default: the checkpoint's")
+    add("--drafts", type=int, nargs="+", default=[1, 2, 3, 5, 7], metavar="K", help="states (default: 1 2 3 5 7)")
+    return made
+
+
+def main(argv: Sequence[str]) -> int:
+    args = parser().parse(argv)
+    check_least(args, 1, "prompts", "gen_length")
+    for draft in args.drafts:
+        if draft < 1:
+            raise ValueError(f"--drafts {draft}: give 1 or more; plain decoding is measured beside each")
+    import torch
+
+    import dlm
+
     torch.set_num_threads(1)
     opened = dlm.load_pretrained(args.model)
-    words = PROMPTS.read_text(encoding="utf-8").splitlines()
-    prompts = [words[i % len(words)] for i in range(args.prompts)]
+    lines = PROMPTS.read_text(encoding="utf-8").splitlines()
+    prompts = [lines[i % len(lines)] for i in range(args.prompts)]
     own = {name: value for name, value in opened.defaults.items() if name in dlm.SamplingConfig.__dataclass_fields__}
     given = {"gen_length": args.gen_length, "temperature": args.temperature, "method": args.method}
     config = dlm.SamplingConfig(**own | {name: value for name, value in given.items() if value is not None})
-    drafts = [int(part) for part in args.drafts.split(",")]
     model, tokenizer = opened.model, opened.tokenizer
     dlm.generate(model, prompts[:1], dataclasses.replace(config, gen_length=16, draft=2), tokenizer=tokenizer)  # warm
-    for row in measure(model, tokenizer, prompts, config, drafts, time.process_time):
+    for row in measure(model, tokenizer, prompts, config, args.drafts, time.process_time):
         print(line(row), flush=True)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from dlm.cli.main import main as command
+
+    sys.exit(command(["bench", "draft", *sys.argv[1:]]))

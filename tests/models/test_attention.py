@@ -13,7 +13,7 @@ from tests.helpers.toys import tiny_model
 @pytest.fixture
 def uncompiled(monkeypatch):
     """FlexAttention itself on a CPU: its Python form, where the library would take SDPA for want of a compiler."""
-    monkeypatch.setattr(transformer, "usable_kernel", lambda implementation, *_: implementation)
+    monkeypatch.setattr(transformer, "usable_kernel", lambda implementation, *_, **__: implementation)
     with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

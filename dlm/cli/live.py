@@ -59,9 +59,9 @@ def note(stream, text: str) -> None:
 
 
 def size_of(stream) -> tuple[int, int]:
-    """(columns, rows) of a terminal; 80 x 24 where it does not say."""
+    """(columns, rows) of a terminal, or the `size` of what stands for one; 80 x 24 where it does not say."""
     try:
-        columns, rows = os.get_terminal_size(stream.fileno())
+        columns, rows = getattr(stream, "size", None) or os.get_terminal_size(stream.fileno())
     except (OSError, ValueError, AttributeError):
         columns, rows = 0, 0
     return columns or 80, rows or 24

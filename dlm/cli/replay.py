@@ -1,4 +1,4 @@
-"""`dlm replay`: a recorded run in the terminal again, pass by pass, or as a page for a browser."""
+"""`dlm replay`: a recorded run in the terminal again, pass by pass, as a page for a browser, or as a film."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
-from dlm.cli.parser import Parser
+from dlm.cli.parser import Parser, check_least
 from dlm.utils.jsonio import to_json
 
 if TYPE_CHECKING:
@@ -20,11 +20,14 @@ def replay(argv: Sequence[str]) -> int:
     """`dlm replay`: show a recording."""
     parser = Parser("replay", "FILE [options]", "Show a run that --record wrote, pass by pass.")
     parser.add_argument("file", metavar="FILE", help="what dlm generate --record FILE wrote")
-    parser.add_argument("--speed", type=float, default=10.0, metavar="X", help="passes a second (default: 10)")
+    parser.add_argument("--speed", type=float, metavar="X", help="passes a second (default: 10; --svg: as it ran)")
     parser.add_argument("--step", action="store_true", help="wait for Enter before each pass")
     parser.add_argument("--html", metavar="OUT", help="write a page in place of showing it")
+    parser.add_argument("--svg", metavar="OUT", help="write a film of the first batch, an animated picture")
+    parser.add_argument("--columns", type=int, default=72, metavar="N", help="of the film's terminal (default: 72)")
     args = parser.parse(argv)
-    if not args.speed > 0:
+    check_least(args, 20, "columns")
+    if args.speed is not None and not args.speed > 0:
         raise ValueError(f"--speed is {args.speed}: give passes a second, above 0")
     from dlm.sampling.trajectory import read_recordings
 
@@ -33,9 +36,18 @@ def replay(argv: Sequence[str]) -> int:
         with open(args.html, "w", encoding="utf-8") as file:
             file.write(page(recordings))
         print(f"wrote {args.html}", file=sys.stderr)
+    if args.svg:
+        from dlm.cli.film import film
+
+        if not recordings[0].passes:
+            raise ValueError(f"{args.file} holds no pass: there is no film to draw")
+        with open(args.svg, "w", encoding="utf-8") as file:
+            file.write(film(recordings[0], args.columns, args.speed))
+        print(f"wrote {args.svg}", file=sys.stderr)
+    if args.html or args.svg:
         return 0
     for recording in recordings:
-        show(recording, args.speed, args.step)
+        show(recording, args.speed or 10.0, args.step)
     return 0
 
 

@@ -3,13 +3,15 @@
 Shapes: B rows, T slots.
 
 A recording is a file of JSON lines. A header (`"format": "dlm-recording"`) opens every batch of rows: the mask id, the
-settings, and each row's ids with which of them may be written. A line for each pass follows: for every row that had
-one its block, its passes so far, and the slots that changed as [slot, id, confidence, what else was likely]; an id that
-is the mask's means that the slot was masked again. `pieces` gives the text of every id that is new to the file.
+settings, and each row's ids with which of them may be written. A line for each pass follows: the seconds since the run
+began, and for every row that had one its block, its passes so far, and the slots that changed as [slot, id, confidence,
+what else was likely]; an id that is the mask's means that the slot was masked again. `pieces` gives the text of every
+id that is new to the file.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,8 +52,9 @@ class Recorder:
         places = [valid.nonzero()[:, 0].tolist() for valid in canvas.valid]
         header = {"format": FORMAT, "version": VERSION, "mask_id": canvas.mask_id, "ends": self.ends}
         self._write(header | {"settings": settings, "rows": rows}, {i for row in rows for i in row["ids"]})
-        spent = [0] * len(rows)
+        spent, began = [0] * len(rows), time.perf_counter()
         for state in states:
+            seconds = round(time.perf_counter() - began, 4)
             changed = state.canvas.tokens != before
             likely = state.likely or {}
             line, ids, nfe, blocks = [], set(), state.nfe.tolist(), state.block.tolist()
@@ -66,7 +69,7 @@ class Recorder:
                         ids |= {token, *(other for other, _ in others)}
                         changes.append([place, token, round(float(state.confidence[row, slot]), 5), others])
                 line.append({"row": row, "block": blocks[row], "nfe": nfe[row], "changes": changes})
-            self._write({"pass": state.step, "rows": line}, ids)
+            self._write({"pass": state.step, "seconds": seconds, "rows": line}, ids)
             before, spent = state.canvas.tokens, nfe
             yield state
 
@@ -92,10 +95,14 @@ class Change:
 
 @dataclass(frozen=True)
 class Pass:
-    """One turn of the loop: for each row that had a pass its block, its passes so far, and its changes."""
+    """One turn of the loop: for each row that had a pass its block, its passes so far, and its changes.
+
+    seconds: from the beginning of the run to the end of the pass; None where the recording does not say.
+    """
 
     number: int
     rows: dict[int, tuple[int, int, tuple[Change, ...]]]
+    seconds: float | None = None
 
 
 @dataclass
@@ -168,4 +175,5 @@ def _pass(line: dict, recording: Recording) -> Pass:
             others = tuple((int(i), float(p)) for i, p in likely)
             changes.append(Change(int(slot), int(token), float(confidence), others))
         rows[int(row["row"])] = (int(row["block"]), int(row["nfe"]), tuple(changes))
-    return Pass(int(line["pass"]), rows)
+    seconds = line.get("seconds")
+    return Pass(int(line["pass"]), rows, None if seconds is None else float(seconds))

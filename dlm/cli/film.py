@@ -1,24 +1,21 @@
-"""An animated SVG of the live view: a real run of `dlm generate`, recorded frame by frame as a terminal would show it.
-
-    dlm bench picture "Once upon a time" --seed 3 --out docs/live.svg
-
-The frames are those that the live view draws, one a pass; the SVG plays them as a film, in any browser and on GitHub.
+"""An animated SVG of a recorded run: the frames that the live view draws, one a pass, played as a film in any browser
+and on GitHub, without a script (`dlm replay FILE --svg OUT`).
 """
 
 from __future__ import annotations
 
 import io
 import re
-import sys
 from collections.abc import Sequence
 from html import escape
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-if __package__ in (None, ""):  # run by path from a clone: find dlm/ beside benchmarks/
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from dlm.cli import live
 
-from dlm.cli.parser import Parser, check_least, shown_defaults
-from dlm.cli.scripts import guarded
+if TYPE_CHECKING:
+    from dlm.sampling.trajectory import Recording
+
+__all__ = ["film"]
 
 CELL, LINE, MARGIN, BAR = 8.4, 19, 16, 34  # pixels: a column, a line, the frame's margin, its title bar
 PAPER, INK, QUIET = "#14161a", "#e8e8e4", "#7d8590"
@@ -28,9 +25,13 @@ SGR, CODE = re.compile(r"\x1b\[([\d;]*)m"), re.compile(r"38;5;\d+|[1-9]\d*")
 
 
 class Screen(io.StringIO):
-    """A stream that says it is a terminal, for the live view to draw on."""
+    """A stream that says it is a terminal of a size, for the live view to draw on."""
 
     encoding = "utf-8"
+
+    def __init__(self, columns: int):
+        super().__init__()
+        self.size = columns, 40
 
     def isatty(self) -> bool:
         return True
@@ -110,64 +111,24 @@ text {{ font: 14px ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans M
 """
 
 
-def record(args, columns: int) -> tuple[list[list[str]], float]:
-    """(the frames of a run, one a pass, as lines with SGR codes; the seconds that the passes took)."""
-    import time
-    from dataclasses import replace
+def frames_of(recording: Recording, columns: int, seconds: Sequence[float]) -> list[list[str]]:
+    """The live view's frames as lines with SGR codes, one a pass; seconds: when each pass was over."""
+    from dlm.cli.replay import states
 
-    import dlm
-    from dlm.cli import live, session
-    from dlm.sampling.prompts import prepare
-    from dlm.tokenizer import encode_prompt
-
-    opened = session.open_checkpoint(args)
-    config = session.settings(args, opened.defaults)
-    ids = encode_prompt(opened.tokenizer, args.prompt, opened.mask_id) + [opened.mask_id] * config.gen_length
-    canvas = dlm.Canvas.from_templates([ids], opened.mask_id, device=opened.model.device)
-    config = replace(config, seed=(config.seed,))
-    passes, blocks = session.expected(opened, canvas, config)
-    _, known = prepare(opened.model, canvas, config, opened.tokenizer)
-    rows, frames, spent = session.row_text(opened, config), [], 0.0
-    screen, live.size_of = Screen(), lambda stream: (columns, 40)
-    view = live.LiveView(screen, rows, passes=passes, blocks=blocks, colour=True, clock=lambda: spent)
-    view._draw = frames.append
-    view.started, view.last_frame = 0.0, -1.0
-    began = time.perf_counter()
-    for state in dlm.denoise(opened.predictor, canvas, config, **known):
-        spent += time.perf_counter() - began
-        view.last_frame = -1.0  # every pass is a frame
+    kind = recording.settings.get("confidence", "probability")
+    rows, frames, passed = live.RowText(recording.text, recording.ends, kind=kind), [], [0.0]
+    view = live.LiveView(Screen(columns), rows, passes=len(recording.passes), colour=True, clock=lambda: passed[0])
+    view._draw, view.started = frames.append, 0.0
+    for passed[0], state in zip(seconds, states(recording), strict=True):
+        view.last_frame = float("-inf")  # every pass is a frame
         view.show(state)
-        began = time.perf_counter()
-    return frames, spent
+    return frames
 
 
-def run(argv: Sequence[str]) -> int:
-    """Record a run and write the SVG."""
-    parser = Parser("bench picture", "[PROMPT] [options]", __doc__)
-    parser.add_argument("prompt", nargs="?", default="Once upon a time", help="text to continue (Once upon a time)")
-    parser.add_argument("--out", default="docs/live.svg", metavar="FILE", help="(default: docs/live.svg)")
-    parser.add_argument("--columns", type=int, default=72, metavar="N", help="of the terminal shown (default: 72)")
-    parser.add_argument("--seconds", type=float, metavar="X", help="that the film takes (default: as the run)")
-    parser.add_model()
-    parser.add_sampling(shown_defaults(argv))
-    args = parser.parse(argv)
-    check_least(args, 20, "columns")
-    if args.seconds is not None and not args.seconds > 0:
-        raise ValueError(f"--seconds is {args.seconds}: give more than 0")
-    frames, spent = record(args, args.columns)
-    seconds, out = args.seconds or spent, Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(svg(frames, seconds, args.columns, f'dlm generate "{args.prompt}"'), encoding="utf-8")
-    print(
-        f"{len(frames)} passes in {spent:.2f} s, shown in {seconds:.1f} s: {out} ({out.stat().st_size / 1024:.0f} kB)"
-    )
-    return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; a user's mistake is one line and exit code 2."""
-    return guarded("dlm bench picture", run, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def film(recording: Recording, columns: int = 72, speed: float | None = None) -> str:
+    """The SVG of a recording. speed: passes a second; None for the recorded pace, or ten where that is not known."""
+    seconds = [turn.seconds for turn in recording.passes]
+    if speed is not None or None in seconds:
+        seconds = [(at + 1) / (speed or 10.0) for at in range(len(seconds))]
+    given = [i for i, is_given in zip(recording.ids[0], recording.given[0], strict=True) if is_given]
+    return svg(frames_of(recording, columns, seconds), seconds[-1], columns, f'dlm generate "{recording.text(given)}"')

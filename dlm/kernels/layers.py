@@ -5,6 +5,7 @@ Shapes: D head size, R the dimensions of a head that rotary positions turn.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from dlm.kernels.int8 import QuantizedLinear
-from dlm.kernels.linear import QUANTIZED, Blocked, Plain, kind_for
+from dlm.kernels.linear import QUANTIZED, Blocked, Plain
+from dlm.kernels.native import Panels
 from dlm.models.moe import MoE
 
 if TYPE_CHECKING:  # generation from a file does without it, and its import takes seconds
@@ -20,7 +22,8 @@ if TYPE_CHECKING:  # generation from a file does without it, and its import take
 
 __all__ = ["FEW_BITS", "Layer", "let_go", "pack_layer", "release_weights"]
 
-Linear = Plain | Blocked | QuantizedLinear
+Linear = Plain | Blocked | Panels | QuantizedLinear
+Of = Callable[[Sequence[Tensor], Sequence[Tensor | None]], Linear]
 FEW_BITS = tuple(kind.layer for kind in QUANTIZED.values())
 
 
@@ -54,10 +57,10 @@ def _interleave(rows: Tensor, size: int, turned: int) -> Tensor:
     return torch.cat((pairs, heads[:, turned:]), dim=1).flatten(0, 1)
 
 
-def pack_layer(block: LLaDABlock, last: bool, rope: bool) -> Layer:
-    """Copies the weights of `block`. last: whether it is the last layer; rope: as in `Layer`."""
+def pack_layer(block: LLaDABlock, last: bool, rope: bool, of: Of) -> Layer:
+    """Copies the weights of `block`. last: whether it is the last layer; rope: as in `Layer`; of: makes a linear layer
+    of whole weights."""
     size, part = block.head_dim, block.config.rotary.size
-    kind = kind_for(block.attn_norm.weight.device, block.attn_norm.weight.dtype)
     turned = {block.q_proj, block.k_proj}
 
     def joined(*linears: nn.Module) -> Linear:
@@ -70,7 +73,7 @@ def pack_layer(block: LLaDABlock, last: bool, rope: bool) -> Layer:
 
         if (few := type(linears[0])) in FEW_BITS:
             return few.of(rows("weight"), rows("scale"), rows("bias"))
-        return kind.of(rows("weight"), rows("bias"))
+        return of(rows("weight"), rows("bias"))
 
     normed = block.qk_norm is not None
     return Layer(

@@ -1,7 +1,8 @@
-/* A layer's small operations on a CPU in float32: what torch does in several calls each, in one.
+/* A layer's operations on a CPU in float32: the small ones, which torch does in several calls each, in one, and products,
+   which for few rows are bound by reading weights.
 
    Shapes: N rows (tokens), Q queried tokens of a row of the batch, H heads, H_kv key heads, T slots, D head size, F MLP
-   width.
+   width, I inputs and O outputs of a product.
 
    The sums of a token run in one order, whatever stands beside it, so that its bits do not depend on its batch. Compiled
    without leave to reorder sums. `native.py` compiles and calls it. */
@@ -81,5 +82,93 @@ void place(const float *x, ptrdiff_t stride, const float *turns, const int64_t *
         for (ptrdiff_t h = 0; h < kv_heads; h++)
             memcpy(values + ((row * kv_heads + h) * length + kept) * size, token + (heads + kv_heads + h) * size,
                    size * sizeof(float));
+    }
+}
+
+/* ---------------------------------------------------------------- products
+
+   A panel is the weights of PANEL outputs, (I, PANEL): one cache line for each input. GROUP rows meet a panel at once in
+   as many registers as WIDTH, the floats of one, leaves. */
+
+#define PANEL 16
+#define BLOCK 96 /* rows that meet all panels before the next ones do */
+#if defined(__AVX512F__)
+#define WIDTH 16
+#define GROUP 8
+#elif defined(__AVX__)
+#define WIDTH 8
+#define GROUP 6
+#else
+#define WIDTH 4
+#define GROUP 2
+#endif
+#define PARTS (PANEL / WIDTH)
+
+typedef float vector __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+
+/* One panel and `rows` rows, a constant, so that the sums stay in registers; a sum takes its inputs in order, then bias
+   and `added`. Beside input k the cache line at ahead + k * pace is fetched: part of what is read next. */
+static inline __attribute__((always_inline)) void tile(
+    const int rows, const float *x, ptrdiff_t stride, const float *panel, ptrdiff_t inputs, const float *bias,
+    const float *added, float *y, ptrdiff_t outputs, ptrdiff_t columns, const char *ahead, ptrdiff_t pace) {
+    vector sums[GROUP][PARTS];
+    for (int r = 0; r < rows; r++)
+        for (int p = 0; p < PARTS; p++) sums[r][p] = (vector){0};
+    for (ptrdiff_t k = 0; k < inputs; k++, panel += PANEL, ahead += pace) {
+        __builtin_prefetch(ahead);
+        vector weights[PARTS];
+        for (int p = 0; p < PARTS; p++) weights[p] = *(const vector *)(panel + p * WIDTH);
+        for (int r = 0; r < rows; r++)
+            for (int p = 0; p < PARTS; p++) sums[r][p] += weights[p] * x[r * stride + k];
+    }
+    for (int r = 0; r < rows; r++, y += outputs) {
+        const float *more = added ? added + r * outputs : NULL;
+        if (columns == PANEL) {
+            for (int p = 0; p < PARTS; p++) {
+                vector sum = sums[r][p];
+                if (bias) sum += *(const vector *)(bias + p * WIDTH);
+                if (more) sum += *(const vector *)(more + p * WIDTH);
+                *(vector *)(y + p * WIDTH) = sum;
+            }
+        } else {
+            float kept[PANEL];
+            memcpy(kept, sums[r], sizeof kept);
+            for (ptrdiff_t c = 0; c < columns; c++) {
+                float sum = kept[c];
+                if (bias) sum += bias[c];
+                if (more) sum += more[c];
+                y[c] = sum;
+            }
+        }
+    }
+}
+
+/* y (N, columns) = x W^T [+ bias] [+ added] for x (N, I) and panels (columns / PANEL, I, PANEL), the last filled up;
+   y and added are columns of tensors with `outputs` of them. */
+void product(const float *x, ptrdiff_t rows, ptrdiff_t stride, const float *panels, ptrdiff_t inputs, const float *bias,
+             const float *added, float *y, ptrdiff_t outputs, ptrdiff_t columns) {
+    for (ptrdiff_t first = 0; first < rows; first += BLOCK) {
+        ptrdiff_t count = rows - first < BLOCK ? rows - first : BLOCK, groups = (count + GROUP - 1) / GROUP;
+        ptrdiff_t pace = PANEL * (ptrdiff_t)sizeof(float) / groups; /* the groups fetch the next panel between them */
+        for (ptrdiff_t c = 0; c < columns; c += PANEL) {
+            ptrdiff_t wide = columns - c < PANEL ? columns - c : PANEL;
+            const float *panel = panels + c * inputs, *b = bias ? bias + c : NULL;
+            const char *ahead = (const char *)(panel + PANEL * inputs);
+            for (ptrdiff_t g = 0; g < groups; g++, ahead += pace * inputs) {
+                ptrdiff_t row = first + count * g / groups;
+                const float *from = x + row * stride, *a = added ? added + row * outputs + c : NULL;
+                float *to = y + row * outputs + c;
+#define CASE(n) case n: tile(n, from, stride, panel, inputs, b, a, to, outputs, wide, ahead, pace); break;
+                switch (first + count * (g + 1) / groups - row) {
+                    CASE(1) CASE(2)
+#if GROUP >= 6
+                    CASE(3) CASE(4) CASE(5) CASE(6)
+#endif
+#if GROUP >= 8
+                    CASE(7) CASE(8)
+#endif
+                }
+            }
+        }
     }
 }

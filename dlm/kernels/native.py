@@ -1,12 +1,14 @@
-"""A layer's small operations on a CPU in float32, compiled from `native.c` on this machine: norm, rotary positions with
-the cache's scatter, silu and product.
+"""A layer's operations on a CPU in float32, compiled from `native.c` on this machine: norm, rotary positions with the
+cache's scatter, silu and product, and the linear layers (`Panels`).
 
-Shapes: N rows (tokens), B batch, Q queried tokens, H heads, H_kv key heads, T slots, D head size, F MLP width.
+Shapes: N rows (tokens), B batch, Q queried tokens, H heads, H_kv key heads, T slots, D head size, F MLP width, I
+inputs, O outputs, P panels of 16 outputs.
 
 torch makes about forty calls a layer beside its four products, each of which takes longer to begin than to compute for
-a few tokens. The functions here have the signatures of `triton`'s. A pass asks for them with `compile`: it is never
-done unasked, since it needs a C compiler and the last bits of a result are other ones. The library is kept between runs
-(`library`), named after its source, the compiler and the processor.
+a few tokens; and oneDNN's products of few tokens read weights at half the speed that memory gives them. The small
+functions here have the signatures of `triton`'s. A pass asks for them with `compile`: it is never done unasked, since
+it needs a C compiler and the last bits of a result are other ones. The library is kept between runs (`library`), named
+after its source, the compiler and the processor.
 """
 
 from __future__ import annotations
@@ -18,27 +20,33 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from dlm.kernels.int8 import joined
 from dlm.utils.files import cache_folder
 
-__all__ = ["Native", "library", "native"]
+__all__ = ["Native", "Panels", "library", "native"]
 
 SOURCE = Path(__file__).with_name("native.c")
 # Sums stay in the order of the source: no -ffast-math.
 OPTIONS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-shared", "-fPIC")
 SHARED = 2**17  # numbers from which threads share a call
+PRODUCT = 2**24  # multiplications from which they share a product
+PANEL = 16  # outputs of a panel, as in the source
 SIZE, POINTER = ctypes.c_ssize_t, ctypes.c_void_p
 SIGNATURES = {
     "normed": (POINTER, SIZE, SIZE, POINTER, POINTER, SIZE, ctypes.c_float),
     "gated": (POINTER, SIZE, SIZE, POINTER, SIZE),
     "place": (POINTER, SIZE, *[POINTER] * 7, *[SIZE] * 7),
+    "product": (POINTER, SIZE, SIZE, POINTER, SIZE, POINTER, POINTER, POINTER, SIZE, SIZE),
 }
 
 
@@ -61,7 +69,7 @@ class Native:
         def part(first: int, count: int) -> None:
             self._normed(at + 4 * first * stride, count, stride, factor, to + 4 * first * size, size, eps)
 
-        _shared(part, len(rows), size)
+        _shared(part, len(rows), len(rows) * size >= SHARED)
         return y
 
     def gated(self, x: Tensor) -> Tensor:
@@ -73,7 +81,7 @@ class Native:
         def part(first: int, count: int) -> None:
             self._gated(at + 4 * first * stride, count, stride, to + 4 * first * size, size)
 
-        _shared(part, len(rows), size)
+        _shared(part, len(rows), len(rows) * size >= SHARED)
         return y
 
     def place(
@@ -108,17 +116,62 @@ class Native:
         def part(first: int, count: int) -> None:
             self._place(*pointers, first, count, queries, heads, kv_heads, length, size)
 
-        _shared(part, len(flat), width)
+        _shared(part, len(flat), len(flat) * width >= SHARED)
         return q
 
+    def product(self, x: Tensor, panels: Tensor, outputs: int, bias: Tensor | None, added: Tensor | None) -> Tensor:
+        """x W^T [+ bias] [+ added], (..., O), for x (..., I), added (..., O) and panels (P, I, 16), which hold W (O, I)
+        and zeros behind it. A row's bits do not depend on the others."""
+        inputs = x.shape[-1]
+        rows = x.reshape(-1, inputs)
+        rows = rows if rows.stride(1) == 1 else rows.contiguous()
+        added = None if added is None else added.contiguous()
+        y = x.new_empty((*x.shape[:-1], outputs))
+        assert panels.is_contiguous() and panels.shape == (-(-outputs // PANEL), inputs, PANEL)
+        at, to, weights, stride, size = rows.data_ptr(), y.data_ptr(), panels.data_ptr(), rows.stride(0), len(rows)
+        constant, more = (None if each is None else each.data_ptr() for each in (bias, added))
 
-def _shared(part: Callable[[int, int], None], rows: int, width: int) -> None:
-    """Calls `part(first, count)` for all rows, shared over torch's threads where they are many. Rows do not meet."""
-    threads = min(torch.get_num_threads(), rows)
-    if threads == 1 or rows * width < SHARED:
-        part(0, rows)
+        def part(first: int, count: int) -> None:
+            begin = PANEL * first
+            behind, along = (None if each is None else each + 4 * begin for each in (constant, more))
+            columns = min(PANEL * count, outputs - begin)
+            from_here = weights + 4 * begin * inputs
+            self._product(at, size, stride, from_here, inputs, behind, along, to + 4 * begin, outputs, columns)
+
+        _shared(part, len(panels), size * inputs * outputs >= PRODUCT)
+        return y
+
+
+@dataclass(frozen=True)
+class Panels:
+    """A linear layer as `linear` has them: weight (P, I, 16), its outputs in panels of 16, which are read from end to
+    end for each few rows."""
+
+    native: Native
+    weight: Tensor
+    bias: Tensor | None
+    outputs: int
+
+    @classmethod
+    def of(cls, native: Native, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Panels:
+        weight = joined(weights).detach()
+        filled = F.pad(weight, (0, 0, 0, -len(weight) % PANEL))
+        return cls(native, filled.unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous(), joined(biases), len(weight))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.native.product(x, self.weight, self.outputs, self.bias, None)
+
+    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.native.product(x, self.weight, self.outputs, self.bias, residual)
+
+
+def _shared(part: Callable[[int, int], None], parts: int, many: bool) -> None:
+    """Calls `part(first, count)` for all parts, shared over torch's threads where `many`. Parts do not meet."""
+    threads = min(torch.get_num_threads(), parts)
+    if threads == 1 or not many:
+        part(0, parts)
         return
-    bounds = [rows * i // threads for i in range(threads + 1)]
+    bounds = [parts * i // threads for i in range(threads + 1)]
     list(_pool(threads).map(lambda i: part(bounds[i], bounds[i + 1] - bounds[i]), range(threads)))
 
 

@@ -6,13 +6,14 @@ What differs from `transformer` is where the time went: linear layers are those 
 weights that were blocked once), query, key and value (and gate and up) are one product, rotary positions are one
 complex product, residuals are added inside the product before, and the last layer computes only the places asked
 about; on a GPU with Triton, and on a CPU where `compiled` asks for it, rotary positions and the cache's scatter are one
-kernel, and silu and the product after it another. The checkpoint's weights are not touched: these are copies (`packing`
-says when they are made).
+kernel, and silu and the product after it another; `compiled` norms and linear layers (`Panels`) are too. The
+checkpoint's weights are not touched: these are copies (`packing` says when they are made).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,7 +25,7 @@ from dlm.kernels.by_rows import EndToEnd, RowSizes, Stored, Uniform, lay_out, pi
 from dlm.kernels.int8 import QuantizedLinear
 from dlm.kernels.layers import Layer, let_go, pack_layer, release_weights
 from dlm.kernels.linear import Blocked, kind_for
-from dlm.kernels.native import native
+from dlm.kernels.native import Native, Panels, native
 from dlm.models.attention import Visible, attention_mask, visible_of
 from dlm.models.kv_cache import KVCache
 from dlm.models.rotary import rotary_angles
@@ -75,10 +76,12 @@ class Packed:
         transformer = model.model.transformer
         blocks = transformer.blocks
         self.embedding = transformer.wte.weight.detach()
+        kind = kind_for(self.embedding.device, self.embedding.dtype)
+        of = partial(Panels.of, self.small) if isinstance(self.small, Native) else kind.of
         self.layers = []
         every = config.rope_layers or (True,) * len(blocks)
         for block, rope in zip(blocks, every, strict=False):  # the list of a config.json may be longer
-            self.layers.append(pack_layer(block, block is blocks[-1], rope))
+            self.layers.append(pack_layer(block, block is blocks[-1], rope, of))
             if release:
                 release_weights(block)
         # Whether one kernel makes queries, keys and values of what the product gives.
@@ -86,9 +89,8 @@ class Packed:
         self.at_once = self.small is not None and plain
         self.last_norm = transformer.ln_f.weight.detach()
         tied = config.weight_tying
-        self.head = kind_for(self.embedding.device, self.embedding.dtype).of(
-            [transformer.wte.weight if tied else transformer.ff_out.weight], [None if tied else transformer.ff_out.bias]
-        )
+        head = transformer.wte if tied else transformer.ff_out
+        self.head = of([head.weight], [None if tied else head.bias])
         if release and not tied:
             let_go(transformer.ff_out)
         device = self.embedding.device
@@ -99,7 +101,7 @@ class Packed:
         self.fixed_shapes = device.type == "cuda"  # a GPU's libraries make a plan for each number of places asked about
         self.additive = device.type == "cuda"
         # Whether a row gets the same bits in every batch; the products of a mixture of experts do not give them.
-        self.exact_rows = kind_for(device, self.embedding.dtype) is Blocked and not any(
+        self.exact_rows = kind is Blocked and not any(
             layer.moe is not None or isinstance(layer.out, QuantizedLinear) for layer in self.layers
         )
 

@@ -1,5 +1,6 @@
-"""Compiled small operations: torch's numbers, the same bits for a row in every batch, the same tokens; refusals."""
+"""Compiled operations: torch's numbers, the same bits for a row in every batch, the same tokens; refusals."""
 
+import platform
 import shutil
 
 import pytest
@@ -24,6 +25,17 @@ pytestmark = pytest.mark.skipif(
 def native(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield module.native()
+
+
+@pytest.fixture(scope="module")
+def plain_vectors(tmp_path_factory):
+    """The functions for a processor without AVX."""
+    if platform.machine() != "x86_64":
+        pytest.skip("names an x86-64 processor")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(module, "OPTIONS", (*module.OPTIONS, "-march=x86-64"))
         yield module.native()
 
 
@@ -92,6 +104,46 @@ def test_a_token_has_the_same_bits_beside_others_and_on_several_threads(native, 
             assert torch.equal(q[0, i], one[2][0, 0]) and torch.equal(keys[:, :, i], one[3][:, :, 0])
 
 
+@pytest.mark.parametrize("processor", ["native", "plain_vectors"])
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (37, 16), (64, 45), (129, 80)])
+def test_products_are_torchs(request, processor, inputs, outputs):
+    """Rows below, at and above a group, and above a block of them; outputs that end inside a panel; a strided x."""
+    functions = request.getfixturevalue(processor)
+    weight, bias = numbers(outputs, inputs, seed=1) / inputs**0.5, numbers(outputs, seed=2)
+    for rows in (1, 2, 3, 5, 7, 12, 13, 31, 96, 203):
+        x, residual = numbers(rows, 2 * inputs)[:, :inputs], numbers(rows, outputs, seed=3)
+        for constant in (None, bias):
+            layer = module.Panels.of(functions, [weight], [constant])
+            expected = F.linear(x.double(), weight.double(), None if constant is None else constant.double())
+            for got, exact in ((layer(x), expected), (layer.plus(x, residual), expected + residual)):
+                error = (got - exact).abs().max() / exact.abs().max()
+                assert got.shape == (rows, outputs) and error < 1e-5
+
+
+def test_joined_layers_are_one_product_and_batches_keep_their_shape(native):
+    first, second, x = numbers(5, 24), numbers(18, 24, seed=1), numbers(2, 3, 24, seed=2)
+    layer = module.Panels.of(native, [first, second], [numbers(5, seed=3), numbers(18, seed=4)])
+    expected = F.linear(x, torch.cat([first, second]), torch.cat([numbers(5, seed=3), numbers(18, seed=4)]))
+    torch.testing.assert_close(layer(x), expected)
+    residual = numbers(2, 23, 3, seed=5).transpose(1, 2)
+    torch.testing.assert_close(layer.plus(x, residual), expected + residual)
+    assert layer(x[:0]).shape == (0, 3, 23) and layer(x.mT.contiguous().mT).equal(layer(x))
+
+
+def test_a_row_of_a_product_has_the_same_bits_beside_others_and_on_several_threads(native, monkeypatch):
+    x, residual = numbers(200, 75), numbers(200, 52, seed=1)
+    layer = module.Panels.of(native, [numbers(52, 75, seed=2)], [numbers(52, seed=3)])
+    alone = torch.cat([layer.plus(row, more) for row, more in zip(x[:, None], residual[:, None], strict=True)])
+    before = torch.get_num_threads()
+    for threads, shared in ((1, 2**24), (3, 1)):
+        monkeypatch.setattr(module, "PRODUCT", shared)
+        torch.set_num_threads(threads)
+        every = [layer.plus(x[:rows], residual[:rows]) for rows in (2, 6, 7, 25, 96, 97, 200)]
+        torch.set_num_threads(before)
+        for some in every:
+            assert torch.equal(some, alone[: len(some)])
+
+
 SETTINGS = [
     {"method": "none"}, {"method": "dual"}, {"method": "prefix", "cfg_scale": 0.5}, {"method": "c2f"},
     {"method": "dual", "commit": "threshold", "threshold": 0.4}, {"method": "vicinity", "temperature": 0.7},
@@ -108,6 +160,9 @@ def test_tokens_are_those_of_the_plain_path(native, settings, changes, monkeypat
     copy = packed(model)
     model.compiled = True
     assert copy.small is None and packed(model) is not copy and type(packed(model).small) is module.Native
+    first = packed(model).layers[0]
+    products = (packed(model).head, first.qkv, first.out, first.gate_up, first.down)
+    assert all(type(product) is module.Panels for product in products)
     placed, place = [], module.Native.place
 
     def counted(*given, **more):

@@ -279,7 +279,7 @@ def load_pretrained(
     flex_attention. variant: `fp16` reads model.fp16.safetensors. cuda_graphs: replay the passes of generation
     (`cuda_graphs`), on one GPU with sdpa. tensor_parallel: share every layer out over the processes that torchrun
     started, each with a GPU (`LLaDAConfig.base_model_tp_plan`); all must then make the same calls. compile: in float32
-    on a CPU generation uses small operations that a C compiler makes, once for a machine (`kernels.native`). causal:
+    on a CPU generation uses operations that a C compiler makes, once for a machine (`kernels.native`). causal:
     also open autoregressive models of the families that transformers reads, which score texts. progress: is told in a
     word what takes long.
 

@@ -30,7 +30,7 @@ class Parser(OptionParser):
         group.add_argument("--dtype", default="auto", type=float_name, metavar="NAME", help=types)
         group.add_argument("--attn-implementation", metavar="NAME", help=", ".join(ATTENTION))
         group.add_argument("--cuda-graphs", action="store_true", help="replay passes on a GPU: a launch for each")
-        group.add_argument("--compile", action="store_true", help="float32 on a CPU: compile small operations once")
+        group.add_argument("--compile", action="store_true", help="float32 on a CPU: compile a layer's operations once")
         return group
 
     def add_sampling(self, defaults, leave_out: Sequence[str] = ()) -> None:

@@ -52,7 +52,7 @@ def packed(model):
     A copy is made of a plain `LLaDAModelLM` in evaluation mode with SDPA attention, on a CPU in float32 or (where the
     processor multiplies it) bfloat16, on a GPU where there is memory for it; linear layers may be of few bits.
     Adapters, hooks and others' layers keep the model as it is. With `model.cuda_graphs` set its passes are replayed
-    (`Graphs`), with `model.compiled` small operations are compiled (`native`). The predictor is kept with the model and
+    (`Graphs`), with `model.compiled` their operations are compiled (`native`). The predictor is kept with the model and
     made again when the model has changed (`_Seen`). Anything else than a `LLaDAModelLM` is a predictor already, and
     comes back.
     """

@@ -252,7 +252,7 @@ class LLaDAModelLM(MaskPredictor, Surface, LLaDAPreTrainedModel):
 
     _tied_weights_keys = {}
     cuda_graphs = False  # whether generation on a GPU replays its passes (`graphs`)
-    compiled = False  # whether generation on a CPU compiles a layer's small operations (`native`)
+    compiled = False  # whether generation on a CPU compiles a layer's operations (`native`)
 
     def __init__(self, config: LLaDAConfig):
         super().__init__(config)

@@ -8,16 +8,33 @@ from typing import Any
 from dlm.sampling.config import SAMPLING
 from dlm.utils.jsonio import read_object
 
-__all__ = ["SHIPPED", "TWIN", "cached_defaults", "read_defaults"]
+__all__ = ["SHIPPED", "TWIN", "cached_defaults", "defaults_for", "read_defaults"]
 
 SHIPPED = Path(__file__).parent.parent / "assets" / "llama-stories-12m"  # the model that comes with the package
 TWIN = SHIPPED.with_name("llama-stories-6m-autoregressive")  # autoregressive: its judge, and a baseline
 
 
-def cached_defaults(path: str) -> dict[str, Any]:
-    """`read_defaults` of what is on this machine, without torch and network: a folder, or a hub id in the cache."""
+def defaults_for(use: str, own: dict[str, Any], full_attention: bool) -> dict[str, Any]:
+    """A checkpoint's sampling defaults for one use.
+
+    use: `text` as they are; `answers` with those that stand under "chat", such as a length that a whole answer fits;
+    `blanks` so that the text after a blank counts: a network that knows both visibilities (full_attention) uses the
+    one that sees it, and a text of variable length does not grow.
+    """
+    if use == "answers":
+        return own | own["chat"] if isinstance(own.get("chat"), dict) else own
+    if use == "blanks":
+        kept = {name: value for name, value in own.items() if name != "grow"}
+        return kept | {"method": "none"} if full_attention and kept.get("method") == "block_causal" else kept
+    return own
+
+
+def cached_defaults(path: str, use: str = "text") -> dict[str, Any]:
+    """`defaults_for` a use, of a folder or a hub id in the cache: without torch and network."""
     if Path(path).is_dir():
-        return read_defaults(Path(path) / "generation_config.json")
+        config = Path(path) / "config.json"
+        full = use == "blanks" and config.is_file() and bool(read_object(config).get("full_attention"))
+        return defaults_for(use, read_defaults(Path(path) / "generation_config.json"), full)
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -25,7 +42,7 @@ def cached_defaults(path: str) -> dict[str, Any]:
         file = try_to_load_from_cache(path, "generation_config.json")
     except HFValidationError:  # no name that a hub could have
         return {}
-    return read_defaults(file) if isinstance(file, str) else {}
+    return defaults_for(use, read_defaults(file), False) if isinstance(file, str) else {}
 
 
 def read_defaults(file: str | Path) -> dict[str, Any]:

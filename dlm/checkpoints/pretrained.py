@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from dlm.checkpoints.adapters import base_of, with_adapter
-from dlm.checkpoints.files import SHIPPED, read_defaults
+from dlm.checkpoints.files import SHIPPED, defaults_for, read_defaults
 from dlm.checkpoints.folder import Tensors, check_names, check_sizes, fetch, read_tensors, weight_files
 from dlm.checkpoints.load import Placing, is_own, open_model, read_config, read_fields
 from dlm.checkpoints.quick import fits, packed_from
@@ -121,18 +121,13 @@ class Pretrained:
 
     @property
     def chat_defaults(self) -> dict[str, Any]:
-        """`defaults` for answers: with those that stand under "chat", such as a length that a whole answer fits."""
-        own = self.defaults.get("chat")
-        return self.defaults | own if isinstance(own, dict) else self.defaults
+        """`defaults` for answers."""
+        return defaults_for("answers", self.defaults, False)
 
     @property
     def blank_defaults(self) -> dict[str, Any]:
-        """`defaults` for filling blanks: text after a blank counts, so a network that knows both visibilities uses the
-        one that sees it, and a text of variable length does not grow."""
-        kept = {name: value for name, value in self.defaults.items() if name != "grow"}
-        if kept.get("method") == "block_causal" and getattr(self.fields, "full_attention", False):
-            return kept | {"method": "none"}
-        return kept
+        """`defaults` for filling blanks."""
+        return defaults_for("blanks", self.defaults, getattr(self.fields, "full_attention", False))
 
     @cached_property
     def digest(self) -> str:

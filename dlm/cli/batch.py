@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from dlm.cli.parser import Parser, check_least, shown_defaults
@@ -16,15 +16,16 @@ if TYPE_CHECKING:
 MOST_SAMPLES, MOST_DELAY = 1_000_000, 60
 
 
-def add_common(parser: Parser, argv: Sequence[str], leave_out: Sequence[str] = ()) -> None:
-    """Options that generate and infill share."""
+def add_common(parser: Parser, argv: Sequence[str], use: str, texts: Mapping[str, str] | None = None) -> None:
+    """Options that generate and infill share. use: what of the checkpoint's defaults the help shows, as
+    `shown_defaults`; texts: as `Parser.add_sampling`."""
     parser.add_argument("--prompts", metavar="FILE", help='one a line, or JSONL with "prompt"; - is standard input')
     parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="texts for each prompt (default: 1)")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="texts at a time (default: 8)")
     parser.add_model().add_argument(
         "--tensor-parallel", action="store_true", help="share layers out over torchrun's processes, a GPU each"
     )
-    parser.add_sampling(shown_defaults(argv), leave_out)
+    parser.add_sampling(shown_defaults(argv, use), texts=texts)
     parser.add_output().add_argument("--record", metavar="FILE", help="write every pass there, for dlm replay")
 
 

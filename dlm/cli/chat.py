@@ -32,7 +32,7 @@ def chat(argv: Sequence[str]) -> int:
     """`dlm chat`: talk, turn by turn."""
     parser = Parser("chat", "[options]", "Talk with an instruct checkpoint: /reset starts over, /quit or Ctrl-D ends.")
     parser.add_model()
-    parser.add_sampling(shown_defaults(argv))
+    parser.add_sampling(shown_defaults(argv, "answers"))
     parser.add_output()
     args = parser.parse(argv)
     check_counts(args)
@@ -65,9 +65,9 @@ def chat(argv: Sequence[str]) -> int:
         elif line.startswith("/"):
             print("dlm: the commands are /reset and /quit", file=sys.stderr)
         elif line:
-            turn = [*messages, {"role": "user", "content": line}]
             try:
-                reply = answer(opened, turn, config, args)
+                turn, ids = fitting(opened, [*messages, {"role": "user", "content": line}], config)
+                reply = answer(opened, line, ids, config, args)
             except ValueError as error:
                 if not typed:
                     raise
@@ -89,13 +89,25 @@ def read_line(typed: bool) -> str:
     return line
 
 
-def answer(opened: Pretrained, messages: Sequence[dict[str, str]], config, args) -> str | None:
-    """Write and print the answer to a conversation; None where it was interrupted."""
+def fitting(opened: Pretrained, messages: list[dict[str, str]], config) -> tuple[list[dict[str, str]], list[int]]:
+    """A conversation and its ids, without its oldest turns where it and an answer are above the longest canvas."""
     from dlm.chat_template import chat_ids
 
     check_texts(opened, [messages[-1]["content"]])
-    ids = chat_ids(opened.tokenizer, messages, opened.mask_id) + [opened.mask_id] * config.start_length
-    [result] = denoise(opened, [Job(ids, messages[-1]["content"], config.seed)], config, args, show_given=False)
+    limit, kept = opened.max_length, messages
+    ids = chat_ids(opened.tokenizer, kept, opened.mask_id)
+    while limit and len(ids) + config.gen_length > limit and len(kept) > 1:
+        kept = kept[2:]  # a question and its answer
+        ids = chat_ids(opened.tokenizer, kept, opened.mask_id)
+    if len(kept) < len(messages):
+        print(f"dlm: the model reads {limit} tokens at most: it no longer sees the oldest turns", file=sys.stderr)
+    return kept, ids
+
+
+def answer(opened: Pretrained, question: str, ids: Sequence[int], config, args) -> str | None:
+    """Write and print the answer to a conversation; None where it was interrupted."""
+    ids = [*ids, *[opened.mask_id] * config.start_length]
+    [result] = denoise(opened, [Job(ids, question, config.seed)], config, args, show_given=False)
     pieces = text_pieces(opened, result, config, head="")
     if args.json:
         print_json(result.record(text_of(pieces)))

@@ -16,7 +16,7 @@ def generate(argv: Sequence[str]) -> int:
     parser = Parser("generate", "[PROMPT ...] [options]", "Continue each prompt with text that denoises.")
     parser.add_argument("prompt", nargs="*", help="text to continue")
     parser.add_argument("--chat", action="store_true", help="put each prompt into the checkpoint's chat template")
-    add_common(parser, argv)
+    add_common(parser, argv, "answers" if "--chat" in argv else "text")
     parser.add_argument(
         "--out", metavar="FILE", help="write the texts of --prompts there as JSON lines; the same command goes on later"
     )

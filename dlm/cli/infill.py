@@ -26,7 +26,7 @@ def infill(argv: Sequence[str]) -> int:
     )
     parser.add_argument("prompt", nargs="*", metavar="TEXT", help="text with blanks")
     parser.add_argument("--blank-length", type=int, default=4, metavar="N", help="tokens in a blank (default: 4)")
-    add_common(parser, argv)
+    add_common(parser, argv, "blanks", {"gen_length": "for --grow expand: most tokens of all blanks together"})
     args = parser.parse(argv)
     check_counts(args)
     if args.gen_length is not None and args.grow != "expand":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dlm.checkpoints.files import SHIPPED, cached_defaults
@@ -12,6 +12,9 @@ from dlm.sampling.config import SAMPLING, SamplingConfig
 from dlm.utils.settings import OptionParser, flag, shown_default
 
 __all__ = ["Parser", "check_least", "flag", "shown_defaults"]
+
+
+METAVARS = {"regex": "PATTERN", "json_schema": "FILE", "choices": "TEXTS"}
 
 
 class Parser(OptionParser):
@@ -33,22 +36,24 @@ class Parser(OptionParser):
         group.add_argument("--compile", action="store_true", help="float32 on a CPU: compile a layer's operations once")
         return group
 
-    def add_sampling(self, defaults, leave_out: Sequence[str] = ()) -> None:
+    def add_sampling(self, defaults, leave_out: Sequence[str] = (), texts: Mapping[str, str] | None = None) -> None:
         """One option for each field of SamplingConfig; not given it is None, so that the checkpoint's counts.
 
-        defaults: a SamplingConfig whose values the help shows.
+        defaults: a SamplingConfig whose values the help shows. texts: what the help says of some fields in this
+        command, without a default.
         """
         group = self.add_argument_group("sampling")
         for field, (kind, text) in SAMPLING.items():
             if field in leave_out:
                 continue
-            value = getattr(defaults, field, None)
+            text = (texts or {}).get(field, text)
+            value = None if texts and field in texts else getattr(defaults, field, None)
             if value is not None and (kind is not bool or value):
                 text += f" (default: {shown_default(value)})"
             more = (
                 {"action": argparse.BooleanOptionalAction}
                 if kind is bool
-                else {"type": kind, "metavar": {int: "N", float: "X", str: "NAME"}.get(kind, "VALUE")}
+                else {"type": kind, "metavar": METAVARS.get(field, {int: "N", float: "X"}.get(kind, "NAME"))}
             )
             group.add_argument(flag(field), default=None, help=text, **more).shown = bool(value)
 
@@ -74,15 +79,16 @@ def check_least(args: argparse.Namespace, least: int, *fields: str) -> None:
             raise ValueError(f"{flag(field)} is {value}: give {least} or more")
 
 
-def shown_defaults(argv: Sequence[str]) -> Any:
+def shown_defaults(argv: Sequence[str], use: str = "text") -> Any:
     """The SamplingConfig in force for the checkpoint that `argv` names, where help is asked for; else None.
 
-    A hub id whose files are not on this machine shows dlm's own defaults.
+    use: `text`, `answers` (as `Pretrained.chat_defaults`) or `blanks` (as `Pretrained.blank_defaults`). A hub id whose
+    files are not on this machine shows dlm's own defaults.
     """
     if not {"-h", "--help"} & set(argv):
         return None
     words = list(argv)
     path = next((words[at + 1] for at, word in enumerate(words[:-1]) if word == "--model"), str(SHIPPED))
     path = next((word.split("=", 1)[1] for word in words if word.startswith("--model=")), path)
-    own = cached_defaults(path)
+    own = cached_defaults(path, use)
     return SamplingConfig(**{field: value for field, value in own.items() if field in SAMPLING})

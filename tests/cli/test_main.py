@@ -55,6 +55,22 @@ def test_help_of_commands_lists_options_with_defaults(command, capsys):
     assert f"{least} (default: {dlm.SamplingConfig().threshold})" in text
 
 
+def test_help_shows_the_defaults_of_what_the_command_does(capsys):
+    """Fault: the help of chat and infill showed those of generate."""
+
+    def shown(option, *argv):
+        with pytest.raises(SystemExit):
+            main.main([*argv, "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        return text.split(f" {option} ", 1)[1].split(" --", 1)[0]
+
+    assert "(default: 128)" in shown("--gen-length N", "generate")
+    assert "(default: 256)" in shown("--gen-length N", "generate", "--chat")
+    assert "(default: 256)" in shown("--gen-length N", "chat")
+    assert "default" not in shown("--gen-length N", "infill")
+    assert "(default: none)" in shown("--method NAME", "infill")
+
+
 # ---------------------------------------------------------------- generate
 
 
@@ -213,6 +229,23 @@ def test_chat_keeps_the_turns_and_refuses_base_models(run, monkeypatch, checkpoi
     (base / "chat_template.jinja").unlink()
     code, _, error = run("chat", model=base)
     assert code == 2 and "no chat template" in error
+
+
+def test_chat_goes_on_when_the_model_cannot_read_the_whole_conversation(run, monkeypatch):
+    """Fault: the third question to the shipped model ended `dlm chat`, and typed ones failed for ever."""
+    seen = []
+    monkeypatch.setattr(
+        "dlm.chat_template.chat_ids",
+        lambda tok, messages, mask: (
+            seen.append([message["content"] for message in messages]) or [1] * 10 * len(messages)
+        ),
+    )
+    lines = iter(["one", "two", "three", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    code, out, error = run("chat", "--gen-length", 90, "--json")  # of 128: 38 are left, three messages
+    assert code == 0 and len(out.splitlines()) == 3
+    assert seen[-1][0] == "two" and len(seen[-1]) == 3
+    assert error.count("no longer sees the oldest turns") == 1
 
 
 def test_chat_template_prompts(run, tokenizer):

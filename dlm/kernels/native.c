@@ -143,10 +143,9 @@ static inline __attribute__((always_inline)) void tile(
     }
 }
 
-/* y (N, columns) = x W^T [+ bias] [+ added] for x (N, I) and panels (columns / PANEL, I, PANEL), the last filled up;
-   y and added are columns of tensors with `outputs` of them. */
-void product(const float *x, ptrdiff_t rows, ptrdiff_t stride, const float *panels, ptrdiff_t inputs, const float *bias,
-             const float *added, float *y, ptrdiff_t outputs, ptrdiff_t columns) {
+/* Some columns of a product, which begin at a panel; y and added are rows of `outputs`. */
+static void columns_of(const float *x, ptrdiff_t rows, ptrdiff_t stride, const float *panels, ptrdiff_t inputs,
+                       const float *bias, const float *added, float *y, ptrdiff_t outputs, ptrdiff_t columns) {
     for (ptrdiff_t first = 0; first < rows; first += BLOCK) {
         ptrdiff_t count = rows - first < BLOCK ? rows - first : BLOCK, groups = (count + GROUP - 1) / GROUP;
         ptrdiff_t pace = PANEL * (ptrdiff_t)sizeof(float) / groups; /* the groups fetch the next panel between them */
@@ -171,4 +170,34 @@ void product(const float *x, ptrdiff_t rows, ptrdiff_t stride, const float *pane
             }
         }
     }
+}
+
+struct job {
+    const float *x, *panels, *bias, *added;
+    float *y;
+    ptrdiff_t rows, stride, inputs, outputs, parts, next;
+};
+
+/* Takes parts of the panels until none is left. */
+static void work(void *given) {
+    struct job *job = given;
+    ptrdiff_t count = (job->outputs + PANEL - 1) / PANEL, part;
+    while ((part = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED)) < job->parts) {
+        ptrdiff_t from = PANEL * (count * part / job->parts), to = PANEL * (count * (part + 1) / job->parts);
+        columns_of(job->x, job->rows, job->stride, job->panels + from * job->inputs, job->inputs,
+                   job->bias ? job->bias + from : NULL, job->added ? job->added + from : NULL, job->y + from,
+                   job->outputs, (to < job->outputs ? to : job->outputs) - from);
+    }
+}
+
+/* y (N, O) = x W^T [+ bias] [+ added] for x (N, I) and panels (O / PANEL, I, PANEL), the last filled up. together: NULL,
+   or OpenMP's GOMP_parallel, by which `threads` share it. */
+void product(const float *x, ptrdiff_t rows, ptrdiff_t stride, const float *panels, ptrdiff_t inputs, const float *bias,
+             const float *added, float *y, ptrdiff_t outputs,
+             void (*together)(void (*)(void *), void *, unsigned, unsigned), ptrdiff_t threads) {
+    struct job job = {x, panels, bias, added, y, rows, stride, inputs, outputs, together ? threads : 1, 0};
+    if (job.parts > 1)
+        together(work, &job, (unsigned)threads, 0);
+    else
+        work(&job);
 }

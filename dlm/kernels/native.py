@@ -39,14 +39,13 @@ SOURCE = Path(__file__).with_name("native.c")
 # Sums stay in the order of the source: no -ffast-math.
 OPTIONS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-shared", "-fPIC")
 SHARED = 2**17  # numbers from which threads share a call
-PRODUCT = 2**24  # multiplications from which they share a product
 PANEL = 16  # outputs of a panel, as in the source
 SIZE, POINTER = ctypes.c_ssize_t, ctypes.c_void_p
 SIGNATURES = {
     "normed": (POINTER, SIZE, SIZE, POINTER, POINTER, SIZE, ctypes.c_float),
     "gated": (POINTER, SIZE, SIZE, POINTER, SIZE),
     "place": (POINTER, SIZE, *[POINTER] * 7, *[SIZE] * 7),
-    "product": (POINTER, SIZE, SIZE, POINTER, SIZE, POINTER, POINTER, POINTER, SIZE, SIZE),
+    "product": (POINTER, SIZE, SIZE, POINTER, SIZE, *[POINTER] * 3, SIZE, POINTER, SIZE),
 }
 
 
@@ -69,7 +68,7 @@ class Native:
         def part(first: int, count: int) -> None:
             self._normed(at + 4 * first * stride, count, stride, factor, to + 4 * first * size, size, eps)
 
-        _shared(part, len(rows), len(rows) * size >= SHARED)
+        _shared(part, len(rows), size)
         return y
 
     def gated(self, x: Tensor) -> Tensor:
@@ -81,7 +80,7 @@ class Native:
         def part(first: int, count: int) -> None:
             self._gated(at + 4 * first * stride, count, stride, to + 4 * first * size, size)
 
-        _shared(part, len(rows), len(rows) * size >= SHARED)
+        _shared(part, len(rows), size)
         return y
 
     def place(
@@ -116,7 +115,7 @@ class Native:
         def part(first: int, count: int) -> None:
             self._place(*pointers, first, count, queries, heads, kv_heads, length, size)
 
-        _shared(part, len(flat), len(flat) * width >= SHARED)
+        _shared(part, len(flat), width)
         return q
 
     def product(self, x: Tensor, panels: Tensor, outputs: int, bias: Tensor | None, added: Tensor | None) -> Tensor:
@@ -128,17 +127,11 @@ class Native:
         added = None if added is None else added.contiguous()
         y = x.new_empty((*x.shape[:-1], outputs))
         assert panels.is_contiguous() and panels.shape == (-(-outputs // PANEL), inputs, PANEL)
-        at, to, weights, stride, size = rows.data_ptr(), y.data_ptr(), panels.data_ptr(), rows.stride(0), len(rows)
         constant, more = (None if each is None else each.data_ptr() for each in (bias, added))
-
-        def part(first: int, count: int) -> None:
-            begin = PANEL * first
-            behind, along = (None if each is None else each + 4 * begin for each in (constant, more))
-            columns = min(PANEL * count, outputs - begin)
-            from_here = weights + 4 * begin * inputs
-            self._product(at, size, stride, from_here, inputs, behind, along, to + 4 * begin, outputs, columns)
-
-        _shared(part, len(panels), size * inputs * outputs >= PRODUCT)
+        pointers = panels.data_ptr(), inputs, constant, more, y.data_ptr()
+        self._product(
+            rows.data_ptr(), len(rows), rows.stride(0), *pointers, outputs, _together(), torch.get_num_threads()
+        )
         return y
 
 
@@ -165,19 +158,33 @@ class Panels:
         return self.native.product(x, self.weight, self.outputs, self.bias, residual)
 
 
-def _shared(part: Callable[[int, int], None], parts: int, many: bool) -> None:
-    """Calls `part(first, count)` for all parts, shared over torch's threads where `many`. Parts do not meet."""
-    threads = min(torch.get_num_threads(), parts)
-    if threads == 1 or not many:
-        part(0, parts)
+def _shared(part: Callable[[int, int], None], rows: int, width: int) -> None:
+    """Calls `part(first, count)` for all rows, shared over torch's threads where they are many. Rows do not meet."""
+    threads = min(torch.get_num_threads(), rows)
+    if threads == 1 or rows * width < SHARED:
+        part(0, rows)
         return
-    bounds = [parts * i // threads for i in range(threads + 1)]
+    bounds = [rows * i // threads for i in range(threads + 1)]
     list(_pool(threads).map(lambda i: part(bounds[i], bounds[i + 1] - bounds[i]), range(threads)))
 
 
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="dlm-native")
+
+
+@cache
+def _together() -> int | None:
+    """Where GOMP_parallel lies in the OpenMP that torch has loaded, whose threads products share; None without one."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return None
+    loaded = {line.split(maxsplit=5)[-1] for line in lines if "/" in line}
+    found = [file for file in loaded if Path(file).name.startswith(("libgomp", "libiomp5", "libomp"))]
+    found.sort(key=lambda file: ("torch" not in file, file))  # another library may have brought its own
+    functions = (getattr(ctypes.CDLL(file), "GOMP_parallel", None) for file in found)
+    return next((ctypes.cast(function, POINTER).value for function in functions if function is not None), None)
 
 
 # ---------------------------------------------------------------- the library

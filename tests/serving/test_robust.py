@@ -192,6 +192,11 @@ def get(url, body=None):
         return json.loads(answer.read())
 
 
+def metrics(url) -> str:
+    with urllib.request.urlopen(f"{url}/metrics", timeout=60) as answer:
+        return answer.read().decode()
+
+
 def test_a_process_serves_and_drains(folder):
     """SIGTERM while a request runs: it is finished, new ones find no server, and the process ends with 0."""
     with socket.socket() as free:
@@ -209,7 +214,8 @@ def test_a_process_serves_and_drains(folder):
             lines = ["POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
             head = "\r\n".join([*lines, f"Content-Length: {len(body)}"])
             client.sendall(head.encode() + b"\r\nConnection: close\r\n\r\n" + body)
-            time.sleep(0.1)
+            while not any(word in metrics(url) for word in ("dlm_requests_running 1", "dlm_requests_total{")):
+                time.sleep(0.01)  # until the engine has the request
             process.send_signal(signal.SIGTERM)
             received = b""
             while part := client.recv(65536):

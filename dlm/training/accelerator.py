@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import TypeVar
+
 import torch
 
+from dlm.kernels.linear import has_kernels
 from dlm.training import zero
 from dlm.training.config import TrainingConfig
 from dlm.training.logging import tracker_of
 from dlm.training.optim import build_optimizers
 from dlm.training.sharding import check_sharding, keep_sums_exact, tables_in_root
+
+Config = TypeVar("Config", bound=TrainingConfig)
+
+
+def with_precision(config: Config) -> Config:
+    """The config with precision auto replaced: bf16 where the device has instructions for it, else no (fp32).
+
+    A run records what it was, so that it is not resumed in another precision without a word.
+    """
+    if config.precision != "auto":
+        return config
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    quick = {
+        "cpu": lambda: has_kernels(torch.bfloat16),
+        "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+        "mps": lambda: False,
+    }.get(device.type, lambda: True)()
+    return replace(config, precision="bf16" if quick else "no")
 
 
 def make_accelerator(config: TrainingConfig):
@@ -18,7 +40,7 @@ def make_accelerator(config: TrainingConfig):
 
     return Accelerator(
         cpu=not torch.accelerator.is_available(),  # otherwise processes on CPUs would not join, and each train alone
-        mixed_precision=config.precision,
+        mixed_precision=with_precision(config).precision,
         log_with=tracker_of(config),
         project_config=ProjectConfiguration(project_dir=config.output, logging_dir=config.output),
     )

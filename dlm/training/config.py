@@ -73,7 +73,7 @@ class TrainingConfig:
     packing: bool = True
     eos_padding: str = "none"
     dropout_prompt: float = 0.0
-    precision: str = "bf16"
+    precision: str = "auto"
     activation_checkpointing: bool = False
     compile: bool = False
     loss_chunk: int | None = None
@@ -94,7 +94,7 @@ class TrainingConfig:
         precision = float_name(self.precision)
         object.__setattr__(self, "precision", MIXED_PRECISION.get(precision, self.precision))
         if self.precision not in MIXED_PRECISION.values():
-            check_name("precision", self.precision, options.PRECISIONS)
+            check_name("precision", self.precision, options.CHOICES["precision"])
         for name in ("optimizer", "schedule", "objective", "estimator", "noise_schedule", "eos_padding", "tracker"):
             check_name(name, getattr(self, name), options.CHOICES[name])
         positive = ("max_steps", "batch_size", "accumulation", "learning_rate", "clip", "keep_last", "log_every",

@@ -25,7 +25,7 @@ from dlm.data.streaming import StreamedExamples, StreamedSource
 from dlm.kernels.linear import has_kernels
 from dlm.objectives.losses import Objective
 from dlm.tokenizer import mask_id
-from dlm.training.accelerator import make_accelerator
+from dlm.training.accelerator import make_accelerator, with_precision
 from dlm.training.checks import MANY_EPOCHS, check_batch, check_folders, check_length
 from dlm.training.config import RecipeConfig
 from dlm.training.rollouts import Plan
@@ -158,6 +158,7 @@ def run(recipe: RecipeConfig, argv: list[str], prog: str, prepare: Callable[...,
         raise ValueError("no data: give --data with one or more sources, comma separated")
     check_length(argv)
     check_folders(recipe)
+    recipe = with_precision(recipe)
     accelerator = make_accelerator(recipe)
     report = print if accelerator.is_main_process else (lambda line: None)
     report(processes_line(accelerator))
@@ -226,7 +227,8 @@ def processes_line(accelerator) -> str:
     """How many processes this job is, with a warning where its launcher was asked for another number, and where the
     processor computes bf16 slower than fp32."""
     world, asked = accelerator.num_processes, launcher_processes()
-    line = f"processes: {world}, on {accelerator.device.type}"
+    precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    line = f"processes: {world}, on {accelerator.device.type} in {precision}"
     if asked is not None and asked != world:
         line += (
             f"\nwarning: the launcher was asked for {asked} processes, and this job has {world}: for several on CPUs "

@@ -24,7 +24,7 @@ from dlm.data.streaming import StreamedExamples
 from dlm.models.flops import peak_flops, training_flops
 from dlm.objectives.losses import OBJECTIVES, Objective
 from dlm.rewards.table import RewardError
-from dlm.training.accelerator import make_accelerator, prepare_model, sum_over_processes
+from dlm.training.accelerator import make_accelerator, prepare_model, sum_over_processes, with_precision
 from dlm.training.ahead import Ahead, usual_workers
 from dlm.training.batches import Batches, StepBatches
 from dlm.training.checks import check_batch, check_targets
@@ -94,6 +94,7 @@ def fit(
     rollouts: answers that the model writes are learned from, to the prompts of `train` (`data.questions`).
     The model is trained in place. Errors: settings that do not fit together; NonFiniteLoss.
     """
+    config = with_precision(config)
     accelerator = accelerator or make_accelerator(config)
     parts = accelerator.num_processes * config.accumulation
     if config.batch_size % parts:

@@ -13,6 +13,7 @@ import torch
 from accelerate.state import AcceleratorState
 from tqdm import tqdm
 
+from dlm.training import accelerator as accelerators
 from dlm.training import recipe
 from dlm.training.state import checkpoints
 from dlm.training.trainer import Run, fit
@@ -202,10 +203,20 @@ def test_what_the_launcher_was_asked_for(tmp_path, monkeypatch, words, number):
 
 
 @pytest.mark.parametrize(
+    ("precision", "quick", "taken"), [("auto", True, "bf16"), ("auto", False, "no"), ("bf16", False, "bf16")]
+)
+def test_auto_takes_bf16_where_the_processor_has_it(tmp_path, monkeypatch, precision, quick, taken):
+    """Was: bf16 by default, many times slower than fp32 on a processor without its instructions."""
+    monkeypatch.setattr(accelerators, "has_kernels", lambda dtype: quick)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert accelerators.with_precision(settings(tmp_path, precision=precision)).precision == taken
+
+
+@pytest.mark.parametrize(
     ("precision", "quick", "warned"), [("bf16", False, True), ("bf16", True, False), ("no", False, False)]
 )
 def test_bf16_on_a_processor_without_it_is_said(monkeypatch, precision, quick, warned):
-    """Was: the default precision, bf16, is slow on such processors, and nothing said so."""
+    """Was: bf16 is slow on such processors, and nothing said so."""
     monkeypatch.setattr(recipe, "has_kernels", lambda dtype: quick)
     accelerator = SimpleNamespace(num_processes=1, device=torch.device("cpu"), mixed_precision=precision)
     assert ("--precision fp32 is faster" in recipe.processes_line(accelerator)) == warned

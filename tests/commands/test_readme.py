@@ -71,7 +71,7 @@ def test_options_of_a_command_exist(line, capsys):
 
 def test_options_exist(capsys):
     commands = [[command, name] for command in scripts.FOLDERS for name in scripts.scripts(command)]
-    commands += [[word] for word in ("generate", "infill", "chat", "info")] + [["train", "--estimate"]]
+    commands += [[word] for word in ("generate", "infill", "chat", "info", "replay")] + [["train", "--estimate"]]
     known = set().union(*(options_of(command, capsys) for command in commands)) | {"--estimate"} | TORCHRUN
     assert set(re.findall(r"--[a-z][a-z_-]+", PAGES)) <= known
 

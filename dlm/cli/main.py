@@ -30,7 +30,7 @@ COMMANDS = {  # name: (where its function is, one line for the help)
     "train": ("dlm.cli.scripts:train", "run a training recipe, or estimate what it takes"),
     "eval": ("dlm.cli.scripts:evaluate", "perplexity with its error, generated text judged, lm-eval tasks"),
     "bench": ("dlm.cli.scripts:bench", "the grid of block lengths and steps; speed"),
-    "launch": ("dlm.cli.launch:launch", "start one of these three in several processes"),
+    "launch": ("dlm.cli.launch:launch", "start train, eval or bench in several processes"),
 }
 HELP = """usage: dlm COMMAND ...
 

@@ -76,7 +76,7 @@ SAMPLING: dict[str, tuple[Callable, str]] = {
     "entropy_bound": (float, "for --commit entropy_bound, in nats"),
     "kl_bound": (float, "for --commit stable: most nats by which a prediction may change from pass to pass"),
     "kl_passes": (int, "for --commit stable: passes for which it must not change more"),
-    "draft": (int, "states ahead that a pass verifies beside its own; the text does not change"),
+    "draft": (int, "states ahead that a pass verifies too: fewer, larger passes; the text does not change"),
     "open_share": (float, "for --method pipeline: part of a block that is written before the next one opens"),
     "force_share": (float, "for --method pipeline: part after which the next one commits in every pass"),
     "revise": (str, "none, edit, remask or verify: which tokens a pass changes that were committed before"),

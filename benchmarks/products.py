@@ -73,7 +73,7 @@ def turns(works: dict[str, Callable[[int], object]], args: Namespace, part: int 
     way round."""
     clock = clock_of(args)
     spent: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(-1, max(3, args.repeats // part)):
+    for turn in range(-1, -(-args.repeats // part)):
         for name in list(works)[:: 1 if turn % 2 else -1]:
             begin = clock()
             works[name](turn)
@@ -122,7 +122,8 @@ def passes(args, predictors) -> None:
 
     slots, generator = args.canvas, torch.Generator().manual_seed(0)
     caches = {name: KVCache(1, slots) for name in predictors}
-    whole = torch.randint(0, 4000, (1, slots), generator=generator)
+    words = len(predictors["plain"].embedding)
+    whole = torch.randint(0, words, (1, slots), generator=generator)
     for name, predictor in predictors.items():
         predictor(whole, torch.arange(slots)[None], cache=caches[name])
     _heading("slots of a pass", "ms")
@@ -138,7 +139,8 @@ def passes(args, predictors) -> None:
 def texts(args, predictors) -> None:
     prompt = [[17, 300, 41, 9, 77, 120, 8, 55]]
     _heading("text", "s", "same tokens")
-    for method in ("none", "dual", "block_causal"):
+    methods = ["none", "dual", *([] if args.config else ["block_causal"])]
+    for method in methods:
         config = dlm.SamplingConfig(
             gen_length=args.gen_length, block_length=8, steps=args.gen_length, method=method, temperature=0.8, seed=1
         )

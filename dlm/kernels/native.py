@@ -5,7 +5,7 @@ Shapes: N rows (tokens), B batch, Q queried tokens, H heads, H_kv key heads, T s
 inputs, O outputs, P panels of 16 outputs.
 
 torch makes about forty calls a layer beside its four products, each of which takes longer to begin than to compute for
-a few tokens; and oneDNN's products of few tokens read weights at half the speed that memory gives them. The small
+a few tokens; and oneDNN's products of few tokens read weights more slowly than memory gives them. The small
 functions here have the signatures of `triton`'s. A pass asks for them with `compile`: it is never done unasked, since
 it needs a C compiler and the last bits of a result are other ones. The library is kept between runs (`library`), named
 after its source, the compiler and the processor.

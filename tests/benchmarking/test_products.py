@@ -14,7 +14,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.slow
 def test_products_passes_and_texts_take_turns(monkeypatch, capsys):
     monkeypatch.setattr(products, "BEYOND", 1)
     threads = torch.get_num_threads()

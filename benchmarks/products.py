@@ -21,9 +21,6 @@ from unittest.mock import patch
 if __package__ in (None, ""):  # run by path from a clone: find dlm/ beside benchmarks/
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-
-import dlm
 from dlm.cli.parser import Parser, check_least
 from dlm.cli.workload import clock_of
 
@@ -49,6 +46,9 @@ def main(argv: Sequence[str]) -> int:
     check_least(args, 1, "threads", "gen_length", "repeats")
     if not 1 <= min(args.rows) <= max(args.rows) <= args.canvas:
         raise ValueError(f"--rows are {args.rows}: each must lie between 1 and --canvas, {args.canvas}")
+    import torch
+
+    import dlm
     from dlm.kernels.linear import Blocked
     from dlm.kernels.native import Panels
     from dlm.kernels.packed import Packed
@@ -62,9 +62,10 @@ def main(argv: Sequence[str]) -> int:
     with patch.object(Panels, "of", lambda native, weights, biases: Blocked.of(weights, biases)):
         small = Packed(model)
     predictors = {"plain": plain, "small": small, "compiled": compiled}
-    products(args, compiled)
-    passes(args, predictors)
-    texts(args, predictors)
+    with torch.no_grad():
+        products(args, compiled)
+        passes(args, predictors)
+        texts(args, predictors)
     return 0
 
 
@@ -87,8 +88,9 @@ def ratio(spent: dict[str, list[float]], first: str, second: str) -> float:
     return statistics.median(a / b for a, b in zip(spent[first], spent[second], strict=True))
 
 
-@torch.no_grad()
 def products(args, compiled) -> None:
+    import torch
+
     from dlm.kernels.linear import Blocked
     from dlm.kernels.native import Panels
 
@@ -111,12 +113,13 @@ def products(args, compiled) -> None:
             print("|", *(f"{cell} |" for cell in cells), torch.equal(blocked[0](x), panels[0](x)), "|", flush=True)
 
 
-def _one_of(layers: Sequence, x: torch.Tensor, turn: int) -> torch.Tensor:
+def _one_of(layers: Sequence, x, turn: int):
     return layers[turn % len(layers)](x)
 
 
-@torch.no_grad()
 def passes(args, predictors) -> None:
+    import torch
+
     from dlm.kernels.by_rows import RowSizes
     from dlm.models.kv_cache import KVCache
 
@@ -137,6 +140,10 @@ def passes(args, predictors) -> None:
 
 
 def texts(args, predictors) -> None:
+    import torch
+
+    import dlm
+
     prompt = [[17, 300, 41, 9, 77, 120, 8, 55]]
     _heading("text", "s", "same tokens")
     methods = ["none", "dual", *([] if args.config else ["block_causal"])]

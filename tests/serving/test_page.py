@@ -129,14 +129,22 @@ def test_the_colour_and_the_words_of_a_token_are_its_confidence(page):
 def test_stop_frees_the_row(page, served, monkeypatch):
     from dlm.serving import engine as module
 
-    real = module.turn
-    monkeypatch.setattr(module, "turn", lambda batch: (time.sleep(0.03), real(batch))[1])
+    real, stopped, turns = module.turn, threading.Event(), []
+
+    def held(batch):  # after five passes, until the button is pressed
+        turns.append(time.sleep(0.03))
+        if len(turns) > 5:
+            stopped.wait(30)
+        return real(batch)
+
+    monkeypatch.setattr(module, "turn", held)
     page.fill("#length", "100")
     page.click("#write")
     page.locator("#canvas .t").nth(2).wait_for()
     assert page.locator("#write").is_disabled() and served[1].running == 1
     page.click("#stop")
     finished(page)
+    stopped.set()
     for _ in range(100):
         if served[1].running == 0:
             break

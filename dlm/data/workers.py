@@ -106,7 +106,7 @@ def _end(processes: Sequence[subprocess.Popen]) -> None:
 
 
 def work() -> None:
-    """A worker's life: the tokenizer, then texts, until the input ends."""
+    """The loop of a worker process: reads the tokenizer, then encodes lists of texts until its input ends."""
     from dlm.data.words import Words
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks

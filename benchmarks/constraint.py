@@ -112,7 +112,8 @@ def main(argv: Sequence[str]) -> int:
 def measure(args, schema: str) -> tuple[dict, float, list[dict]]:
     """(the automaton and the seconds that it took, seconds of asking for it again, rows by tokens and request)."""
     from dlm.checkpoints.files import SHIPPED
-    from dlm.sampling.automaton import compile_pattern, schema_pattern
+    from dlm.sampling.automaton import compile_pattern
+    from dlm.sampling.patterns import schema_pattern
     from dlm.tokenizer import load_tokenizer
 
     words = Vocabulary(load_tokenizer(SHIPPED), args.vocabulary)

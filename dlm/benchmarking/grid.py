@@ -17,15 +17,14 @@ import torch
 from dlm.checkpoints.generation import generate
 from dlm.evaluation.tasks import Question
 from dlm.sampling.canvas import Canvas
-from dlm.sampling.commit import COMMITS
-from dlm.sampling.config import SamplingConfig, as_ids
+from dlm.sampling.config import COMMIT_NAMES, NEEDS, SamplingConfig, as_ids
 from dlm.sampling.generate import GenerationOutput
 from dlm.sampling.methods import METHODS, visibility
 from dlm.sampling.schedule import lay_out, schedule
 from dlm.sampling.telemetry import Telemetry
 from dlm.tokenizer import EOT, mask_id
 from dlm.utils.hardware import PeakMemory, synchronise
-from dlm.utils.names import check_name
+from dlm.utils.names import check_name, name_and_number
 
 
 @dataclass(frozen=True)
@@ -100,18 +99,16 @@ class GridConfig:
         )
 
 
+# What a number behind a commit rule sets (`threshold:0.9`), None where it takes none.
+COMMIT_NUMBERS: dict[str, str | None] = dict.fromkeys(COMMIT_NAMES) | {
+    rule: field for field in ("threshold", "factor", "entropy_bound") for rule in NEEDS[field][1]
+}
+
+
 def commit_fields(commit: str) -> dict:
-    """`threshold:0.9` -> the fields of SamplingConfig. Errors: an unknown rule; a value that is no number."""
-    name, colon, value = commit.partition(":")
-    check_name("commit", name, COMMITS)
-    if not colon:
-        return {"commit": name}
-    if name == "quota":
-        raise ValueError(f"commit is {commit!r}: quota takes no value, steps says how many tokens a pass commits")
-    try:
-        return {"commit": name, name: float(value)}
-    except ValueError:
-        raise ValueError(f"commit is {commit!r}: what follows the colon must be a number, as in {name}:0.5") from None
+    """`threshold:0.9` -> the fields of SamplingConfig. Raises ValueError as `name_and_number`."""
+    name, number = name_and_number("commit", commit, COMMIT_NUMBERS)
+    return {"commit": name} | number
 
 
 # ---------------------------------------------------------------- which cells there are

@@ -35,13 +35,17 @@ def infill(argv: Sequence[str]) -> int:
         raise ValueError(
             "--grow confidence is for a text that goes on: here give a blank a range of lengths, ___{2..20}"
         )
-    from dlm.tokenizer import blank_ranges, blanks
+    from dlm.sampling.patterns import check_pattern
+    from dlm.tokenizer import BLANK, blank_ranges, blanks
 
     texts = gather_prompts(args, 'dlm infill "The cat ___ on the mat."')
+    places = max(sum(high for _, high in blank_ranges(text, args.blank_length)) for text in texts)
+    for blank in (found for text in texts for found in BLANK.finditer(text)):
+        if blank["pattern"] is not None:
+            check_pattern("a blank's pattern", blank["pattern"])
     opened = announce(args, check=False)
     check_texts(opened, texts)
     check_region(opened, args.blank_length, "--blank-length")
-    places = max(sum(high for _, high in blank_ranges(text, args.blank_length)) for text in texts)
     check_region(opened, places, "the blanks' length")
     places = 4 * places if args.grow == "expand" else places
     # A blank is in the middle of a text, so the text may not end in it.

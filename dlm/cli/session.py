@@ -5,6 +5,7 @@ Shapes: B batch, T canvas.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import gc
@@ -75,13 +76,18 @@ class Result:
 # ---------------------------------------------------------------- opening a checkpoint
 
 
+PATTERNS = ("regex", "json_schema", "choices")  # options whose values can be checked without a model
+
+
 def open_checkpoint(args, check: bool = True, model: bool = False) -> Pretrained:
     """Load the checkpoint that the options name, onto the device that they name.
 
     check: whether to make the settings first, so that a wrong option does not wait for the weights. model: whether
     more than the predictor is wanted.
-    Errors: as `dlm.load`; a device that cannot be used; a checkpoint without a tokenizer.
+    Errors: as `dlm.load`; a pattern that cannot be used, before anything is loaded; a device that cannot be used; a
+    checkpoint without a tokenizer.
     """
+    settings(argparse.Namespace(**{name: getattr(args, name, None) for name in PATTERNS}), {})
     gc.disable()  # the imports make a million objects and no garbage: a quarter less time
     try:
         from dlm.checkpoints.pretrained import load_pretrained

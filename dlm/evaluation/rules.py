@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dlm.utils.names import check_name
+from dlm.utils.names import name_and_number
 
 __all__ = ["RULES", "fields_of"]
 
@@ -27,16 +27,7 @@ RULES: dict[str, tuple[dict, str | None]] = {
 def fields_of(rule: str) -> dict:
     """`verify:0.01` -> fields of SamplingConfig.
 
-    Raises ValueError for an unknown rule, a value that is no number, and a number after a rule that takes none.
+    Raises ValueError as `name_and_number`.
     """
-    name, colon, value = rule.partition(":")
-    check_name("rules", name, RULES)
-    fields, number = RULES[name]
-    if not colon:
-        return dict(fields)
-    if number is None:
-        raise ValueError(f"rule {rule!r}: {name} takes no number")
-    try:
-        return fields | {number: float(value)}
-    except ValueError:
-        raise ValueError(f"rule {rule!r}: what follows the colon must be a number, as in verify:0.01") from None
+    name, number = name_and_number("rule", rule, {name: field for name, (_, field) in RULES.items()})
+    return RULES[name][0] | number

@@ -2,14 +2,13 @@
 
 Shapes: V vocabulary, S states, K classes of tokens that no state tells apart, E edges (state, state), N places.
 
-outlines-core turns the pattern into a DFA over bytes; each token is walked through it. The automaton has one state
+Each token is walked through the pattern's DFA over bytes (`patterns.bytes_dfa`). The automaton has one state
 more than the walk gives: the end, which end-of-text leads to from every accepting state, and which only end-of-text
 follows. A word of N places is thus a match and then end-of-text.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from weakref import WeakKeyDictionary
@@ -18,13 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dlm.sampling.patterns import bytes_dfa, check_pattern
 from dlm.tokenizer import token_bytes
 
-__all__ = ["Automaton", "compile_pattern", "schema_pattern"]
-
-# What is appended to a pattern, so that no state of its DFA accepts before the very end: outlines-core 0.2 leaves out
-# the steps from an accepting state to one that does not accept ("(ab)*" would not go on after "ab").
-END = "\U0010ffff"
+__all__ = ["Automaton", "compile_pattern"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +100,8 @@ def compile_pattern(tokenizer, pattern: str, eos: tuple[int, ...]) -> Automaton:
 
 @lru_cache(maxsize=64)
 def _compile(tokens: _Tokens, pattern: str, eos: tuple[int, ...]) -> Automaton:
-    table, accepting = _bytes_dfa(pattern)
+    check_pattern("the pattern", pattern)
+    table, accepting = bytes_dfa(pattern)
     source, token, target = _walk(table, tokens)
     size = len(table)
     for ending in eos:  # the end is state `size`
@@ -114,48 +111,13 @@ def _compile(tokens: _Tokens, pattern: str, eos: tuple[int, ...]) -> Automaton:
     accepting = np.append(accepting, bool(eos))
     alive = _useful(size + 1, source, target, accepting)
     if not alive[0]:
-        raise ValueError(f"the pattern {pattern[:60]!r} matches nothing that this vocabulary can write: check it")
+        raise ValueError(f"the pattern is {pattern[:60]!r}: this vocabulary can write nothing that matches; check it")
     if not (alive[source] & alive[target] & ~np.isin(token, eos)).any():
-        raise ValueError(f"the pattern {pattern[:60]!r} matches only the empty text: there is nothing to write")
+        raise ValueError(f"the pattern is {pattern[:60]!r}: it matches only the empty text; there is nothing to write")
     kept = alive[source] & alive[target]
     number = np.cumsum(alive) - 1
     source, token, target = number[source[kept]], token[kept], number[target[kept]]
     return _automaton(pattern, len(tokens.lengths), source, token, target, accepting[alive])
-
-
-def _bytes_dfa(pattern: str) -> tuple[np.ndarray, np.ndarray]:
-    """(S, 256) the next state of a pattern's DFA over bytes, -1 for none, state 0 first; and which accept."""
-    try:
-        from outlines_core import Index, Vocabulary
-    except ImportError:
-        raise ImportError(
-            "constraints need outlines-core, which is not installed: pip install 'dlm[constrain]'"
-        ) from None
-    try:
-        index = Index(f"(?:{pattern}){END}", Vocabulary(256, {bytes([byte]): [byte] for byte in range(256)}))
-    except ValueError as error:
-        reason = " ".join(str(error).split())
-        if "Found no transitions" in reason:
-            raise ValueError(f"the pattern {pattern[:60]!r} matches nothing: check it") from None
-        raise ValueError(
-            f"the pattern {pattern[:60]!r} cannot be used ({reason[:100]}): give a regular expression without "
-            "look-around, back-references or anchors"
-        ) from None
-    found = index.get_transitions()
-    states = {index.get_initial_state(): 0}
-    for state, steps in found.items():
-        for name in (state, *steps.values()):
-            states.setdefault(name, len(states))
-    table = np.full((len(states), 256), -1, np.int64)
-    for state, steps in found.items():
-        for byte, target in steps.items():
-            if byte < 256:
-                table[states[state], byte] = states[target]
-    final = {states[state] for state in index.get_final_states() if state in states}
-    here = np.arange(len(states))
-    for byte in END.encode():
-        here = np.where(here >= 0, table[here, byte], -1)
-    return table, np.isin(here, list(final)) & (here >= 0)
 
 
 def _walk(table: np.ndarray, tokens: _Tokens) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -231,58 +193,3 @@ def _automaton(pattern, vocabulary, source, token, target, accepting) -> Automat
         accepting,
         0,
     )
-
-
-# ---------------------------------------------------------------- from a JSON schema
-
-# Keywords that outlines-core puts into the pattern, and those that say nothing about the text.
-_KNOWN = {"type", "properties", "required", "items", "prefixItems", "minItems", "maxItems", "enum", "const", "anyOf"}
-_KNOWN |= {"oneOf", "$ref", "$defs", "definitions", "minLength", "maxLength", "pattern", "format", "minProperties"}
-_KNOWN |= {"maxProperties", "additionalProperties"}
-_SAYS_NOTHING = {"title", "description", "default", "examples", "$schema", "$id", "$comment"}
-
-
-def schema_pattern(schema: str) -> str:
-    """The regular expression of a JSON schema. Raises ValueError, with the place in the schema, for text that is no
-    JSON, for a schema that refers to itself, and for keywords that the pattern would not hold to."""
-    try:
-        whole = json.loads(schema)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"the JSON schema is not JSON ({error}): give the text of a schema") from None
-    if not isinstance(whole, dict):
-        raise ValueError(f'the JSON schema is {schema[:40]!r}: give an object, such as {{"type": "object"}}')
-    _check_schema(whole, whole, "#", ())
-    from outlines_core.json_schema import build_regex_from_schema
-
-    try:
-        return build_regex_from_schema(schema)
-    except ValueError as error:
-        raise ValueError(f"the JSON schema cannot be used ({' '.join(str(error).split())[:120]})") from None
-
-
-def _check_schema(node, whole: dict, place: str, inside: tuple[str, ...]) -> None:
-    if not isinstance(node, dict):
-        raise ValueError(f"the JSON schema has {json.dumps(node)[:40]} at {place}, where a schema must be")
-    for key in node:
-        if key not in _KNOWN | _SAYS_NOTHING:
-            raise ValueError(f"the JSON schema has {key!r} at {place}, which a pattern cannot hold to: remove it")
-    if (name := node.get("$ref")) is not None:
-        if name in inside:
-            raise ValueError(f"the JSON schema refers to itself at {place} ({name}): no pattern has unlimited depth")
-        target = whole
-        for part in str(name).removeprefix("#").strip("/").split("/"):
-            if part:
-                target = target.get(part) if isinstance(target, dict) else None
-        if not str(name).startswith("#") or not isinstance(target, dict):
-            raise ValueError(f"the JSON schema refers to {name!r} at {place}, which is not in it")
-        _check_schema(target, whole, str(name), (*inside, str(name)))
-    for key in ("properties", "$defs", "definitions"):
-        for name, child in (node.get(key) or {}).items():
-            if key == "properties":
-                _check_schema(child, whole, f"{place}/{key}/{name}", inside or ("#",))
-    for key in ("anyOf", "oneOf", "prefixItems"):
-        for i, child in enumerate(node.get(key) or ()):
-            _check_schema(child, whole, f"{place}/{key}/{i}", inside or ("#",))
-    for key in ("items", "additionalProperties"):
-        if isinstance(node.get(key), dict):
-            _check_schema(node[key], whole, f"{place}/{key}", inside or ("#",))

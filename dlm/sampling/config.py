@@ -1,5 +1,7 @@
 """SamplingConfig: every choice that a generation makes, checked when it is made."""
 
+import json
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,6 +12,7 @@ from dlm.sampling.contradictions import SEVERAL, refuse_contradictions
 from dlm.utils.names import check_name
 
 __all__ = [
+    "CHOICES",
     "COMMIT_NAMES",
     "CONFIDENCE_NAMES",
     "GROW_NAMES",
@@ -42,6 +45,19 @@ MOVES = ("confidence", "expand")  # ways to grow that move what is written
 SEARCH_NAMES = ("greedy", "viterbi")
 SPLIT_NAMES = ("remainder_first", "rounded", "floored", "time")  # schedule.SPLITS
 ALIGNMENTS = ("start", "prompt")
+# Field of SamplingConfig: the names that it may have.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "align": ALIGNMENTS,
+    "method": METHOD_NAMES,
+    "commit": COMMIT_NAMES,
+    "revise": REVISION_NAMES,
+    "remask": REMASK_NAMES,
+    "noise_schedule": NOISE_NAMES,
+    "split": SPLIT_NAMES,
+    "confidence": CONFIDENCE_NAMES,
+    "grow": GROW_NAMES,
+    "constraint_search": SEARCH_NAMES,
+}
 SCHEDULED = ("quota", "sequential", "dynamic", "capped", "origin")  # commit rules that read a quota
 
 
@@ -51,8 +67,13 @@ def words(text: str) -> tuple[str, ...]:
 
 
 def schema_file(path: str) -> str:
-    """The text of a JSON schema's file."""
-    return Path(path).read_text(encoding="utf-8")
+    """The text of a JSON schema's file. Errors: OSError, and argparse's own for a file that is not JSON."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        json.loads(text)
+    except ValueError as error:
+        raise ArgumentTypeError(f"{path} is not JSON ({error}): give a file with a JSON schema") from None
+    return text
 
 
 COUNTS = ("gen_length", "initial_length", "grow_by", "tail_length", "kl_passes")
@@ -246,17 +267,9 @@ class SamplingConfig:
     delay_eos: bool = False
 
     def __post_init__(self):
-        check_name("method", self.method, METHOD_NAMES)
-        check_name("commit", self.commit, COMMIT_NAMES)
-        check_name("remask", self.remask, REMASK_NAMES)
-        check_name("noise_schedule", self.noise_schedule, NOISE_NAMES)
-        check_name("split", self.split, SPLIT_NAMES)
-        check_name("align", self.align, ALIGNMENTS)
-        check_name("revise", self.revise, REVISION_NAMES)
-        check_name("grow", self.grow, GROW_NAMES)
-        check_name("constraint_search", self.constraint_search, SEARCH_NAMES)
-        if self.confidence is not None:
-            check_name("confidence", self.confidence, CONFIDENCE_NAMES)
+        for name, names in CHOICES.items():
+            if (value := getattr(self, name)) is not None or name != "confidence":
+                check_name(name, value, names)
         for name in COUNTS + MAYBE:
             value = getattr(self, name)
             if (value is not None or name in COUNTS) and (not _whole(value) or value < 1):

@@ -8,7 +8,6 @@ can be completed at any time: every output is in the language, for every method,
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -17,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dlm.sampling.automaton import Automaton, compile_pattern, schema_pattern
+from dlm.sampling.automaton import Automaton, compile_pattern
+from dlm.sampling.patterns import choice_pattern, schema_pattern
 from dlm.sampling.places import Places
 from dlm.sampling.step import Request, branches, guided
 
@@ -32,7 +32,6 @@ __all__ = [
     "allowed_tokens",
     "best_words",
     "change_in_order",
-    "choice_pattern",
     "commit_in_order",
     "constraint_of",
     "constraints_of_blanks",
@@ -46,11 +45,6 @@ class Constraint:
 
     automaton: Automaton
     slots: tuple[int, ...]
-
-
-def choice_pattern(choices: Sequence[str]) -> str:
-    """A pattern for one of these texts."""
-    return "|".join(re.escape(choice) for choice in choices)
 
 
 def constraint_of(

@@ -56,12 +56,20 @@ def _check_constraint(config: SamplingConfig) -> None:
     if len(given) > 1:
         raise ValueError(f"{' and '.join(given)} are given: the text can match one of them; leave the others out")
     for name in ("regex", "json_schema"):
-        if getattr(config, name) is not None and not isinstance(getattr(config, name), str):
-            raise ValueError(f"{name} is {str(getattr(config, name))[:40]!r}: give a text")
+        value = getattr(config, name)
+        if value is not None and (not isinstance(value, str) or not value):
+            raise ValueError(f"{name} is {str(value)[:40]!r}: give a text")
     if config.choices is not None:
         wrong = not isinstance(config.choices, tuple) or not all(isinstance(text, str) for text in config.choices)
         if wrong or not config.choices or not all(config.choices):
             raise ValueError(f"choices is {config.choices!r}: give one or more texts, none of them empty")
+    if config.regex is not None or config.json_schema is not None:
+        from dlm.sampling.patterns import check_pattern, schema_pattern  # numpy is for those who need it
+
+        if config.regex is not None:
+            check_pattern("regex", config.regex)
+        else:
+            check_pattern("json_schema's pattern", schema_pattern(config.json_schema))
     if config.constraint_search == "viterbi" and config.temperature > 0:
         raise ValueError(
             f"constraint_search is 'viterbi', which takes the most probable text, but temperature is "

@@ -8,9 +8,9 @@ import secrets
 import typing
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, create_model, model_validator
 
-from dlm.sampling.config import SAMPLING, SamplingConfig
+from dlm.sampling.config import CHOICES, SAMPLING, SamplingConfig
 from dlm.utils.names import nearest
 
 __all__ = ["ApiError", "ChatBody", "CompletionBody", "error_body", "message_of"]
@@ -45,7 +45,7 @@ def error_body(message: str, kind: str, param: str | None = None, code: str | No
 
 def _sampling_fields() -> dict[str, tuple]:
     """The fields of SamplingConfig as optional fields of a body; lists stand for tuples, and a schema may be an
-    object."""
+    object. The page of the routes lists the names of a choice; SamplingConfig checks them, and names the nearest."""
     hints, fields = typing.get_type_hints(SamplingConfig), {}
     whole = Annotated[int, Field(ge=0, lt=2**63)]
     special = {
@@ -56,6 +56,8 @@ def _sampling_fields() -> dict[str, tuple]:
     }
     for field, (_, text) in SAMPLING.items():
         hint = special.get(field, hints[field] | None)
+        if field in CHOICES:
+            hint = Annotated[str, WithJsonSchema({"type": "string", "enum": list(CHOICES[field])})] | None
         fields[field] = (hint, Field(default=None, description=text))
     return fields
 
@@ -258,6 +260,8 @@ def message_of(errors: list[dict[str, Any]]) -> tuple[str, str | None]:
     place = [str(part) for part in first.get("loc", ()) if part != "body"]
     param = next((part for part in place if not part.isdigit()), None)
     text = first.get("msg", "").removeprefix("Value error, ")
+    if not place and isinstance(first.get("input"), bytes):  # it was not read, for want of the header
+        return "the body was not read as JSON: send the header content-type: application/json", None
     if first.get("type") == "json_invalid":
         return f"the body is not JSON: {first.get('ctx', {}).get('error', text)}", None
     if not place:

@@ -99,14 +99,23 @@ def test_no_cell_at_all_is_an_error(tiny):
         ({"steps": (4, 4)}, "give each value once"),
         ({"block_lengths": (0,)}, "1 or more"),
         ({"commits": ("threshhold:0.9",)}, "did you mean 'threshold'"),
-        ({"commits": ("threshold:high",)}, "must be a number"),
-        ({"commits": ("quota:3",)}, "quota takes no value"),
+        ({"commits": ("threshold:high",)}, "'high' is no number"),
+        ({"commits": ("quota:3",)}, "quota takes no number"),
+        ({"commits": ("ancestral:0.5",)}, "ancestral takes no number"),
         ({"repeats": 0}, "at least once"),
     ],
 )
 def test_wrong_axes_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         sweep_config(**changes)
+
+
+def test_a_number_behind_a_commit_rule_sets_what_the_rule_reads():
+    """`stable:0.8` once asked SamplingConfig for a field of the rule's own name."""
+    for commit, field in (("stable:0.8", "threshold"), ("capped:0.8", "threshold"), ("factor:0.8", "factor")):
+        config = sweep_config(commits=(commit,))
+        sampling = config.sampling_of(Cell("none", commit, 0, 4, None))
+        assert sampling.commit == commit[:-4] and getattr(sampling, field) == 0.8
 
 
 def test_the_reference_is_one_of_the_cells():

@@ -77,6 +77,25 @@ def test_bad_options(run, arguments, words):
 
 
 @pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["generate", "x", "--regex", "("], "--regex is '(': missing ), unterminated subpattern"),
+        (["generate", "x", "--chat", "--choices", ","], "--choices is ('', '')"),
+        (["generate", "x", "--json-schema", __file__], "test_bad_input.py is not JSON"),
+        (["infill", "a ___{8:/[/}"], "a blank's pattern is '[': unterminated character set"),
+        (["infill", "no blank"], "no blank in 'no blank'"),
+        (["chat", "--regex", "a)(b"], "--regex is 'a)(b': unbalanced parenthesis"),
+    ],
+)
+def test_patterns_are_checked_before_anything_is_loaded(run, monkeypatch, arguments, words):
+    from dlm.checkpoints import pretrained
+
+    monkeypatch.setattr(pretrained, "load_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
+    code, out, error = run(*arguments)
+    assert code == 2 and out == "" and error.count("\n") == 1 and words in error, error
+
+
+@pytest.mark.parametrize(
     "content, words",
     [
         (b"\xff\xfe", ["UTF-8"]),

@@ -11,8 +11,9 @@ import torch
 
 import dlm
 from dlm import Canvas, SamplingConfig, denoise, generate
-from dlm.sampling.automaton import compile_pattern, schema_pattern
-from dlm.sampling.constraints import Constraint, choice_pattern
+from dlm.sampling.automaton import compile_pattern
+from dlm.sampling.constraints import Constraint
+from dlm.sampling.patterns import choice_pattern, schema_pattern
 from dlm.sampling.places import Places, _open
 from tests.helpers.toys import Table, tiny_model
 
@@ -126,7 +127,7 @@ def test_viterbi_is_the_best_word_of_brute_force(pattern):
 
 @pytest.mark.parametrize(
     ("pattern", "said"),
-    [("(", "cannot be used"), ("a(?=b)", "cannot be used"), ("", "only the empty text"), ("d", "matches nothing")],
+    [("(", "unterminated"), ("a(?=b)", "look-around"), ("", "only the empty text"), ("d", "nothing that matches")],
 )
 def test_bad_patterns_are_one_line(pattern, said):
     with pytest.raises(ValueError, match=said) as error:
@@ -138,7 +139,10 @@ def test_bad_patterns_are_one_line(pattern, said):
     ("schema", "said"),
     [
         ("{", "not JSON"),
-        ("[]", "give an object"),
+        ("[]", "it is no object"),
+        ("[" * 10**5, "nested too deeply"),
+        ('{"properties": 3}', "3 at #/properties: it must be an object"),
+        ('{"anyOf": 5}', "5 at #/anyOf: it must be a list"),
         ('{"$ref": "#"}', "refers to itself"),
         ('{"type": "object", "properties": {"a": {"$ref": "#"}}}', "refers to itself at #/properties/a"),
         ('{"type": "integer", "minimum": 3}', "'minimum' at #"),
@@ -150,6 +154,25 @@ def test_bad_schemas_are_one_line(schema, said):
     with pytest.raises(ValueError, match=said) as error:
         schema_pattern(schema)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"regex": "("}, "regex is '(': missing ), unterminated subpattern at position 0; mend the regular expression"),
+        ({"regex": "x*)(y"}, "regex is 'x*)(y': unbalanced parenthesis at position 2"),  # it was read as (x*)(y)
+        ({"regex": "a(?=b)"}, "regex is 'a(?=b)': no finite automaton can follow it; write it without look-around"),
+        ({"regex": ""}, "regex is '': give a text"),
+        ({"json_schema": "{"}, "json_schema is '{': it is not JSON"),
+        ({"json_schema": '{"type": "string", "pattern": "("}'}, "json_schema's pattern is"),
+        ({"choices": ("",)}, "choices is ('',)"),
+    ],
+)
+def test_settings_refuse_what_no_text_can_match(settings, said):
+    """A bad pattern was refused only once a model was loaded."""
+    with pytest.raises(ValueError) as error:
+        SamplingConfig(**settings)
+    assert said in str(error.value) and "\n" not in str(error.value)
 
 
 # --- in the loop ---------------------------------------------------------------------------------------------------

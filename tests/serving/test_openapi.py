@@ -14,6 +14,17 @@ def test_page_names_every_sampling_field(engine):
         assert schemas[body]["additionalProperties"] is False
 
 
+def test_page_lists_the_names_of_each_choice(engine):
+    from dlm.sampling.config import CHOICES
+
+    schemas = build_app(engine).openapi()["components"]["schemas"]
+    for body in ("CompletionBody", "ChatBody"):
+        for field, names in CHOICES.items():
+            kinds = schemas[body]["properties"][field]["anyOf"]
+            assert kinds == [{"type": "string", "enum": list(names)}, {"type": "null"}], field
+    assert CHOICES["revise"] == ("none", "edit", "remask", "verify")
+
+
 @pytest.mark.slow
 def test_answers_are_those_of_the_page(engine):
     """Schemathesis draws requests from the page, right ones and wrong ones: no answer is an error of the server, and

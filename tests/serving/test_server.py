@@ -147,7 +147,9 @@ def test_stop_echo_and_logprobs(client, opened):
         ({"method": "dual"}, "method 'dual' is for full-attention models"),
         ({"frequency_penalty": 1.0}, "frequency_penalty"),
         ({"temperature": -1}, "temperature is -1.0: it must be 0 or more"),
-        ({"regex": "("}, "pattern"),
+        ({"regex": "("}, "regex is '(': missing ), unterminated subpattern"),
+        ({"json_schema": {"properties": 3}}, "json_schema has 3 at #/properties"),
+        ({"choices": []}, "choices is ()"),
         ({"seed": -1}, "seed"),
     ],
 )
@@ -179,6 +181,21 @@ def test_other_errors_have_openai_s_shape(http, client):
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
     with pytest.raises(openai.NotFoundError, match="no model"):
         asyncio.run(client.completions.create(model="gpt-9", prompt="a"))
+
+
+def test_a_body_without_the_json_header_names_the_header(http):
+    """It said `Input should be a valid dictionary`, which the body was. curl -d sends a form's header, fetch text."""
+
+    async def ask():
+        body = b'{"prompt": "a"}'
+        kinds = ({}, {"content-type": "text/plain"}, {"content-type": "application/x-www-form-urlencoded"})
+        paths = ("/v1/completions", "/v1/chat/completions")
+        return [await http.post(path, content=body, headers=kind) for path in paths for kind in kinds]
+
+    for answer in asyncio.run(ask()):
+        assert answer.status_code == 400
+        wanted = "the body was not read as JSON: send the header content-type: application/json"
+        assert answer.json()["error"]["message"] == wanted
 
 
 def test_models_health_and_metrics(http):

@@ -16,7 +16,7 @@ from dlm.sampling import autoregressive
 from dlm.sampling import choose as options
 from dlm.sampling import denoise as loop
 from dlm.sampling import generate as whole
-from dlm.sampling.canvas import Canvas
+from dlm.sampling.canvas import Canvas, check_slots
 from dlm.sampling.choose import Chosen
 from dlm.sampling.config import SamplingConfig, as_ids
 from dlm.sampling.constraints import Constraint
@@ -69,6 +69,11 @@ def generate_ids(
     the sampling defaults of the checkpoint. An autoregressive model takes gen_length, temperature, top_k, top_p and
     seed. Raises ValueError for other fields and as `generate`.
     """
+    if not isinstance(input_ids, Tensor) or input_ids.ndim not in (1, 2):
+        shown = (
+            f"of shape {tuple(input_ids.shape)}" if isinstance(input_ids, Tensor) else f"a {type(input_ids).__name__}"
+        )
+        raise ValueError(f"input_ids is {shown}: give a tensor of token ids, (rows, tokens)")
     ids = input_ids if input_ids.ndim == 2 else input_ids[None]
     given = {"input_ids": ids}
     if attention_mask is not None:
@@ -94,10 +99,13 @@ def _continue(model, given: dict, tokenizer, fields: dict[str, Any]) -> Tensor:
             raise ValueError(
                 f"{name} is for diffusion, and the model predicts the next token: it takes {', '.join(takes)}"
             )
-    rows = rows_of(given, tokenizer, model.config)
+    SamplingConfig(**fields)  # checks them
+    rows, settings = rows_of(given, tokenizer, model.config), model.config
     length = fields.pop("gen_length", SamplingConfig().gen_length)
-    ends, mask = as_ids(model.config.eos_token_id), as_ids(model.config.mask_token_id)
-    return autoregressive.generate(model, rows, length, eos_token_ids=ends, forbidden=mask, **fields).sequences
+    check_slots(max(map(len, rows)) + length, settings)
+    ends, past = as_ids(settings.eos_token_id), range(settings.vocab_size, settings.embedding_size)
+    barred = (*as_ids(settings.mask_token_id), *past)
+    return autoregressive.generate(model, rows, length, eos_token_ids=ends, forbidden=barred, **fields).sequences
 
 
 def choose(model, text: str, *, tokenizer, orders: int = 8, seed: int = 0) -> Chosen:

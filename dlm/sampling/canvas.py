@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-__all__ = ["Canvas"]
+__all__ = ["Canvas", "check_slots"]
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,16 @@ class Canvas:
         """(B, G) ids at the editable places in order, rows with fewer of them filled with `pad_id` at the end."""
         rows = [row[here] for row, here in zip(self.tokens, self.editable & self.valid, strict=True)]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
+
+
+def check_slots(slots: int, settings) -> None:
+    """Raises ValueError where a row has more slots than a model of these settings takes."""
+    limit = getattr(settings, "max_sequence_length", None)
+    if limit is not None and slots > limit:
+        raise ValueError(
+            f"prompt and region are {slots} tokens together, above the model's max_sequence_length {limit}: "
+            "shorten the prompt or gen_length"
+        )
 
 
 def _ids(row: Sequence[int], name: str) -> list[int]:

@@ -76,6 +76,8 @@ def schema_file(path: str) -> str:
     return text
 
 
+LARGEST = 2**62  # of a count: sums of two are still whole numbers of 64 bits
+COLDEST, HOTTEST = 1e-30, 1e30  # temperatures at which logits / T are numbers of 32 bits
 COUNTS = ("gen_length", "initial_length", "grow_by", "tail_length", "kl_passes")
 MAYBE = ("steps", "steps_per_block", "block_length", "sub_block_length", "top_k")  # counts, or None
 
@@ -274,10 +276,12 @@ class SamplingConfig:
             value = getattr(self, name)
             if (value is not None or name in COUNTS) and (not _whole(value) or value < 1):
                 raise ValueError(f"{name} is {value!r}: it counts tokens or passes; give a whole number, 1 or more")
+            self._check_size(name)
         for name, what in (("window", "slots"), ("max_post_passes", "passes"), ("draft", "states")):
             value = getattr(self, name)
             if not _whole(value) or value < 0:
                 raise ValueError(f"{name} is {value!r}: it counts {what}; give a whole number, 0 or more")
+            self._check_size(name)
         switches = ("tempered_confidence", "stop_at_eos", "suppress_eos", "delay_eos")
         for name in (*switches, "sub_block_cache", "whole_blocks", "commit_first", "edit_shadow"):
             if not isinstance(getattr(self, name), bool):
@@ -288,11 +292,16 @@ class SamplingConfig:
             if isinstance(value, Sequence) and not isinstance(value, str):
                 object.__setattr__(self, name, tuple(value))  # lists, as JSON has them
         refuse_contradictions(self)
-        if not all(_whole(token) and token >= 0 for token in self.eos_ids):
+        if not all(_whole(token) and 0 <= token <= LARGEST for token in self.eos_ids):
             raise ValueError(f"eos_token_id is {self.eos_token_id!r}: give a token id, 0 or more, or several")
         seeds = self.seed if isinstance(self.seed, tuple) else (self.seed,)
         if not all(_whole(seed) and 0 <= seed < 2**63 for seed in seeds):
             raise ValueError(f"seed is {self.seed!r}: give a whole number from 0 to 2**63 - 1, or one a row")
+
+    def _check_size(self, name: str) -> None:
+        value = getattr(self, name)
+        if value is not None and value > LARGEST:
+            raise ValueError(f"{name} is {value}: tensors count in 64 bits; give at most {LARGEST}")
 
     def _check_numbers(self) -> None:
         ranges = {
@@ -308,7 +317,7 @@ class SamplingConfig:
             "verify_threshold": (lambda x: 0 <= x <= 1, "a probability, from 0 to 1"),
             "remask_eta": (lambda x: 0 <= x <= 1, "a probability, from 0 to 1"),
             "edit_threshold": (lambda x: 0 <= x <= 1, "a probability, from 0 to 1"),
-            "temperature": (lambda x: 0 <= x < float("inf"), "0 or more"),
+            "temperature": (lambda x: x == 0 or COLDEST <= x <= HOTTEST, f"0, or from {COLDEST:g} to {HOTTEST:g}"),
             "order_temperature": (lambda x: 0 <= x < float("inf"), "0 or more"),
             "time_eps": (lambda x: 0 < x < 1, "above 0 and below 1"),
             "cfg_scale": (lambda x: 0 <= x < float("inf"), "0 or more"),
@@ -319,6 +328,8 @@ class SamplingConfig:
             optional = value is None and name in ("top_p", "remask_eta")
             if not optional and (not isinstance(value, Real) or isinstance(value, bool) or not holds(value)):
                 raise ValueError(f"{name} is {value!r}: it must be {wanted}")
+            if not optional and not isinstance(value, int | float):  # a fraction, a number of numpy
+                object.__setattr__(self, name, float(value))
 
     @property
     def ordering(self) -> str:

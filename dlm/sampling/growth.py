@@ -58,14 +58,18 @@ def growth_tokens(tokenizer, settings) -> tuple[int | None, int | None]:
 # ---------------------------------------------------------------- before the first pass
 
 
+def length_with_room(canvas: Canvas, gen_length: int) -> int:
+    """Slots of the longest row once its region has gen_length places."""
+    places = (canvas.editable & canvas.valid).sum(dim=1)
+    return int((canvas.valid.sum(dim=1) + (gen_length - places).clamp_min(0)).max())
+
+
 def with_room(canvas: Canvas, gen_length: int) -> Canvas:
     """The canvas with slots at the end of each row that do not exist yet: as many as its region may grow by.
 
     A region of more than gen_length places does not grow.
     """
-    places = (canvas.editable & canvas.valid).sum(dim=1)
-    lengths = canvas.valid.sum(dim=1)
-    width = int((lengths + (gen_length - places).clamp_min(0)).max())
+    width = length_with_room(canvas, gen_length)
     if width <= canvas.tokens.shape[1]:
         return canvas
     wide = [x.new_zeros(len(x), width) for x in (canvas.tokens, canvas.editable, canvas.valid)]

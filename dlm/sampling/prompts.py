@@ -7,12 +7,12 @@ Shapes: B rows, P tokens of a padded prompt.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any
 
 import torch
 
-from dlm.sampling.canvas import Canvas
+from dlm.sampling.canvas import Canvas, check_slots
 from dlm.sampling.config import SamplingConfig, as_ids
 from dlm.sampling.constraints import constraint_of
 from dlm.sampling.growth import growth_tokens
@@ -32,6 +32,8 @@ def prepare(predictor, inputs, config: SamplingConfig, tokenizer=None) -> tuple[
         known["constraints"] = constraint_of(config, inputs, tokenizer, known["eos_token_ids"])
         return inputs, known
     inputs = rows_of(inputs, tokenizer, settings)
+    if inputs and all(isinstance(row, Sized) for row in inputs):  # before memory is taken
+        check_slots(max(map(len, inputs)) + config.gen_length, settings)
     canvas = Canvas.from_prompts(
         inputs, config.start_length, mask_id(tokenizer, settings), device=_device_of(predictor)
     )
@@ -62,10 +64,19 @@ def rows_of(inputs: Any, tokenizer=None, config=None) -> list[Any]:
     if isinstance(inputs, Mapping):
         return _of_mapping(inputs, tokenizer, config)
     if hasattr(inputs, "tolist"):  # a tensor or an array
+        size = getattr(inputs, "ndim", 1)
+        if size == 0 or (size == 2 and not len(inputs)):
+            what = "no rows" if size else "one number"
+            raise ValueError(f"the prompts are a tensor of {what}: generation needs at least one row of ids")
         inputs = inputs.tolist()
         inputs = inputs if inputs and isinstance(inputs[0], list) else [inputs]
         _refuse_padding(inputs, tokenizer, config)
         return inputs
+    if not isinstance(inputs, str | Sequence):
+        raise ValueError(
+            f"the prompts are a {type(inputs).__name__}: give a text or several, lists of token ids, a tensor of ids, "
+            "or what a tokenizer returned"
+        )
     if isinstance(inputs, str) or (len(inputs) and isinstance(inputs[0], int | float)):
         inputs = [inputs]
     if any(isinstance(prompt, Mapping) for prompt in inputs):
@@ -86,6 +97,8 @@ def _of_mapping(inputs: Mapping, tokenizer, config) -> list[list[int]]:
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     if mask is None:
         return rows_of(ids, tokenizer, config)
+    if getattr(ids, "ndim", 0) == 2 and not len(ids):
+        raise ValueError("input_ids is a tensor of no rows: generation needs at least one row")
     ids, mask = (x.tolist() if hasattr(x, "tolist") else list(x) for x in (ids, mask))
     if not ids or not isinstance(ids[0], list | tuple):
         ids, mask = [ids], [mask]

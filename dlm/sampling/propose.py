@@ -30,6 +30,7 @@ def filter_logits(logits: Tensor, top_k: int | None, top_p: float | None) -> Ten
         ordered, order = logits.sort(dim=-1, descending=True, stable=True)
         probabilities = ordered.softmax(dim=-1)
         outside = probabilities.cumsum(dim=-1) - probabilities >= top_p  # the mass before it already reaches p
+        outside[..., 0] = False  # a top_p that rounds to 0 keeps the most probable token too
         logits = logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
     return logits
 
@@ -99,7 +100,8 @@ def draw(scores: Tensor, uniform: Tensor) -> Tensor:
     block = block.clamp_max(sums.shape[-1] - 1)  # of weights that are no numbers, which are refused after the pass
     place = place - F.pad(sums, (1, 0)).gather(-1, block)
     inside = weights.take_along_dim(block[..., None], dim=-2)[..., 0, :].to(sums.dtype).cumsum(dim=-1)
-    return (block * BLOCK + torch.searchsorted(inside, _below(place, inside), right=True))[..., 0]
+    token = block * BLOCK + torch.searchsorted(inside, _below(place, inside), right=True)
+    return token[..., 0].clamp_max(scores.shape[-1] - 1)
 
 
 def _below(place: Tensor, sums: Tensor) -> Tensor:

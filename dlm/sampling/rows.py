@@ -16,11 +16,11 @@ from torch import Tensor
 
 from dlm.models.attention import full
 from dlm.models.kv_cache import KVCache
-from dlm.sampling.canvas import Canvas
+from dlm.sampling.canvas import Canvas, check_slots
 from dlm.sampling.config import SamplingConfig
 from dlm.sampling.constraints import Constraint, Written
 from dlm.sampling.draft import Drafts
-from dlm.sampling.growth import check_growth, with_room
+from dlm.sampling.growth import check_growth, length_with_room, with_room
 from dlm.sampling.methods import METHODS, visibility
 from dlm.sampling.revise import REVISIONS
 from dlm.sampling.row import Row
@@ -93,16 +93,14 @@ class Batch:
             )
         method = METHODS[config.method]
         block_length, visible = visibility(self.predictor, config.method, config.block_length)
+        settings = getattr(self.predictor, "config", None)
+        limit = getattr(settings, "max_sequence_length", None)
         if config.moves:
             check_growth(canvas, config, visible, eos, self.growth_tokens[0])
+            check_slots(length_with_room(canvas, config.gen_length), settings)
             canvas = with_room(canvas, config.gen_length)
         count, slots = canvas.tokens.shape
-        limit = getattr(getattr(self.predictor, "config", None), "max_sequence_length", None)
-        if limit is not None and slots > limit:
-            raise ValueError(
-                f"prompt and region are {slots} tokens together, above the model's max_sequence_length {limit}: "
-                "shorten the prompt or gen_length"
-            )
+        check_slots(slots, settings)
         if visible is full and (config.align != "start" or config.whole_blocks):
             raise ValueError(
                 "align and whole_blocks are for block-causal models or method block_causal, and this is neither: "

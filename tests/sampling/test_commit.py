@@ -286,6 +286,7 @@ def test_top_k():
 
 def test_top_p_filters_before_the_temperature():
     """.5 + .3 reach .7; at temperature 10 the tempered probabilities are nearly even, and would need three tokens."""
+    assert draws(temperature=10.0, top_p=1e-60)[0] == 1  # 0 in fp32: no token was left
     got = draws(temperature=10.0, top_p=0.7)
     assert got[2:].sum() == 0
     assert got[1] > 0.4

@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 
 from dlm import SamplingConfig
@@ -18,6 +20,9 @@ from dlm import SamplingConfig
         ("factor", 0.0), ("factor", -1.0), ("factor", math.nan),
         ("entropy_bound", -0.1), ("entropy_bound", math.nan),
         ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("temperature", "hot"),
+        ("temperature", 1e-50), ("temperature", 1e300),  # 0 and infinity in fp32: logits / T were no numbers
+        *((name, 2**70) for name in ("gen_length", "steps", "block_length", "sub_block_length", "window", "draft")),
+        ("eos_token_id", 2**70),
         ("top_k", 0), ("top_k", -1), ("top_k", 1.5),
         ("top_p", 0.0), ("top_p", 1.5), ("top_p", -0.1), ("top_p", math.nan),
         ("cfg_scale", -0.5), ("cfg_scale", math.nan), ("cfg_scale", math.inf),
@@ -102,3 +107,10 @@ def test_lists_become_tuples():
     assert config.seed == (1, 2)
     assert config.eos_token_id == (3, 4)
     hash(config)
+
+
+def test_numbers_of_any_kind_are_numbers():
+    """A fraction was accepted, and failed in the first pass."""
+    config = SamplingConfig(temperature=Fraction(1, 2), threshold=np.float32(0.5))
+    assert config == SamplingConfig(temperature=0.5, threshold=0.5)
+    assert (type(config.temperature), type(config.threshold)) == (float, float)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dlm import Canvas, SamplingConfig, generate
-from tests.helpers.toys import MASK, BreaksAt, Predictor, tiny_model
+from tests.helpers.toys import MASK, VOCAB, BreaksAt, Predictor, tiny_model
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -19,6 +19,13 @@ def test_logits_that_are_not_numbers_name_the_pass(value, number, method):
     with pytest.raises((ValueError, ArithmeticError, RuntimeError), match=rf"(?i)pass {number}\b.*\b{value}\b"):
         generate(model, Canvas.from_prompts([[0]], 6, 4), config)
     assert len(model.calls) == number
+
+
+def test_logits_that_are_not_numbers_at_a_temperature(value=math.nan):
+    """A drawn token lay past a vocabulary that 64 does not divide: an IndexError in place of the reason."""
+    config = SamplingConfig(gen_length=6, block_length=3, temperature=1.0)
+    with pytest.raises(FloatingPointError, match="pass 2"):
+        generate(BreaksAt(5, 2, value), Canvas.from_prompts([[0]], 6, 4), config)
 
 
 def test_one_bad_row_is_an_error_too():
@@ -70,8 +77,40 @@ def test_what_is_no_prompt(tiny, inputs):
 
 
 def test_no_rows(tiny):
+    """A tensor of no rows was read as one empty prompt."""
+    for nothing in ([], torch.zeros(0, 5, dtype=torch.int64), {"input_ids": torch.zeros(0, 5, dtype=torch.int64)}):
+        with pytest.raises(ValueError, match="at least one row"):
+            generate(tiny, nothing, SamplingConfig(gen_length=4))
+    with pytest.raises(ValueError, match="at least one row"):
+        tiny.generate(torch.zeros(0, 5, dtype=torch.int64), gen_length=4)
+
+
+@pytest.mark.parametrize("inputs", [None, 5, {1, 2}, iter([[1, 2]]), torch.tensor(3)])
+def test_what_holds_no_prompts(tiny, inputs):
     with pytest.raises(ValueError, match="prompt"):
-        generate(tiny, [], SamplingConfig(gen_length=4))
+        generate(tiny, inputs, SamplingConfig(gen_length=4))
+
+
+@pytest.mark.parametrize("grow", ["none", "confidence"])
+def test_a_region_longer_than_the_model_is_refused_before_memory_is_taken(tiny, grow):
+    """A gen_length of 10**12 ended in a MemoryError, or took what memory there was."""
+    config = SamplingConfig(gen_length=10**12, grow=grow)
+    for inputs in ([[1, 2]], Canvas.from_prompts([[1, 2]], 4, MASK)):
+        if isinstance(inputs, list) or grow != "none":
+            with pytest.raises(ValueError, match="max_sequence_length 256"):
+                generate(tiny, inputs, config)
+
+
+def test_the_autoregressive_twin_checks_its_settings_too():
+    model = tiny_model(0, objective="autoregressive", embedding_size=48, dtype=torch.float32)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[VOCAB:] *= 100  # rows past the vocabulary
+    prompt = torch.tensor([[1, 2]])
+    assert int(model.generate(prompt, gen_length=8, temperature=1.0).max()) < VOCAB
+    for bad, message in (({"temperature": -1.0}, "temperature"), ({"gen_length": 0}, "gen_length"),
+                         ({"gen_length": 255}, "max_sequence_length")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            model.generate(prompt, **bad)
 
 
 def test_an_empty_prompt_generates_from_nothing(tiny):

@@ -3,9 +3,10 @@
 python -m eval.sudoku --model my-sudoku                 (a model of `dlm train sudoku`)
 dlm eval sudoku --model my-sudoku --puzzle TEXT         (81 cells, empty ones as dots)
 dlm eval sudoku --model my-sudoku --tries 16            (several answers, one chosen by the model's own likelihood)
+dlm eval sudoku --model my-sudoku --tries 16 --judge rules --forms         (until one obeys the rules, turned each time)
 
 A puzzle counts as solved where every row, column and box of the answer is right. No solver is asked: that an answer is
-doubtful shows in the probability that the model itself gives to its cells.
+doubtful shows in the probability that the model itself gives to its cells, or in a row, column or box that is wrong.
 """
 
 from __future__ import annotations
@@ -55,11 +56,15 @@ class Setting:
 @dataclass(frozen=True)
 class Tries:
     """How often an answer is tried: at most `count` times, the first as the row of the table says, the others at
-    `temperature`, until every cell that was written has a probability of `accept` or more given the others."""
+    `temperature`, until the judge is content: the `model`, where every cell that was written has a probability of
+    `accept` or more given the others, or the `rules`. forms: every try after the first is of another form of the puzzle
+    under the symmetries of the rules, and its answer is turned back."""
 
     count: int = 1
     temperature: float = 1.0
     accept: float = 0.5
+    judge: str = "model"
+    forms: bool = False
 
 
 def settings(
@@ -137,22 +142,37 @@ def doubt(model, puzzles: np.ndarray, answers: np.ndarray, batch: int) -> tuple[
     return log_p.sum(1).numpy(), log_p.min(1).values.exp().numpy()
 
 
+def by_rules(model, puzzles: np.ndarray, answers: np.ndarray, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """1 for an answer that obeys the rules, else 0, in the shape of `doubt`; the model is not asked."""
+    right = np.array([sudoku.is_solution(a, p) for a, p in zip(answers, puzzles, strict=True)], float)
+    return right, right.copy()
+
+
+JUDGES = {"model": doubt, "rules": by_rules}
+
+
 def solve_often(model, puzzles: np.ndarray, config, batch: int, tries: Tries):
-    """As `solve`, and of at most `tries.count` answers the one that the model likes best; passes and positions count
-    all tries, but not the judging, PARTS passes a try."""
+    """As `solve`, and of at most `tries.count` answers the one that the judge likes best; passes and positions count
+    all tries, but not the judging, PARTS passes a try of the model and none of the rules."""
     answers, passes, computed = solve(model, puzzles, config, batch)
     if tries.count == 1:
         return answers, passes, computed
-    liked, least = doubt(model, puzzles, answers, batch)
+    judge = JUDGES[tries.judge]
+    liked, least = judge(model, puzzles, answers, batch)
     for number in range(1, tries.count):
         open_ = np.flatnonzero(least < tries.accept)
         if not len(open_):
             break
         drawn = replace(config, temperature=tries.temperature, seed=number * 1_000_003)
-        again, more, cost = solve(model, puzzles[open_], drawn, batch)
+        shown, symmetry = puzzles[open_], None
+        if tries.forms:
+            symmetry = sudoku.random_symmetries(len(open_), np.random.default_rng([2, number]))
+            shown = sudoku.transform(shown, symmetry)
+        again, more, cost = solve(model, shown, drawn, batch)
+        again = again if symmetry is None else sudoku.restore(again, symmetry)
         passes[open_] += more
         computed[open_] += cost
-        score, smallest = doubt(model, puzzles[open_], again, batch)
+        score, smallest = judge(model, puzzles[open_], again, batch)
         better = score > liked[open_]
         taken = open_[better]
         answers[taken], liked[taken], least[taken] = again[better], score[better], smallest[better]
@@ -255,6 +275,12 @@ def parse(argv: list[str]):
         "of the tries after the first (default: 1)"))  # fmt: skip
     parser.add_argument("--accept", type=float, default=Tries.accept, metavar="P", help=(
         "no more tries where every cell has this probability given the others (default: 0.5)"))  # fmt: skip
+    parser.add_argument("--judge", default=Tries.judge, choices=list(JUDGES), help=(
+        "of the tries: the model's likelihood, or the rules of the game (default: model)"))  # fmt: skip
+    parser.add_argument("--forms", action="store_true", help=(
+        "try other forms of the puzzle: digits, rows, columns, bands and stacks exchanged"))  # fmt: skip
+    parser.add_argument("--repeats", type=int, metavar="N", help=(
+        "rounds of a model whose layers are repeated (default: as it was trained)"))  # fmt: skip
     parser.add_argument("--seed", type=int, default=1_000_000, metavar="N", help="of the puzzles (default: 1000000)")
     parser.add_argument("--batch-size", type=int, default=100, metavar="N", help="puzzles at a time (default: 100)")
     parser.add_argument("--output", metavar="FILE", help="write the table as JSON")
@@ -262,11 +288,13 @@ def parse(argv: list[str]):
     if not args.model:
         raise ValueError("no model: give --model a folder that dlm train sudoku wrote")
     check_least(args, 1, "puzzles", "batch_size", "tries")
-    if not args.try_temperature > 0 or not 0 <= args.accept <= 1:
+    if not args.try_temperature >= (0 if args.forms else 1e-9) or not 0 <= args.accept <= 1:
         raise ValueError(
-            f"--try-temperature is {args.try_temperature:g} and --accept {args.accept:g}: give a temperature above 0, "
-            f"and a probability"
+            f"--try-temperature is {args.try_temperature:g} and --accept {args.accept:g}: give a temperature above 0 "
+            f"(or 0 with --forms, whose tries differ without one), and a probability"
         )
+    if args.repeats is not None:
+        check_least(args, 1, "repeats")
     args.orders = [name for name in args.orders.split(",") if name]
     args.rules = [rule for rule in args.rules.split(",") if rule]
     for name in args.orders:
@@ -298,7 +326,11 @@ def run(argv: list[str]) -> int:
     model, tokenizer = dlm.load(args.model)
     if tokenizer is None or tokenizer.get_vocab() != sudoku.make_tokenizer().get_vocab():
         raise ValueError(f"{args.model} does not read Sudokus: give a model that dlm train sudoku wrote")
-    tries = Tries(args.tries, args.try_temperature, args.accept)
+    tries = Tries(args.tries, args.try_temperature, args.accept, args.judge, args.forms)
+    if args.repeats and not hasattr(model.config, "layer_repeats"):
+        raise ValueError(f"--repeats is {args.repeats}, and {args.model} has no layers to repeat: leave it out")
+    if args.repeats:
+        model.config.layer_repeats = args.repeats
     if args.puzzle:
         return solve_one(model, args.puzzle, args.order, tries)
     puzzles = test_puzzles(args.puzzles, args.clues, args.seed)

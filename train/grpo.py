@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from dlm.training.recipe import Prepared
 
 NOT_OF_ROLLOUTS = (
-    "random_length", "dropout_prompt", "complementary", "decoding_share", "full_share", "streaming", "block_growth",
+    "random_length", "dropout_prompt", "complementary", "decoding_share", "streaming", "block_growth",
 )  # fmt: skip
 
 
@@ -39,7 +39,8 @@ class Recipe(TuningConfig):
 
     batch_size is in answers: batch_size / group_size prompts a step. policy: `diffu_grpo` (d1), `trace` (TraceRL) or
     `wd1`. reference: a folder or hub id, by default the model as it begins (with `lora` the model without its
-    adapters); it is loaded only where `kl` is above 0. sampling: fields of `SamplingConfig` as name=value.
+    adapters); it is loaded only where `kl` is above 0. sampling: fields of `SamplingConfig` as name=value. What the
+    sampler sees (blocks, or everything) is what is learned under; the objective is what the export says it knows.
     Prompts that leave no room for gen_length are left out and counted.
     """
 
@@ -88,6 +89,10 @@ class Recipe(TuningConfig):
             raise ValueError("rewards need a diffusion objective, eos_padding none, estimator count, uniform or d3pm")
         if self.valid:
             raise ValueError("valid is of texts: compare rewards on held-out prompts with dlm eval rewards")
+        if sampling_of(self.sampling).align != "start":
+            raise ValueError(
+                "sampling has align=prompt, and answers are learned from in blocks of the row: leave it out"
+            )
         if not sampling_of(self.sampling).temperature > 0:
             raise ValueError(
                 "sampling has temperature 0, so that the answers to a prompt are all the same and nothing can be "
@@ -110,6 +115,7 @@ def prepare(settings: Recipe, accelerator) -> Prepared:
     from dlm.data.sources import parse_sources
     from dlm.objectives.policy import Policy
     from dlm.objectives.reference import frozen
+    from dlm.sampling.methods import visibility
     from dlm.tokenizer import mask_id
     from dlm.training.recipe import Prepared, chat_format, open_beside, open_model
     from dlm.training.rollouts import Plan
@@ -138,7 +144,7 @@ def prepare(settings: Recipe, accelerator) -> Prepared:
     objective = Policy(
         settings.policy, reference=reference, ratio_clip=settings.ratio_clip, kl=settings.kl,
         temperature=sampling.temperature, forbidden=tuple(range(len(tokenizer), model.config.embedding_size)),
-        columns=questions.columns_digest,
+        columns=questions.columns_digest, visible=visibility(model, sampling.method, sampling.block_length)[1],
     )  # fmt: skip
     made, finish = adapted(model, settings)
     return Prepared(made, tokenizer, questions, None, finish, objective=objective, rollouts=plan)

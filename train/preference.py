@@ -23,7 +23,7 @@ from dlm.utils import settings
 if TYPE_CHECKING:
     from dlm.training.recipe import Prepared
 
-NOT_OF_PAIRS = ("random_length", "dropout_prompt", "complementary", "decoding_share", "full_share", "streaming")
+NOT_OF_PAIRS = ("random_length", "dropout_prompt", "complementary", "decoding_share", "block_growth", "streaming")
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,9 @@ class Recipe(TuningConfig):
 
     batch_size is in pairs. reference: a folder or hub id, by default the model itself as it begins (with `lora` the
     model without its adapters). beta: how strongly the policy may leave the reference; draws: noise draws of each
-    answer; sft_weight: weight of the chosen answer's bound a token. Pairs longer
-    than sequence_length are left out and counted.
+    answer; sft_weight: weight of the chosen answer's bound a token. Pairs longer than sequence_length are left out and
+    counted. The bounds are those of the model's own visibility: full attention, blocks, or each for half of the pairs
+    of a step.
     """
 
     output: str = "runs/preference"
@@ -54,8 +55,10 @@ class Recipe(TuningConfig):
                 f"above 0, 1 or more draws, and the others not negative"
             )
         self.refuse(NOT_OF_PAIRS, "pairs are compared whole")
-        if self.objective != "diffusion" or self.estimator == "stratified" or self.eos_padding != "none":
-            raise ValueError("preferences need objective diffusion, eos_padding none, estimator count, uniform or d3pm")
+        if self.objective == "autoregressive" or self.estimator == "stratified" or self.eos_padding != "none":
+            raise ValueError(
+                "preferences need a diffusion objective, eos_padding none, estimator count, uniform or d3pm"
+            )
         if self.valid:
             raise ValueError("valid is of texts, and this recipe logs the pairs' accuracy: leave it out")
 

@@ -160,6 +160,14 @@ def transform(grids: np.ndarray, symmetry: tuple[np.ndarray, np.ndarray]) -> np.
     return np.take_along_axis(digits, np.take_along_axis(grids, cells, axis=1).astype(int), axis=1).astype(np.int8)
 
 
+def restore(grids: np.ndarray, symmetry: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """Grids (P, 81) that `transform` gave, as they were before."""
+    cells, digits = symmetry
+    return np.take_along_axis(digits.argsort(axis=1), grids.astype(int), axis=1)[
+        np.arange(len(grids))[:, None], cells.argsort(axis=1)
+    ].astype(np.int8)
+
+
 # -------------------------------------------------------------------------------------------------- text and tokens
 
 

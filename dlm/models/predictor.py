@@ -40,10 +40,11 @@ class PredictCall:
         targets: Targets | None = None,
         embeds: Tensor | None = None,
         hidden_states: list[Tensor] | None = None,
+        every_repeat: bool = False,
     ):
         self.tokens, self.positions, self.visible, self.cache, self.valid = tokens, positions, visible, cache, valid
-        self.logits_to_keep, self.targets, self.embeds, self.hidden_states = (
-            logits_to_keep, targets, embeds, hidden_states,
+        self.logits_to_keep, self.targets, self.embeds, self.hidden_states, self.every_repeat = (
+            logits_to_keep, targets, embeds, hidden_states, every_repeat,
         )  # fmt: skip
 
 
@@ -60,6 +61,7 @@ class MaskPredictor:
         valid: Tensor | None = None,
         logits_to_keep: Tensor | None = None,
         targets: Targets | None = None,
+        every_repeat: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits at the places asked about, or with `targets` the loss there.
 
@@ -71,11 +73,13 @@ class MaskPredictor:
         config.embedding_size; the type is that of the weights.
         targets: of the N places asked about, in row order; gives (sum of weighted cross entropies (), cross entropies
         (N,) without a gradient), both fp32, and holds the logits of `targets.chunk` places at a time.
+        every_repeat: of what each of the R = config.layer_repeats rounds of the layers puts out, not of the last alone:
+        B becomes R * B and N becomes R * N, the first round first (`targets` and `cache` too are of R * N and of one).
         """
         return self(
             call=PredictCall(
                 tokens, positions, visible=visible, cache=cache, valid=valid, logits_to_keep=logits_to_keep,
-                targets=targets,
+                targets=targets, every_repeat=every_repeat,
             )
         )  # fmt: skip
 

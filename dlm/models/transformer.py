@@ -226,13 +226,16 @@ class LLaDAModel(LLaDAPreTrainedModel):
         if grid:
             views = grid_views(where, cache, self.config.grid_width, self.config.n_heads)
             mask = views if mask is None else mask & views
+        ends = []  # what each round puts out, where all are asked for
         for repeat in range(self.config.layer_repeats):
             stored = cache if repeat == 0 or cache is None else Further(cache, repeat * len(self.transformer.blocks))
             for block in self.transformer.blocks:
                 if call.hidden_states is not None:
                     call.hidden_states.append(x)
                 x = block(x, rotary, kernel, mask, positions, stored)
-        x = self.transformer.ln_f(x)
+            if call.every_repeat:
+                ends.append(x)
+        x = self.transformer.ln_f(torch.cat(ends) if call.every_repeat else x)
         if call.hidden_states is not None:
             call.hidden_states.append(x)
         return x
@@ -302,6 +305,8 @@ class LLaDAModelLM(MaskPredictor, Surface, LLaDAPreTrainedModel):
         """What `predict` returns."""
         x, keep, targets = self.model(call=call), call.logits_to_keep, call.targets
         if keep is not None:
+            if call.every_repeat:
+                keep = _in_every_repeat(keep, self.config.layer_repeats, call)
             if keep.dtype == torch.bool:
                 x = x[keep]  # (N, D)
             elif keep.ndim == 1:
@@ -319,3 +324,12 @@ class LLaDAModelLM(MaskPredictor, Surface, LLaDAPreTrainedModel):
         if targets is not None:  # the head was replaced, by an adapter or a quantised layer: it knows logits alone
             return weighted_sum(logits.flatten(0, -2), targets.tokens, targets.weight)
         return logits
+
+
+def _in_every_repeat(keep: Tensor, repeats: int, call: PredictCall) -> Tensor:
+    """`logits_to_keep` of a batch as those of `repeats` batches one after another."""
+    if keep.dtype == torch.bool or keep.ndim == 2:
+        return keep.repeat(repeats, 1)
+    batch, queries = (call.tokens if call.embeds is None else call.embeds).shape[:2]
+    first = torch.arange(repeats, device=keep.device) * batch * queries
+    return (first[:, None] + keep).flatten()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from dlm.utils.names import check_name
 
 __all__ = [
+    "AS_MODEL",
     "EPSILON",
     "ESTIMATORS",
     "NOISE_SCHEDULE_NAMES",
@@ -17,6 +18,7 @@ __all__ = [
 ]
 
 OBJECTIVE_NAMES = ("diffusion", "block_diffusion", "autoregressive")  # the keys of `losses.OBJECTIVES`
+AS_MODEL = "model"  # of a recipe: the objective, the blocks and the visibilities that its model was trained with
 NOISE_SCHEDULE_NAMES = ("linear", "cosine", "polynomial", "geometric")  # the keys of `noise.NOISE_SCHEDULES`
 EPSILON = 1e-3  # smallest mask rate of the estimators that draw a time: LLaDA's
 POLICY_NAMES = ("diffu_grpo", "trace", "wd1")  # the keys of `policy.METHODS`

@@ -5,6 +5,8 @@ Shapes: B batch, T row length, E examples in the batch, N tokens that carry loss
 A Loss is a sum, never a mean: the trainer divides by the number of target tokens of the whole optimizer step, over
 all micro-batches and processes, which is what makes the gradient independent of how the step was cut up.
 chunk: places whose logits are held at a time; None: all of them, until the backward pass.
+earlier: of a model whose layers are applied R times (`config.layer_repeats`), the share of the loss that falls on what
+the first R - 1 rounds put out, the same on each; it has no meaning for R = 1, and changes nothing there.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dlm.data.examples import Batch
 from dlm.models import attention
@@ -46,8 +48,9 @@ class Loss:
 
 
 def masked_diffusion(
-    model, batch: Batch, noise: Noise, mask_id: int, chunk: int | None = None, *, extra: Extra | None = None
-) -> Loss:
+    model, batch: Batch, noise: Noise, mask_id: int, chunk: int | None = None, *, extra: Extra | None = None,
+    earlier: float = 0.0,
+) -> Loss:  # fmt: skip
     """The masked diffusion bound: weighted CE of the masked tokens given the others.
 
     Logits are computed at masked places only, and the softmax in fp32 on them alone (LLaDA eq. 3). extra: a term of the
@@ -56,12 +59,13 @@ def masked_diffusion(
     xt = corrupt(batch.tokens, noise.masked, mask_id)
     places = guess_places(model, noise.scored, batch.positions)
     asked = {"visible": document(batch.segments), "logits_to_keep": places}
-    return _masked_loss(model, (xt, batch.positions), asked, batch, noise, chunk, extra)
+    return _masked_loss(model, (xt, batch.positions), asked, batch, noise, chunk, extra, earlier)
 
 
 def block_diffusion(
-    model, batch: Batch, noise: Noise, mask_id: int, chunk: int | None = None, *, extra: Extra | None = None
-) -> Loss:
+    model, batch: Batch, noise: Noise, mask_id: int, chunk: int | None = None, *, extra: Extra | None = None,
+    earlier: float = 0.0,
+) -> Loss:  # fmt: skip
     """The bound of block diffusion: each block's masked tokens given the rest of it and the clean blocks before.
 
     All blocks in one forward of [x_t ; x_0] with repeated positions (BD3-LM, arXiv:2503.09573).
@@ -77,7 +81,7 @@ def block_diffusion(
         "visible": attention.block_diffusion(batch.segments, batch.positions, noise.block_length),
         "logits_to_keep": guess_places(model, noise.scored, batch.positions, noise.block_length),
     }
-    return _masked_loss(model, both_copies, asked, batch, noise, chunk, extra)
+    return _masked_loss(model, both_copies, asked, batch, noise, chunk, extra, earlier)
 
 
 def next_token_targets(batch: Batch) -> Tensor:
@@ -89,8 +93,9 @@ def next_token_targets(batch: Batch) -> Tensor:
 
 
 def autoregressive(
-    model, batch: Batch, noise: Noise | None = None, mask_id: int | None = None, chunk: int | None = None
-) -> Loss:
+    model, batch: Batch, noise: Noise | None = None, mask_id: int | None = None, chunk: int | None = None, *,
+    earlier: float = 0.0,
+) -> Loss:  # fmt: skip
     """The causal twin: CE of each target token given those before it in its example (noise is not used)."""
     predicted = next_token_targets(batch)
     predicting = torch.zeros_like(predicted)
@@ -98,7 +103,8 @@ def autoregressive(
     asked = {"visible": both(causal, document(batch.segments)), "logits_to_keep": predicting}
     example = batch.segments[predicted]
     ones = torch.ones(example.shape, device=example.device)
-    total, ce = _cross_entropies(model, (batch.tokens, batch.positions), asked, batch.tokens[predicted], ones, chunk)
+    inputs, truth = (batch.tokens, batch.positions), batch.tokens[predicted]
+    total, ce = _cross_entropies(model, inputs, asked, truth, ones, chunk, earlier=earlier)
     return _loss(total, ce, ones, example, ones, predicted, batch)
 
 
@@ -146,51 +152,77 @@ class Objective(ABC):
 
 
 class MaskedDiffusion(Objective):
-    """`masked_diffusion`: the bound of an example that is masked anywhere."""
+    """`masked_diffusion`: the bound of an example that is masked anywhere; earlier: as the module says."""
+
+    def __init__(self, earlier: float = 0.0):
+        self.earlier = earlier
 
     def loss(self, model, batch, noise, mask_id, chunk=None):
-        return masked_diffusion(model, batch, noise, mask_id, chunk)
+        return masked_diffusion(model, batch, noise, mask_id, chunk, earlier=self.earlier)
 
 
 class BlockDiffusion(Objective):
     """`block_diffusion`: the bound of blocks that see what is clean before them.
 
     Rows whose noise was drawn without blocks are trained under full attention (`TrainingConfig.full_share`).
+    earlier: as the module says.
     """
 
+    def __init__(self, earlier: float = 0.0):
+        self.earlier = earlier
+
     def loss(self, model, batch, noise, mask_id, chunk=None):
-        if noise.block_length is None:
-            return masked_diffusion(model, batch, noise, mask_id, chunk)
-        return block_diffusion(model, batch, noise, mask_id, chunk)
+        bound = masked_diffusion if noise.block_length is None else block_diffusion
+        return bound(model, batch, noise, mask_id, chunk, earlier=self.earlier)
 
 
 class Autoregressive(Objective):
-    """`autoregressive`: the causal twin; the noise is drawn and not used."""
+    """`autoregressive`: the causal twin; the noise is drawn and not used. earlier: as the module says."""
+
+    def __init__(self, earlier: float = 0.0):
+        self.earlier = earlier
 
     def targets(self, batch):
         return next_token_targets(batch)
 
     def loss(self, model, batch, noise, mask_id, chunk=None):
-        return autoregressive(model, batch, noise, mask_id, chunk)
+        return autoregressive(model, batch, noise, mask_id, chunk, earlier=self.earlier)
 
 
-OBJECTIVES: dict[str, Objective] = {
-    "diffusion": MaskedDiffusion(),
-    "block_diffusion": BlockDiffusion(),
-    "autoregressive": Autoregressive(),
-}
+_KINDS = {"diffusion": MaskedDiffusion, "block_diffusion": BlockDiffusion, "autoregressive": Autoregressive}
+OBJECTIVES: dict[str, Objective] = {name: kind() for name, kind in _KINDS.items()}
 
 
-def _masked_loss(model, inputs, asked, batch: Batch, noise: Noise, chunk: int | None, extra: Extra | None) -> Loss:
+def objective(name: str, earlier: float = 0.0) -> Objective:
+    """The objective of a name, with a share of its loss on the earlier rounds of the layers."""
+    return _KINDS[name](earlier)
+
+
+def _masked_loss(
+    model, inputs, asked, batch: Batch, noise: Noise, chunk: int | None, extra: Extra | None, earlier: float
+) -> Loss:
     scored = noise.scored
     units = batch.segments if noise.units is None else noise.units
     example, weight, rate = batch.segments[scored], noise.weight[scored], noise.rate[units[scored]]
-    total, ce = _cross_entropies(model, inputs, asked, batch.tokens[scored], weight, chunk, extra)
+    total, ce = _cross_entropies(model, inputs, asked, batch.tokens[scored], weight, chunk, extra, earlier)
     return _loss(total, ce, weight, example, rate, batch.target, batch)
 
 
-def _cross_entropies(model, inputs, asked, truth: Tensor, weight: Tensor, chunk, extra=None) -> tuple[Tensor, Tensor]:
-    """(weighted sum (), cross entropies (N,)) at the places asked about, N in row-major order over (B, T)."""
+def _cross_entropies(
+    model, inputs, asked, truth: Tensor, weight: Tensor, chunk, extra=None, earlier=0.0
+) -> tuple[Tensor, Tensor]:
+    """(weighted sum (), cross entropies (N,)) at the places asked about, N in row-major order over (B, T).
+
+    The cross entropies are those of the last round of the layers, the sum has `earlier` of its weight on the others.
+    """
+    repeats = _repeats(model) if earlier else 1
+    if repeats > 1:
+        assert extra is None, "an extra term has one output to look at"
+        shares = weight.new_tensor([earlier / (repeats - 1)] * (repeats - 1) + [1.0 - earlier])  # (R,)
+        asked = {**asked, "every_repeat": True}
+        spread = (shares[:, None] * weight).flatten()  # (R * N,)
+        total, ce = _cross_entropies(model, inputs, asked, truth.repeat(repeats), spread, chunk)
+        return total, ce[-len(truth) :] if len(truth) else ce
     if extra is not None:
         logits = as_predictor(model)(*inputs, **asked)
         total, ce = weighted_sum(logits, truth, weight)
@@ -198,6 +230,13 @@ def _cross_entropies(model, inputs, asked, truth: Tensor, weight: Tensor, chunk,
     if chunk is None:
         return weighted_sum(as_predictor(model)(*inputs, **asked), truth, weight)
     return as_predictor(model)(*inputs, **asked, targets=Targets(truth, weight, chunk))
+
+
+def _repeats(model) -> int:
+    """How often a model, or what it wraps, applies its layers."""
+    modules = model.modules() if isinstance(model, nn.Module) else [model]
+    config = next((module.config for module in modules if hasattr(module, "config")), None)
+    return getattr(config, "layer_repeats", 1)
 
 
 def _loss(total, ce, weight, example, rate, target, batch) -> Loss:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from dlm.data.examples import PAD_SEGMENT, Batch
+from dlm.models.attention import Visible
 from dlm.models.predictor import as_predictor, guess_places
 from dlm.objectives.config import POLICY_NAMES
 from dlm.objectives.losses import Loss, Objective
@@ -119,7 +120,8 @@ class Policy(Objective):
 
     KL to the reference is exp(d) - d - 1 of d = log p_ref - log p, which is not negative (GRPO, arXiv:2402.03300,
     eq. 4). It is divided by the number of answers. reference: a frozen model; None: the policy with its adapters off.
-    temperature: of the sampler. forbidden: ids that it never proposes. columns: names what the rewards read.
+    temperature: of the sampler. forbidden: ids that it never proposes. columns: names what the rewards read. visible: a
+    rule of `attention`, what the sampler saw; None: the model's own.
     """
 
     unit = "answers"
@@ -127,6 +129,7 @@ class Policy(Objective):
     def __init__(
         self, method: str = "diffu_grpo", *, reference: nn.Module | None = None, ratio_clip: float = 0.2,
         kl: float = 0.0, temperature: float = 1.0, forbidden: tuple[int, ...] = (), columns: str = "",
+        visible: Visible | None = None,
     ):  # fmt: skip
         check_name("policy", method, POLICY_NAMES)
         if not ratio_clip > 0 or not kl >= 0 or not temperature > 0:
@@ -136,6 +139,7 @@ class Policy(Objective):
             )
         self.method, self.reference, self.ratio_clip, self.kl = METHODS[method], reference, ratio_clip, kl
         self.temperature, self.forbidden, self.columns = temperature, tuple(forbidden), columns
+        self.visible = visible
 
     @property
     def identity(self) -> str:
@@ -159,7 +163,7 @@ class Policy(Objective):
         xt = batch.tokens.masked_fill(answers.hidden, mask_id)
         valid = batch.segments != PAD_SEGMENT
         places = guess_places(model, answers.scored, batch.positions)
-        asked = {"valid": None if bool(valid.all()) else valid, "logits_to_keep": places}
+        asked = {"visible": self.visible, "valid": None if bool(valid.all()) else valid, "logits_to_keep": places}
         logits = as_predictor(model)(xt, batch.positions, **asked)
         logits = (logits if logits.dtype == torch.float64 else logits.float()) / self.temperature
         ids = [token for token in {mask_id, *self.forbidden} if token < logits.shape[-1]]

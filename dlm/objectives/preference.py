@@ -5,7 +5,8 @@ Shapes: B rows, T their length, E examples of a batch (chosen and rejected in tu
 With b(y) >= -log p(y | prompt), the weighted cross entropy of masked tokens averaged over K draws, the loss of a pair
 is -log sigmoid(beta * delta), delta = (b_ref - b)(chosen) - (b_ref - b)(rejected): DPO's (arXiv:2305.18290, eq. 7) with
 bounds in place of log-likelihoods. VRPO: the whole budget goes to times, one mask each, and policy and reference share
-times and masks, so that what both do not know cancels.
+times and masks, so that what both do not know cancels. Under full attention a draw masks the whole answer; where the
+noise was drawn in blocks, b is the bound of block diffusion: [x_t ; x_0], each block given the clean ones before it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlm.data.examples import Batch
-from dlm.models.attention import document
+from dlm.models.attention import block_diffusion, document
 from dlm.models.head import Targets
 from dlm.models.predictor import as_predictor, guess_places
 from dlm.objectives.losses import Loss, Objective
@@ -63,16 +64,23 @@ def repeat(batch: Batch, draws: Draws, mask_id: int) -> tuple[Tensor, Tensor, Te
     return xt, batch.positions.repeat(count, 1), segments, batch.tokens.repeat(count, 1), weight
 
 
-def bounds(model, inputs, examples: int, chunk: int | None, factor: Tensor | None = None) -> Tensor:
+def bounds(
+    model, inputs, examples: int, chunk: int | None, factor: Tensor | None = None, block_length: int | None = None
+) -> Tensor:
     """Each example's weighted cross entropy (K * E,) in nats, of what `repeat` made.
 
-    With `factor` (K * E,): their sum times factor (), whose gradient is taken `chunk` places at a time.
+    block_length: of noise in blocks, and then the clean copy stands behind x_t. With `factor` (K * E,): their sum times
+    factor (), whose gradient is taken `chunk` places at a time.
     """
     xt, positions, segments, truth, weight = inputs
     scored = weight > 0
     predict = as_predictor(model)
-    owner, places = segments[scored], guess_places(model, scored, positions)
-    asked = {"visible": document(segments), "logits_to_keep": places}
+    owner, places = segments[scored], guess_places(model, scored, positions, block_length)
+    visible = document(segments)
+    if block_length is not None:
+        visible = block_diffusion(segments, positions, block_length)
+        xt, positions = torch.cat([xt, truth], dim=1), torch.cat([positions, positions], dim=1)  # (K * B, 2T)
+    asked = {"visible": visible, "logits_to_keep": places}
     if factor is not None:
         targets = Targets(truth[scored], weight[scored] * factor[owner], chunk)
         total, _ = predict(xt, positions, **asked, targets=targets)
@@ -130,11 +138,11 @@ class Preference(Objective):
         assert torch.equal(batch.index[1::2], batch.index[0::2] + 1), "chosen and rejected must follow one another"
         examples = len(batch.index)
         mine, its = Draws(noise.noises[: self.draws]), Draws(noise.noises[-self.draws :])
-        inputs = repeat(batch, mine, mask_id)
+        inputs, blocks = repeat(batch, mine, mask_id), {"block_length": noise.block_length}
         with torch.no_grad(), as_reference(self.reference, model) as reference:
-            theirs = bounds(reference, repeat(batch, its, mask_id), self.draws * examples, chunk)
+            theirs = bounds(reference, repeat(batch, its, mask_id), self.draws * examples, chunk, **blocks)
         with torch.no_grad() if chunk is not None else nullcontext():
-            ours = bounds(model, inputs, self.draws * examples, chunk)
+            ours = bounds(model, inputs, self.draws * examples, chunk, **blocks)
         ours, theirs = ours.view(self.draws, examples), theirs.view(self.draws, examples)
         lengths = torch.bincount(batch.segments[batch.target], minlength=examples)
         mean = ours.mean(0)
@@ -144,7 +152,7 @@ class Preference(Objective):
         if chunk is not None:  # the same gradient, without the logits of all places
             slope = self.beta * torch.sigmoid(-self.beta * delta)
             factor = torch.stack([slope + self.sft / lengths[0::2].clamp(min=1), -slope], dim=1).view(-1) / self.draws
-            through = bounds(model, inputs, self.draws * examples, chunk, factor.repeat(self.draws))
+            through = bounds(model, inputs, self.draws * examples, chunk, factor.repeat(self.draws), **blocks)
             total = through + (total - through).detach()
         return Loss(
             total=total, count=self.count(batch), examples=losses.detach().repeat_interleave(2) / 2, lengths=lengths,

@@ -117,7 +117,7 @@ class Batches:
         if not full or not blocks:
             raise ValueError(
                 f"full_share is {share}, and of a micro-batch of {len(numbers)} rows none is left for one of the two "
-                f"visibilities: use a larger batch_size, or less accumulation"
+                f"visibilities: use a larger batch_size, less accumulation, or one visibility"
             )
         return [(blocks, config.noise(step=step)), (full, config.noise(full=True))]
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from dlm.models.choices import float_name
-from dlm.objectives.config import NoiseSettings
+from dlm.objectives.config import AS_MODEL, NoiseSettings
 from dlm.training import options
 from dlm.training.growth import block_at, read_growth
 from dlm.utils.names import check_name
@@ -20,12 +20,14 @@ class TrainingConfig:
 
     max_seconds: the run also ends when it has trained for so long (validation, samples and checkpoints do not count),
     and the learning rate decays by whichever of steps and seconds is further; 0 is no limit.
-    estimator, noise_schedule, noise_exponent, diffusion_steps, lowest_rate, highest_rate, block_length, rate_alpha,
-    rate_beta, complementary, decoding_share, decoding_block: what training noise is drawn with
+    objective: of `losses.OBJECTIVES`, or `model`: with block_length and full_share what the model's configuration says
+    (`as_trained`). estimator, noise_schedule, noise_exponent, diffusion_steps, lowest_rate, highest_rate, block_length,
+    rate_alpha, rate_beta, complementary, decoding_share, decoding_block: what training noise is drawn with
     (`objectives.config.NoiseSettings`); validation always takes the whole bound by `count`. block_growth: block lengths
     before block_length, each with its share of max_steps (`growth.read_growth`). full_share: under objective
     block_diffusion the share of the rows that are trained under full attention, so that one network knows both
-    visibilities; decoding_share is of those rows then.
+    visibilities; decoding_share is of those rows then. repeat_share: of a model whose layers are applied several times
+    (`layer_repeats`), the share of the loss on what the earlier rounds put out, the same on each.
     random_length: share of the examples cut to a random length. packing: several examples may share a row.
     eos_padding: `longest` ends every example with end-of-text tokens, which carry loss, up to the longest of its
     optimizer step (LLaDA's rule for fine-tuning). dropout_prompt: share of the examples whose prompt is all masks.
@@ -69,6 +71,7 @@ class TrainingConfig:
     decoding_share: float = NoiseSettings.decoding_share
     decoding_block: int = NoiseSettings.decoding_block
     full_share: float = 0.0
+    repeat_share: float = 0.0
     random_length: float = 0.0
     packing: bool = True
     eos_padding: str = "none"
@@ -112,6 +115,7 @@ class TrainingConfig:
             "random_length",
             "dropout_prompt",
             "full_share",
+            "repeat_share",
         ):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must lie between 0 and 1")
@@ -198,6 +202,34 @@ class TrainingConfig:
         return self.loss_chunk or None
 
 
+BOTH_SHARE = 0.5  # of the rows of a model that knows both visibilities, those under full attention
+
+
+def as_trained(config: TrainingConfig, checkpoint) -> TrainingConfig:
+    """The settings, and where their objective is `model` that of a checkpoint: full attention, blocks, or both.
+
+    checkpoint: a model's configuration. A model that knows both visibilities trains half of the rows under each.
+    An autoregressive model has no such objective here: it is `diffusion` then, and opening the model refuses it.
+    """
+    if config.objective != AS_MODEL:
+        return config
+    length = getattr(checkpoint, "block_length", None)
+    if length is None:
+        return replace(config, objective="diffusion")
+    share = BOTH_SHARE if getattr(checkpoint, "full_attention", False) else 0.0
+    return replace(config, objective="block_diffusion", block_length=length, full_share=share)
+
+
+def lost_visibility(config: TrainingConfig, checkpoint) -> str:
+    """What a run with blocks of its own, or none, makes a checkpoint forget, in words; "" for nothing."""
+    length, full = getattr(checkpoint, "block_length", None), getattr(checkpoint, "full_attention", False)
+    if length is None:
+        return ""
+    if config.block_length != length:
+        return f"blocks of {length}"
+    return "full attention" if full and not config.full_share else ""
+
+
 @dataclass(frozen=True)
 class RecipeConfig(TrainingConfig):
     """The settings that all recipes share: the run (TrainingConfig), the data, the model to begin with, the export.
@@ -235,6 +267,8 @@ class RecipeConfig(TrainingConfig):
         super().__post_init__()
         if self.epochs is not None and not 0 < self.epochs < float("inf"):
             raise ValueError(f"epochs is {self.epochs}: give a number above 0")
+        if self.objective == AS_MODEL and not self.model:
+            raise ValueError("objective is model, and there is none to take it from: name one with --model")
         if self.skip_damaged and not self.resume:
             raise ValueError("skip_damaged says which checkpoint --resume goes on from: give --resume with it")
         object.__setattr__(self, "export_dtype", float_name(self.export_dtype))

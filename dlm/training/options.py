@@ -5,7 +5,14 @@ No torch here: `dlm train RECIPE --help` lists these.
 
 from dlm.data.choices import ON_BAD_ROW, OVERLONG
 from dlm.models.choices import ATTENTION, FLOATS
-from dlm.objectives.config import ESTIMATORS, NOISE_SCHEDULE_NAMES, OBJECTIVE_NAMES, POLICY_NAMES, TEACHING_NAMES
+from dlm.objectives.config import (
+    AS_MODEL,
+    ESTIMATORS,
+    NOISE_SCHEDULE_NAMES,
+    OBJECTIVE_NAMES,
+    POLICY_NAMES,
+    TEACHING_NAMES,
+)
 
 OPTIMIZERS = ("muon", "adamw")
 LEARNING_RATE_SCHEDULES = ("wsd", "cosine", "constant")  # the keys of `optim.SCHEDULES`
@@ -85,10 +92,11 @@ GROUPS = {  # title: {field: help}
         "ema": "decay of the moving average of the weights; 0: none",
     },
     "objective": {
-        "objective": "",
+        "objective": "model: that of --model, with its blocks and visibilities",
         "block_length": "tokens of a block, for block_diffusion",
         "block_growth": "block lengths before it with shares of the steps: 1:0.1,4:0.2",
         "full_share": "share of block_diffusion's rows with full attention",
+        "repeat_share": "share of the loss on the earlier rounds of repeated layers",
         "estimator": "how mask rates are drawn",
         "noise_schedule": "of the estimators that draw a time",
         "noise_exponent": "of the polynomial schedule",
@@ -160,7 +168,7 @@ GROUPS = {  # title: {field: help}
 CHOICES = {
     "optimizer": OPTIMIZERS,
     "schedule": LEARNING_RATE_SCHEDULES,
-    "objective": OBJECTIVE_NAMES,
+    "objective": (*OBJECTIVE_NAMES, AS_MODEL),
     "estimator": ESTIMATORS,
     "noise_schedule": NOISE_SCHEDULE_NAMES,
     "precision": ("auto", *PRECISIONS),

@@ -27,7 +27,7 @@ from dlm.objectives.losses import Objective
 from dlm.tokenizer import mask_id
 from dlm.training.accelerator import make_accelerator, with_precision
 from dlm.training.checks import MANY_EPOCHS, check_batch, check_folders, check_length
-from dlm.training.config import RecipeConfig
+from dlm.training.config import RecipeConfig, as_trained, lost_visibility
 from dlm.training.rollouts import Plan
 from dlm.training.sharding import whole_state
 from dlm.training.trainer import Result, fit
@@ -169,6 +169,12 @@ def run(recipe: RecipeConfig, argv: list[str], prog: str, prepare: Callable[...,
 def _run(recipe, argv, prog, prepare, accelerator, report) -> int:
     ready = prepare(recipe, accelerator)
     model, train = ready.model, ready.train
+    recipe = as_trained(recipe, model.config)
+    if recipe.model and (lost := lost_visibility(recipe, model.config)):
+        report(
+            f"warning: {recipe.model} knows {lost}, and this run trains and exports it without: --objective model "
+            f"keeps what a model knows"
+        )
     check_batch(recipe, train.length, model, accelerator.num_processes)
     try:
         model.set_attn_implementation(recipe.attn_implementation)

@@ -22,13 +22,14 @@ from torch import nn
 from dlm.data.examples import Examples
 from dlm.data.streaming import StreamedExamples
 from dlm.models.flops import peak_flops, training_flops
-from dlm.objectives.losses import OBJECTIVES, Objective
+from dlm.objectives.losses import Objective
+from dlm.objectives.losses import objective as named_objective
 from dlm.rewards.table import RewardError
 from dlm.training.accelerator import make_accelerator, prepare_model, sum_over_processes, with_precision
 from dlm.training.ahead import Ahead, usual_workers
 from dlm.training.batches import Batches, StepBatches
 from dlm.training.checks import check_batch, check_targets
-from dlm.training.config import TrainingConfig
+from dlm.training.config import TrainingConfig, as_trained
 from dlm.training.ema import EMA
 from dlm.training.finite import refuse_loss, refuse_state
 from dlm.training.growth import plan
@@ -94,7 +95,7 @@ def fit(
     rollouts: answers that the model writes are learned from, to the prompts of `train` (`data.questions`).
     The model is trained in place. Errors: settings that do not fit together; NonFiniteLoss.
     """
-    config = with_precision(config)
+    config = as_trained(with_precision(config), getattr(model, "config", None))
     accelerator = accelerator or make_accelerator(config)
     parts = accelerator.num_processes * config.accumulation
     if config.batch_size % parts:
@@ -104,7 +105,12 @@ def fit(
         )
     if not resume and checkpoints(config.output):
         raise ValueError(f"{config.output} holds checkpoints of a run: resume it, or choose another output folder")
-    objective = objective or OBJECTIVES[config.objective]
+    if objective is not None and config.repeat_share:
+        raise ValueError(
+            f"repeat_share is {config.repeat_share:g}, and this recipe has a loss of its own: leave it out; it is of "
+            f"pretrain, sft and sudoku"
+        )
+    objective = objective or named_objective(config.objective, config.repeat_share)
     check_batch(config, train.length, model, accelerator.num_processes)
     check_targets(train, objective)
     report = report if accelerator.is_main_process else (lambda line: None)
@@ -125,7 +131,7 @@ class Run:
     ):  # fmt: skip
         self.tokenizer, self.valid, self.config = tokenizer, valid, config
         self.mask_id, self.accelerator, self.report = mask_id, accelerator, report
-        self.objective = (objective or OBJECTIVES[config.objective]).to(accelerator.device)
+        self.objective = (objective or named_objective(config.objective, config.repeat_share)).to(accelerator.device)
         self.output = Path(config.output)
         self.output.mkdir(parents=True, exist_ok=True)
         vocabulary = getattr(getattr(model, "config", None), "embedding_size", 0)

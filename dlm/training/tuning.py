@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from dlm.checkpoints.files import SHIPPED
 from dlm.data.choices import ON_BAD_ROW
+from dlm.objectives.config import AS_MODEL
 from dlm.training.config import RecipeConfig
 from dlm.training.lora import TARGETS, add_lora, merge_lora
 from dlm.training.options import FORMATS
@@ -19,12 +20,14 @@ __all__ = ["TuningConfig", "adapted"]
 class TuningConfig(RecipeConfig):
     """What all recipes share, how rows become tokens, and adapters.
 
-    format: `chat` (the tokenizer's chat template), `plain` (prompt, separator, response) or `auto` (chat where there is
-    a template). sequence_length: most tokens of an example, 0 for the model's. on_bad_row: `stop` at a row that cannot
-    be used, or `skip` and count it. lora: rank of the adapters, 0 to train all weights.
+    objective: that of the model, so that it keeps the visibilities that it knows. format: `chat` (the tokenizer's chat
+    template), `plain` (prompt, separator, response) or `auto` (chat where there is a template). sequence_length: most
+    tokens of an example, 0 for the model's. on_bad_row: `stop` at a row that cannot be used, or `skip` and count it.
+    lora: rank of the adapters, 0 to train all weights.
     """
 
     model: str = str(SHIPPED)
+    objective: str = AS_MODEL
     sequence_length: int = 0
     optimizer: str = "adamw"
     sample_every: int = 0

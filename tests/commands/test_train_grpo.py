@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from accelerate.state import AcceleratorState
@@ -123,6 +124,19 @@ def test_two_sharded_processes_have_the_same_run(tmp_path, start, measured, poli
             assert theirs[name] == pytest.approx(mine[name], abs=2e-4), (name, mine, theirs)
 
 
+@pytest.mark.parametrize("both", [True, False])
+def test_the_model_keeps_its_visibilities(tmp_path, start, tokenizer, both):  # noqa: F811
+    """A regression test: answers written in blocks were learned from under full attention, and the blocks were lost."""
+    shape = {"block_length": 3, **({"full_attention": True} if both else {})}
+    make_checkpoint(tmp_path / "model", tokenizer, **shape)
+    blocks = ["--sampling=gen_length=6|temperature=1|method=block_causal", "--policy=trace", "--max-steps=2"]
+    assert start("run", *blocks) == 0
+    before, after = (json.loads((tmp_path / n / "config.json").read_text()) for n in ("model", "run/model"))
+    assert {**after, "torch_dtype": 0, "dtype": 0} == {**before, "torch_dtype": 0, "dtype": 0}
+    ready = grpo.prepare(grpo.parse([*argv(tmp_path, "seen"), *blocks]), SimpleNamespace())
+    assert ready.objective.visible.block_length == 3
+
+
 def test_adapters_are_their_own_reference(tmp_path, start):
     assert start("lora", "--lora=2") == 0
     first = next(r for r in records(tmp_path / "lora") if r["kind"] == "train")
@@ -158,6 +172,7 @@ def test_equal_rewards_are_counted_and_said(tmp_path, start, capsys):
         (["--group-size=1"], "a group has 2 answers or more"),
         (["--batch-size=6"], "is not a multiple of group_size 4"),
         (["--sampling=gen_length=6"], "sampling has temperature 0"),
+        (["--sampling=gen_length=6|temperature=1|align=prompt"], "in blocks of the row: leave it out"),
         (["--sampling=gen_lenght=6|temperature=1"], "the nearest name is 'gen_length'"),
         (["--sampling=gen_length=six"], "gen_length=six: it must be a whole number"),
         (["--sampling=temperature=1|gen_length=400"], "8 leave no room for 400 tokens in 128"),

@@ -55,6 +55,19 @@ def test_pairs_are_learned_and_a_resumed_run_is_the_same(tmp_path, start):
     assert log[-1]["variance_shared"] < log[-1]["variance_apart"]
 
 
+@pytest.mark.parametrize("both", [True, False])
+def test_the_model_keeps_its_visibilities(tmp_path, start, tokenizer, both):  # noqa: F811
+    """A regression test: pairs were compared under full attention, and a model with blocks came out without them."""
+    shape = {"block_length": 4, **({"full_attention": True} if both else {})}
+    make_checkpoint(tmp_path / "model", tokenizer, **shape)
+    assert start("run", f"--export={tmp_path / 'export'}", "--export-dtype=float32") == 0
+    before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("model", "export"))
+    assert after == before
+    log = records(tmp_path / "run")
+    assert log[0]["loss"] == pytest.approx(0.6931, abs=1e-3) and log[-1]["margin"] > 0
+    assert log[-1]["variance_shared"] < log[-1]["variance_apart"]
+
+
 def test_the_reference_of_a_resume_is_the_same(tmp_path, start, tokenizer, capsys):  # noqa: F811
     assert start("run", "--max-steps=3") == 0
     make_checkpoint(tmp_path / "model", tokenizer, rope_theta=500.0)
@@ -82,7 +95,8 @@ def test_adapters_are_their_own_reference(tmp_path, start):
         ([{"prompt": "a " * 400, "chosen": "b", "rejected": "c"}], [], "no pair in 1 rows (1 longer than 128 tokens"),
         (None, ["--beta=0"], "beta is 0.0"),
         (None, ["--random-length=0.5"], "random_length is 0.5, and pairs are compared whole"),
-        (None, ["--objective=autoregressive"], "need objective diffusion"),
+        (None, ["--objective=autoregressive"], "need a diffusion objective"),
+        (None, ["--repeat-share=0.5"], "repeat_share is 0.5, and this recipe has a loss of its own"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, start, capsys, rows, more, message):

@@ -2,6 +2,7 @@
 
 import json
 import lzma
+import shutil
 import sys
 
 import numpy as np
@@ -309,6 +310,26 @@ def test_a_fine_tune_is_a_model_that_answers(base, tmp_path, capsys, options):
     )
     notes = json.loads((export / "training.json").read_text())
     assert notes["command"].startswith("dlm train sft ") and ("validation" in notes) == bool(valid)
+
+
+@pytest.mark.parametrize("shape", [{"block_length": 4, "full_attention": True}, {"block_length": 4}, {}])
+def test_a_fine_tune_keeps_the_visibilities_of_its_model(base, tmp_path, capsys, shape):
+    """A regression test: a model with blocks was tuned under full attention and came out without them, unsaid."""
+    start, file = tmp_path / "start", tmp_path / "start" / "config.json"
+    shutil.copytree(base, start)
+    plain = json.loads(file.read_text())
+    kind = {"objective": "block_diffusion"} if shape else {}
+    file.write_text(json.dumps(plain | shape | kind))
+    assert run(start, tmp_path, "run") == 0
+    after = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    names = ("objective", "block_length", "full_attention")
+    assert [after.get(name) for name in names] == [(plain | shape | kind).get(name) for name in names]
+    assert "warning" not in capsys.readouterr().out
+    if shape:
+        assert run(start, tmp_path, "full", "--objective", "diffusion", "--max-steps", "1") == 0
+        assert "knows blocks of 4, and this run trains and exports it without: --objective model" in (
+            capsys.readouterr().out
+        )
 
 
 def test_accumulation_does_not_change_padding_or_dropped_prompts(base, tmp_path):

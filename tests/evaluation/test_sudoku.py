@@ -58,6 +58,13 @@ def test_generated_puzzles_have_one_solution_and_no_given_too_many():
     assert [p.tolist() for p, _ in sudoku.random_puzzles(1, seed=6)] != again[:1]
 
 
+def test_a_form_is_turned_back():
+    rng = np.random.default_rng(4)
+    grids, symmetry = rng.integers(0, 10, (30, 81)).astype(np.int8), sudoku.random_symmetries(30, rng)
+    turned = sudoku.transform(grids, symmetry)
+    assert (turned != grids).any() and (sudoku.restore(turned, symmetry) == grids).all()
+
+
 def test_symmetries_keep_the_rules_and_the_answer():
     rng = np.random.default_rng(0)
     symmetry = sudoku.random_symmetries(40, rng)
@@ -169,7 +176,8 @@ def test_a_grid_model_with_repeated_layers_is_trained_and_tried_several_times(ru
     assert deeper["layer_repeats"] == 3 and deeper["grid_width"] == 10
     code, _, error = run(
         "eval", "sudoku", "--model", tmp_path / "m", "--puzzles", "2", "--steps", "2", "--thresholds", "", "--tries",
-        "2", "--orders", "margin", "--rules", "verify", "--output", tmp_path / "t",
+        "2", "--orders", "margin", "--rules", "verify", "--output", tmp_path / "t", "--judge", "rules", "--forms",
+        "--repeats", "1",
     )  # fmt: skip
     assert code == 0, error
     rows = json.loads((tmp_path / "t").read_text())["rows"]
@@ -204,6 +212,29 @@ def test_doubtful_answers_are_tried_again_and_the_likelier_one_stays(monkeypatch
     assert calls == [(2, 0.0, 0), (1, 0.7, 1_000_003)]
 
 
+def test_by_the_rules_tries_end_with_a_right_answer_and_meet_other_forms(monkeypatch):
+    """The first try of one puzzle is wrong; the second is shown in another form, and its answer is turned back."""
+    from dlm import SamplingConfig
+    from eval import sudoku as evaluation
+
+    wrong, shown = cells(ANSWER), []
+    wrong[[2, 3]] = wrong[[3, 2]]
+
+    def solved(model, puzzles, config, batch):
+        shown.append(puzzles)
+        found = [sudoku.solutions(puzzle)[0] for puzzle in puzzles]
+        first = [wrong, *found[1:]] if len(shown) == 1 else found
+        return np.array(first, np.int8), np.full(len(puzzles), 7), np.full(len(puzzles), 9)
+
+    monkeypatch.setattr(evaluation, "solve", solved)
+    monkeypatch.setattr(evaluation, "doubt", None)  # the model is not asked
+    puzzles = np.stack([cells(WIKIPEDIA)] * 2)
+    tries = evaluation.Tries(5, 0.0, judge="rules", forms=True)
+    answers, passes, _ = evaluation.solve_often("model", puzzles, SamplingConfig(block_length=81), 8, tries)
+    assert all(sudoku.is_solution(answer, puzzles[0]) for answer in answers) and passes.tolist() == [14, 7]
+    assert len(shown) == 2 and len(shown[1]) == 1 and (shown[1][0] != puzzles[0]).any()
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -218,6 +249,8 @@ def test_doubtful_answers_are_tried_again_and_the_likelier_one_stays(monkeypatch
         (["eval", "sudoku", "--model", "x", "--rules", "none:2"], "takes no number"),
         (["eval", "sudoku", "--model", "x", "--orders", ""], "both empty"),
         (["eval", "sudoku", "--model", "x", "--tries", "0"], "--tries is 0"),
+        (["eval", "sudoku", "--model", "x", "--repeats", "0"], "--repeats is 0"),
+        (["eval", "sudoku", "--model", "x", "--try-temperature", "0"], "or 0 with --forms"),
         (["eval", "sudoku", "--model", "x", "--accept", "2"], "--accept 2"),
         (["train", "sudoku", "--clue-power", "0"], "clue_power is 0"),
         (["train", "sudoku", "--grid", "--model", "x"], "--model brings its own heads"),

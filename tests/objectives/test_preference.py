@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dlm.data.examples import Example, pack
+from dlm.models.attention import block_causal
 from dlm.models.predictor import as_predictor
 from dlm.objectives.noise import NoiseSettings
 from dlm.objectives.preference import Preference, dpo
@@ -40,6 +41,31 @@ def models(size=0.05):
         for parameter in policy.parameters():
             parameter.add_(size * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
     return policy, frozen(reference)
+
+
+def chain(model, answer):
+    """log p of an answer under a model with blocks of one token: left to right, one token at a time, exactly."""
+    total = 0.0
+    for place, token in enumerate(answer):
+        xt = torch.tensor([[*PROMPT, *answer[:place], MASK]])
+        logits = as_predictor(model)(xt, visible=block_causal(1))
+        total = total + F.log_softmax(logits[0, -1].double(), -1)[token]
+    return total
+
+
+def block_bound(model, answer, length):
+    """The bound of an answer in blocks, enumerated: each block's given the clean ones before it, which see no later."""
+    tokens, total = [*PROMPT, *answer], 0.0
+    for start in range(0, len(tokens), length):
+        block = [slot for slot in range(start, min(start + length, len(tokens))) if slot >= len(PROMPT)]
+        for count in range(1, len(block) + 1):
+            for subset in itertools.combinations(block, count):
+                xt = torch.tensor([tokens[: start + length]])
+                xt[0, list(subset)] = MASK
+                logits = as_predictor(model)(xt, visible=block_causal(length))[0, list(subset)].double()
+                ce = F.cross_entropy(logits, torch.tensor([tokens[slot] for slot in subset]), reduction="sum")
+                total = total + ce / count / math.comb(len(block), count)
+    return total
 
 
 def exact_bound(model, answer):
@@ -94,6 +120,37 @@ def test_delta_of_longer_answers_is_that_of_the_enumerated_bounds():
     assert variances[False] > 5 * variances[True]
 
 
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_in_blocks_of_one_token_it_is_exact_dpo(chunk):
+    """Answers of several tokens, two pairs of different lengths in a batch; value and gradient."""
+    policy, reference = models()
+    pairs, beta = [([7, 8, 5], [9, 2]), ([1], [2, 3, 4])], 0.3
+    objective, batch = Preference(reference, beta=beta, draws=2), batch_of(*pairs)
+    loss = objective.loss(policy, batch, objective.noise(batch, NoiseSettings(block_length=1), 0), MASK, chunk)
+    expected = 0.0
+    for chosen, rejected in pairs:
+        gains = [chain(policy, answer) - chain(reference, answer).detach() for answer in (chosen, rejected)]
+        expected = expected - F.logsigmoid(beta * (gains[0] - gains[1]))
+    assert float(loss.total.detach()) == pytest.approx(float(expected.detach()), abs=1e-6)
+    got = torch.autograd.grad(loss.total, policy.model.transformer.wte.weight)[0]
+    wanted = torch.autograd.grad(expected, policy.model.transformer.wte.weight)[0]
+    assert (got - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+def test_delta_in_blocks_is_that_of_the_enumerated_bounds():
+    """Blocks of three, of which the prompt fills two places of the first."""
+    policy, reference = models(0.02)
+    chosen, rejected = [7, 8, 5, 11], [9, 2, 6]
+    bounds = [float(block_bound(m, answer, 3)) for answer in (chosen, rejected) for m in (policy, reference)]
+    delta = (bounds[1] - bounds[0]) - (bounds[3] - bounds[2])
+    objective, batch = Preference(reference, beta=1.0, draws=600), batch_of((chosen, rejected))
+    with torch.no_grad():
+        notes = objective.loss(policy, batch, objective.noise(batch, NoiseSettings(block_length=3), 1), MASK).notes
+    error = math.sqrt(float(notes["variance_shared"]))
+    assert abs(float(notes["margin"]) - delta) < 4 * error < 0.5 * abs(delta)
+    assert float(notes["variance_apart"]) > 5 * float(notes["variance_shared"])
+
+
 def test_in_chunks_it_has_the_same_value_and_gradient():
     policy, reference = models()
     batch = batch_of(([7, 8, 5], [9, 2]), ([1], [2, 3, 4, 5]))
@@ -108,10 +165,11 @@ def test_in_chunks_it_has_the_same_value_and_gradient():
     assert (gradient - other).abs().max() < 1e-5 * gradient.abs().max()
 
 
-def test_a_policy_that_is_its_reference_has_loss_log_two():
+@pytest.mark.parametrize("length", [None, 2])
+def test_a_policy_that_is_its_reference_has_loss_log_two(length):
     policy, _ = models()
     objective, batch = Preference(frozen(policy), beta=0.5, draws=2), batch_of(([7, 8], [9, 2, 4]))
-    loss = objective.loss(policy, batch, objective.noise(batch, NoiseSettings(), 3), MASK)
+    loss = objective.loss(policy, batch, objective.noise(batch, NoiseSettings(block_length=length), 3), MASK)
     assert float(loss.total) == pytest.approx(math.log(2)) and float(loss.notes["chosen_gain"]) == 0
     assert len({Preference(m).identity for m in models() if isinstance(m, nn.Module)}) == 2
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from torch import Tensor
 from dlm.models.attention import Visible, attention_mask
 from dlm.models.kv_cache import Drafted, KVCache
 
-__all__ = ["EndToEnd", "Piece", "RowSizes", "Stored", "Uniform", "lay_out", "pieces_of"]
+__all__ = ["EndToEnd", "Piece", "RowSizes", "Run", "Stored", "Uniform", "lay_out", "pieces_of"]
 
 SPLIT, FEW = 32, 4  # queries that attention works on together, and below which threads share one
 Span = tuple[int, int, int]  # first query, the one behind the last, number of keys
@@ -99,11 +100,28 @@ def _block_spans(slots: list[int], limit: int, block_length: int, offset: int) -
     return tuple(spans)
 
 
+class Run(NamedTuple):
+    """`count` queries of a pass from `first` on, which see slots offset .. offset + keys - 1 of one row of keys.
+    mask (count, keys) bool: where they see, None for everywhere."""
+
+    first: int
+    count: int
+    row: int
+    offset: int
+    keys: int
+    mask: Tensor | None
+
+
 @dataclass(frozen=True)
 class Uniform:
     """Attention of rows of one size, piece by piece."""
 
     pieces: list[Piece]
+
+    def runs(self, queries: int, places: Sequence[int] | None = None) -> list[Run]:
+        """For rows of so many queries. places: the row of the keys of each."""
+        every = [(row, piece) for piece in self.pieces for row in range(piece.rows.start, piece.rows.stop)]
+        return [_run(piece, row, row * queries, (places[row] if places else row, 0)) for row, piece in every]
 
     def attend(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(B, Q, H * D) for q (B, Q, H, D) and k, v (B, T, H_kv, D)."""
@@ -115,6 +133,15 @@ class Uniform:
             rows, here, limit = piece.rows, piece.queries, piece.keys
             out[rows, here] = _attended(attention, q[rows, here], k[rows, :limit], v[rows, :limit], piece)
         return out
+
+
+def _run(piece: Piece, row: int, first: int, keys: tuple[int, int]) -> Run:
+    """The part of a piece of one of its rows. first: query of the row; keys: row and first slot of its keys."""
+    mask = piece.mask
+    if mask is not None:
+        mask = mask[row - piece.rows.start if len(mask) > 1 else 0, 0]
+    here = piece.queries
+    return Run(first + here.start, here.stop - here.start, *keys, piece.keys, mask)
 
 
 def _attended(attention: Attention, q: Tensor, k: Tensor, v: Tensor, piece: Piece) -> Tensor:
@@ -178,6 +205,15 @@ class EndToEnd:
                     parts.append(Piece(slice(first, i + 1), piece.queries, piece.keys, mask))
                 first = i + 1
         return cls(parts, counts, own, stored)
+
+    def runs(self) -> list[Run]:
+        starts = [0, *accumulate(self.counts)]
+        firsts = None if self.own is None else [0, *accumulate(self.own)]
+        return [
+            _run(piece, row, starts[row], (self.stored[row], 0) if firsts is None else (0, firsts[row]))
+            for piece in self.pieces
+            for row in range(piece.rows.start, piece.rows.stop)
+        ]
 
     def attend(self, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(1, N, H * D) for q (1, N, H, D), and k, v (1, N', H_kv, D) of the pass or all that is stored."""

@@ -57,13 +57,13 @@ def _interleave(rows: Tensor, size: int, turned: int) -> Tensor:
     return torch.cat((pairs, heads[:, turned:]), dim=1).flatten(0, 1)
 
 
-def pack_layer(block: LLaDABlock, last: bool, rope: bool, of: Of) -> Layer:
+def pack_layer(block: LLaDABlock, last: bool, rope: bool, of: Of, gate_up: Of) -> Layer:
     """Copies the weights of `block`. last: whether it is the last layer; rope: as in `Layer`; of: makes a linear layer
-    of whole weights."""
+    of whole weights, gate_up: that of gate and up."""
     size, part = block.head_dim, block.config.rotary.size
     turned = {block.q_proj, block.k_proj}
 
-    def joined(*linears: nn.Module) -> Linear:
+    def joined(*linears: nn.Module, of: Of = of) -> Linear:
         def rows(name: str) -> list[Tensor | None]:
             pieces = [getattr(linear, name) for linear in linears]
             return [
@@ -81,7 +81,7 @@ def pack_layer(block: LLaDABlock, last: bool, rope: bool, of: Of) -> Layer:
         qkv=None if last else joined(block.q_proj, block.k_proj, block.v_proj),
         kv=joined(block.k_proj, block.v_proj) if last else None,
         out=joined(block.attn_out),
-        gate_up=None if block.mixture else joined(block.ff_proj, block.up_proj),
+        gate_up=None if block.mixture else joined(block.ff_proj, block.up_proj, of=gate_up),
         down=None if block.mixture else joined(block.ff_out),
         moe=block.moe if block.mixture else None,
         attn_norm=block.attn_norm.weight.detach(),

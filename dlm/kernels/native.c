@@ -1,6 +1,8 @@
 /* A layer's operations on a CPU in float32: the small ones, which torch does in several calls each, in one, and products,
    which for few rows are bound by reading weights.
 
+   `layers.c` makes whole passes of them.
+
    Shapes: N rows (tokens), Q queried tokens of a row of the batch, H heads, H_kv key heads, T slots, D head size, F MLP
    width, I inputs and O outputs of a product.
 
@@ -35,6 +37,8 @@ static inline float exponential(float x) {
     return x > 88.0f ? INFINITY : p * scale;
 }
 
+static inline float silu(float x) { return x / (1.0f + exponential(-x)); }
+
 /* y (N, W) = x / rms(x) * weight of rows x (N, W). */
 void normed(const float *x, ptrdiff_t rows, ptrdiff_t stride, const float *weight, float *y, ptrdiff_t size, float eps) {
     for (ptrdiff_t n = 0; n < rows; n++, x += stride, y += size) {
@@ -54,7 +58,7 @@ void gated(const float *x, ptrdiff_t rows, ptrdiff_t stride, float *y, ptrdiff_t
     for (ptrdiff_t n = 0; n < rows; n++, x += stride, y += size) {
         const float *restrict gate = x, *restrict up = x + size;
         float *restrict out = y;
-        for (ptrdiff_t i = 0; i < size; i++) out[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
+        for (ptrdiff_t i = 0; i < size; i++) out[i] = silu(gate[i]) * up[i];
     }
 }
 
@@ -107,14 +111,16 @@ void place(const float *x, ptrdiff_t stride, const float *turns, const int64_t *
 typedef float vector __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
 /* One panel and `rows` rows, a constant, so that the sums stay in registers; a sum takes its inputs in order, then bias
-   and `added`. Beside input k the cache line at ahead + k * pace is fetched: part of what is read next. */
+   and `added`. step: floats from one input's weights to the next one's. Beside input k the cache line at ahead + k * pace
+   is fetched: part of what is read next. */
 static inline __attribute__((always_inline)) void tile(
-    const int rows, const float *x, ptrdiff_t stride, const float *panel, ptrdiff_t inputs, const float *bias,
-    const float *added, float *y, ptrdiff_t outputs, ptrdiff_t columns, const char *ahead, ptrdiff_t pace) {
+    const int rows, const float *x, ptrdiff_t stride, const float *panel, ptrdiff_t step, ptrdiff_t inputs,
+    const float *bias, const float *added, float *y, ptrdiff_t outputs, ptrdiff_t columns, const char *ahead,
+    ptrdiff_t pace) {
     vector sums[GROUP][PARTS];
     for (int r = 0; r < rows; r++)
         for (int p = 0; p < PARTS; p++) sums[r][p] = (vector){0};
-    for (ptrdiff_t k = 0; k < inputs; k++, panel += PANEL, ahead += pace) {
+    for (ptrdiff_t k = 0; k < inputs; k++, panel += step, ahead += pace) {
         __builtin_prefetch(ahead);
         vector weights[PARTS];
         for (int p = 0; p < PARTS; p++) weights[p] = *(const vector *)(panel + p * WIDTH);
@@ -143,61 +149,59 @@ static inline __attribute__((always_inline)) void tile(
     }
 }
 
-/* Some columns of a product, which begin at a panel; y and added are rows of `outputs`. */
-static void columns_of(const float *x, ptrdiff_t rows, ptrdiff_t stride, const float *panels, ptrdiff_t inputs,
-                       const float *bias, const float *added, float *y, ptrdiff_t outputs, ptrdiff_t columns) {
+/* `tile` of 1 to GROUP rows. */
+static void tiled(ptrdiff_t rows, const float *x, ptrdiff_t stride, const float *panel, ptrdiff_t step, ptrdiff_t inputs,
+                  const float *bias, const float *added, float *y, ptrdiff_t outputs, ptrdiff_t columns,
+                  const char *ahead, ptrdiff_t pace) {
+#define CASE(n) case n: tile(n, x, stride, panel, step, inputs, bias, added, y, outputs, columns, ahead, pace); break;
+    switch (rows) {
+        CASE(1) CASE(2)
+#if GROUP >= 6
+        CASE(3) CASE(4) CASE(5) CASE(6)
+#endif
+#if GROUP >= 8
+        CASE(7) CASE(8)
+#endif
+    }
+#undef CASE
+}
+
+/* A linear layer: panels (O / PANEL, I, PANEL), the last filled up, and bias (O,) or NULL. Of gate and up together
+   (`both`) O is the width F of one, panels are those of the gate and of up in turn, bias is (2F,). */
+struct linear {
+    const float *panels, *bias;
+    ptrdiff_t inputs, outputs, both;
+};
+
+/* Some columns of a product, which begin at a panel: y = x W^T [+ bias] [+ added], or silu(gate) * up; y and added are
+   rows of O numbers. */
+static void columns_of(const struct linear *layer, const float *x, ptrdiff_t rows, ptrdiff_t stride, const float *added,
+                       float *y, ptrdiff_t from, ptrdiff_t to) {
+    ptrdiff_t inputs = layer->inputs, outputs = layer->outputs, size = PANEL * inputs, pair = layer->both ? 2 : 1;
+    float halves[2][GROUP * PANEL];
     for (ptrdiff_t first = 0; first < rows; first += BLOCK) {
         ptrdiff_t count = rows - first < BLOCK ? rows - first : BLOCK, groups = (count + GROUP - 1) / GROUP;
         ptrdiff_t pace = PANEL * (ptrdiff_t)sizeof(float) / groups; /* the groups fetch the next panel between them */
-        for (ptrdiff_t c = 0; c < columns; c += PANEL) {
-            ptrdiff_t wide = columns - c < PANEL ? columns - c : PANEL;
-            const float *panel = panels + c * inputs, *b = bias ? bias + c : NULL;
-            const char *ahead = (const char *)(panel + PANEL * inputs);
+        for (ptrdiff_t c = from; c < to; c += PANEL) {
+            ptrdiff_t wide = outputs - c < PANEL ? outputs - c : PANEL;
+            const float *panel = layer->panels + pair * c * inputs, *bias = layer->bias ? layer->bias + c : NULL;
+            const char *ahead = (const char *)(panel + pair * size);
             for (ptrdiff_t g = 0; g < groups; g++, ahead += pace * inputs) {
-                ptrdiff_t row = first + count * g / groups;
-                const float *from = x + row * stride, *a = added ? added + row * outputs + c : NULL;
-                float *to = y + row * outputs + c;
-#define CASE(n) case n: tile(n, from, stride, panel, inputs, b, a, to, outputs, wide, ahead, pace); break;
-                switch (first + count * (g + 1) / groups - row) {
-                    CASE(1) CASE(2)
-#if GROUP >= 6
-                    CASE(3) CASE(4) CASE(5) CASE(6)
-#endif
-#if GROUP >= 8
-                    CASE(7) CASE(8)
-#endif
+                ptrdiff_t row = first + count * g / groups, many = first + count * (g + 1) / groups - row;
+                const float *at = x + row * stride;
+                float *out = y + row * outputs + c;
+                if (pair == 1) {
+                    tiled(many, at, stride, panel, PANEL, inputs, bias, added ? added + row * outputs + c : NULL, out,
+                          outputs, wide, ahead, pace);
+                    continue;
                 }
+                for (int half = 0; half < 2; half++)
+                    tiled(many, at, stride, panel + half * size, PANEL, inputs, bias ? bias + half * outputs : NULL, NULL,
+                          halves[half], PANEL, wide, ahead + half * size * (ptrdiff_t)sizeof(float), pace);
+                for (ptrdiff_t r = 0; r < many; r++)
+                    for (ptrdiff_t i = 0; i < wide; i++)
+                        out[r * outputs + i] = silu(halves[0][r * PANEL + i]) * halves[1][r * PANEL + i];
             }
         }
     }
-}
-
-struct job {
-    const float *x, *panels, *bias, *added;
-    float *y;
-    ptrdiff_t rows, stride, inputs, outputs, parts, next;
-};
-
-/* Takes parts of the panels until none is left. */
-static void work(void *given) {
-    struct job *job = given;
-    ptrdiff_t count = (job->outputs + PANEL - 1) / PANEL, part;
-    while ((part = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED)) < job->parts) {
-        ptrdiff_t from = PANEL * (count * part / job->parts), to = PANEL * (count * (part + 1) / job->parts);
-        columns_of(job->x, job->rows, job->stride, job->panels + from * job->inputs, job->inputs,
-                   job->bias ? job->bias + from : NULL, job->added ? job->added + from : NULL, job->y + from,
-                   job->outputs, (to < job->outputs ? to : job->outputs) - from);
-    }
-}
-
-/* y (N, O) = x W^T [+ bias] [+ added] for x (N, I) and panels (O / PANEL, I, PANEL), the last filled up. together: NULL,
-   or OpenMP's GOMP_parallel, by which `threads` share it. */
-void product(const float *x, ptrdiff_t rows, ptrdiff_t stride, const float *panels, ptrdiff_t inputs, const float *bias,
-             const float *added, float *y, ptrdiff_t outputs,
-             void (*together)(void (*)(void *), void *, unsigned, unsigned), ptrdiff_t threads) {
-    struct job job = {x, panels, bias, added, y, rows, stride, inputs, outputs, together ? threads : 1, 0};
-    if (job.parts > 1)
-        together(work, &job, (unsigned)threads, 0);
-    else
-        work(&job);
 }

@@ -25,9 +25,10 @@ from dlm.kernels.by_rows import EndToEnd, RowSizes, Stored, Uniform, lay_out, pi
 from dlm.kernels.int8 import QuantizedLinear
 from dlm.kernels.layers import Layer, let_go, pack_layer, release_weights
 from dlm.kernels.linear import Blocked, kind_for
-from dlm.kernels.native import Native, Panels, native
+from dlm.kernels.native import Native, Panels, Runs, native
+from dlm.kernels.whole import Whole
 from dlm.models.attention import Visible, attention_mask, visible_of
-from dlm.models.kv_cache import KVCache
+from dlm.models.kv_cache import Drafted, KVCache
 from dlm.models.rotary import rotary_angles
 
 if TYPE_CHECKING:  # generation from a file does without it, and its import takes seconds
@@ -77,11 +78,13 @@ class Packed:
         blocks = transformer.blocks
         self.embedding = transformer.wte.weight.detach()
         kind = kind_for(self.embedding.device, self.embedding.dtype)
-        of = partial(Panels.of, self.small) if isinstance(self.small, Native) else kind.of
+        compiled = isinstance(self.small, Native)
+        of = partial(Panels.of, self.small) if compiled else kind.of
+        gate_up = partial(Panels.gate_up, self.small) if compiled else kind.of
         self.layers = []
         every = config.rope_layers or (True,) * len(blocks)
         for block, rope in zip(blocks, every, strict=False):  # the list of a config.json may be longer
-            self.layers.append(pack_layer(block, block is blocks[-1], rope, of))
+            self.layers.append(pack_layer(block, block is blocks[-1], rope, of, gate_up))
             if release:
                 release_weights(block)
         # Whether one kernel makes queries, keys and values of what the product gives.
@@ -105,6 +108,8 @@ class Packed:
             layer.moe is not None or isinstance(layer.out, QuantizedLinear) for layer in self.layers
         )
 
+        self.whole = Whole(self) if Whole.can_be(self) else None
+
     @torch.no_grad()
     def __call__(
         self,
@@ -123,9 +128,6 @@ class Packed:
         visible = visible or self.visible
         if cache is not None and positions is None:
             raise ValueError("a cache needs positions (B, Q): the slots whose keys and values are computed now")
-        x = F.embedding(tokens, self.embedding)
-        if self.scale_in is not None:
-            x = x * self.scale_in
         keys = queries if cache is None else cache.length
         if keys > self.limit:
             raise ValueError(
@@ -133,8 +135,14 @@ class Packed:
             )
         if self.limit > len(self.turns):
             self._lengthen(keys if cache is not None or positions is None else int(positions.max()) + 1)
-        if sizes is not None and self.exact_rows:
+        sizes = sizes if self.exact_rows else None
+        if self.whole is not None and Whole.serves(cache, logits_to_keep):
+            return self.whole(tokens, positions, visible, cache, valid, logits_to_keep, sizes)
+        if sizes is not None:
             return self._by_rows(tokens, positions, visible, cache, valid, logits_to_keep, sizes)
+        x = F.embedding(tokens, self.embedding)
+        if self.scale_in is not None:
+            x = x * self.scale_in
         slots = None if cache is None else positions
         by_rows = self.exact_rows and valid is None
         blocks = getattr(visible, "block_length", None) if by_rows else None
@@ -153,6 +161,7 @@ class Packed:
             bias = Uniform(pieces_of(counts, own, mask, places, blocks, offsets))
         else:
             bias = self._bias(mask, x)
+        bias = self._listed(bias, mask, batch, queries, keys)
         for number, layer in enumerate(self.layers[:-1]):
             x = self._layer(layer, number, x, x, where, where, bias, cache)
         few, few_where = x, where
@@ -168,6 +177,7 @@ class Packed:
             elif mask is not None:
                 mask = mask.expand(batch, -1, -1, -1).take_along_dim(asked[:, None, :, None], dim=2)
                 bias = self._bias(mask, x)
+            bias = self._listed(bias, mask, batch, asked.shape[1], keys)
         x = self._layer(self.layers[-1], len(self.layers) - 1, few, x, few_where, where, bias, cache)
         if logits_to_keep is not None and asked is None:
             x = x[logits_to_keep] if logits_to_keep.dtype == torch.bool else x.flatten(0, 1)[logits_to_keep]  # (N, D)
@@ -177,15 +187,19 @@ class Packed:
         """`__call__` for rows of several sizes, which lie end to end, so that what pads them is not computed; the
         logits of places that no row asks about are 0."""
         laid = lay_out(positions, tokens.shape, visible, cache, valid, asked, sizes)
-        turns = None if self.at_once else self.turns[laid.slots][None, :, None]
+        at_once = self.at_once and not isinstance(laid.cache, Drafted)
+        turns = None if at_once else self.turns[laid.slots][None, :, None]
         where = _Where(laid.slots[None], turns)
         x = F.embedding(tokens.flatten()[laid.queries], self.embedding)[None]
         if self.scale_in is not None:
             x = x * self.scale_in
+        bias, last_bias = laid.attention, laid.last_attention
+        if isinstance(self.small, Native):
+            bias, last_bias = Runs(self.small, bias.runs()), Runs(self.small, last_bias.runs())
         for number, layer in enumerate(self.layers[:-1]):
-            x = self._layer(layer, number, x, x, where, where, laid.attention, laid.cache)
+            x = self._layer(layer, number, x, x, where, where, bias, laid.cache)
         last, few, few_where = len(self.layers) - 1, x[:, laid.asked_of], where.at(laid.asked_of[None])
-        x = self._layer(self.layers[-1], last, few, x, few_where, where, laid.last_attention, laid.cache)
+        x = self._layer(self.layers[-1], last, few, x, few_where, where, last_bias, laid.cache)
         logits = self._logits(x)
         out = logits.new_zeros(asked.numel(), logits.shape[-1])
         out[laid.asked] = logits[0]
@@ -203,11 +217,14 @@ class Packed:
         asking = normed if x is every else self._norm(x, layer.attn_norm)
         queried = self._queried if where.turns is not None else self._queried_at_once
         q, k, v = queried(layer, number, asking, normed, x_where, where, cache)
-        mixed = bias.attend(attention, q, k, v) if isinstance(bias, EndToEnd | Uniform) else attention(q, k, v, bias)
+        listed = isinstance(bias, EndToEnd | Uniform | Runs)
+        mixed = bias.attend(attention, q, k, v) if listed else attention(q, k, v, bias)
         x = layer.out.plus(mixed, x)
         if layer.moe is not None:
             return layer.moe(self._norm(x, layer.ff_norm)).add_(x)
         both = layer.gate_up(self._norm(x, layer.ff_norm))
+        if type(layer.gate_up) is Panels:
+            return layer.down.plus(both, x)
         if self.small is not None:
             return layer.down.plus(self.small.gated(both), x)
         gate, up = both.chunk(2, dim=-1)
@@ -285,6 +302,14 @@ class Packed:
         if slots > len(self.turns):
             self.shorter.append(self.turns)
             self.turns = self._table(min(self.limit, 2 * slots))
+
+    def _listed(self, bias, mask: Tensor | None, rows: int, queries: int, keys: int):
+        """`bias` as compiled attention has it, where attention is compiled: (rows, queries) that see `keys` slots."""
+        if not isinstance(self.small, Native):
+            return bias
+        if not isinstance(bias, Uniform):
+            bias = Uniform(pieces_of((queries,) * rows, (keys,) * rows, mask))
+        return Runs(self.small, bias.runs(queries))
 
     def _bias(self, mask: Tensor | None, x: Tensor) -> Tensor | None:
         """The mask (B, 1, Q, T) for `attention`: for every head of a group, and on a GPU as what is added to scores,

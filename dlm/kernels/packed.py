@@ -124,6 +124,10 @@ class Packed:
     ) -> Tensor:
         """Logits, as `LLaDAModelLM.predict` gives them. sizes: what each row would compute alone, so that with
         `exact_rows` it gets the same bits."""
+        if torch.is_autocast_enabled(kind := self.device.type):  # the products are made for the weights' own type
+            asked = {"visible": visible, "cache": cache, "valid": valid, "logits_to_keep": logits_to_keep}
+            with torch.autocast(kind, enabled=False):
+                return self(tokens, positions, **asked, sizes=sizes)
         batch, queries = tokens.shape
         visible = visible or self.visible
         if cache is not None and positions is None:

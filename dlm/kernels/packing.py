@@ -98,6 +98,11 @@ def _kind(model: LLaDAModelLM) -> tuple:
     return model.config._attn_implementation, model.cuda_graphs, model.compiled
 
 
+def _writes(weight: Tensor) -> int:
+    """How often a weight was written; tensors that were made in inference mode are not counted."""
+    return 0 if weight.is_inference() else weight._version
+
+
 class _Seen:
     """What a model was when it was packed: modules, hooks, where its weights lie, how often each was written.
 
@@ -112,7 +117,7 @@ class _Seen:
         for module in model.modules():
             fields = vars(module)
             weights = [
-                (held, name, weight, weight.data_ptr(), weight._version)
+                (held, name, weight, weight.data_ptr(), _writes(weight))
                 for held in (fields["_parameters"], fields["_buffers"])
                 for name, weight in held.items()
                 if weight is not None
@@ -141,7 +146,7 @@ class _Seen:
             if children and children != [*fields["_modules"].values()]:
                 return False
             for held, name, weight, place, writes in weights:
-                if held.get(name) is not weight or weight.data_ptr() != place or weight._version != writes:
+                if held.get(name) is not weight or weight.data_ptr() != place or _writes(weight) != writes:
                     return False
         now = self._numbers()
         return now == self.numbers if self.memory else all(map(torch.equal, now, self.numbers))

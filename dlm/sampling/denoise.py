@@ -132,7 +132,7 @@ class Pages:
     def of(cls, canvas: Canvas, likely: dict | None = None) -> Pages:
         """Those of a step from this canvas on."""
         nothing = torch.zeros_like(canvas.valid)
-        sure = torch.zeros(canvas.tokens.shape, device=canvas.tokens.device)
+        sure = torch.zeros(canvas.tokens.shape, dtype=torch.float32, device=canvas.tokens.device)
         return cls(canvas.tokens.clone(), nothing, sure, nothing.clone(), {} if likely is None else likely, {})
 
     def add(self, step: Pages) -> None:

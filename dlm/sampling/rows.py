@@ -240,7 +240,7 @@ class Batch:
         """Writes the rows that join into the canvas and the layout, which grow where they must."""
         if self.canvas is None:
             self.canvas, self.layout, self.extra = canvas, layout, extra
-            self.certain = torch.ones(layout.shape, device=layout.device)
+            self.certain = torch.ones(layout.shape, dtype=torch.float32, device=layout.device)
         else:
             rows = max(len(self.rows), max((row.index for row in joined), default=-1) + 1)
             slots = max(self.canvas.tokens.shape[1], canvas.tokens.shape[1])

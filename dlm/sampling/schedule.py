@@ -82,9 +82,9 @@ def rounded(masked: int, passes: int) -> list[int]:
     The share 1 / left is the fp32 difference of a linear schedule, whose error decides at exact halves: 4 over 3 is
     1, 1, 2.
     """
-    shares, one = [], torch.ones(())
+    shares, one = [], torch.ones((), dtype=torch.float32)
     for left in range(passes, 0, -1):
-        now, then = torch.tensor(left / passes), torch.tensor((left - 1) / passes)
+        now, then = (torch.tensor(n / passes, dtype=torch.float32) for n in (left, left - 1))
         share = 1 - ((one - (one - then)) / (one - (one - now))).double()
         shares.append(int((masked * share).round()))
         masked -= shares[-1]
@@ -94,14 +94,18 @@ def rounded(masked: int, passes: int) -> list[int]:
 def floored(masked: int, passes: int) -> list[int]:
     """What stays masked is the share of the passes that are left, rounded down, as RND1 splits: 8 over 5 is 2, 2, 1, 2,
     1. The product is taken in fp32, as there."""
-    left = [masked, *(int(torch.tensor(masked) * (now / passes)) for now in range(passes - 1, 0, -1)), 0]
+    left = [
+        masked,
+        *(int(masked * torch.tensor(now / passes, dtype=torch.float32)) for now in range(passes - 1, 0, -1)),
+        0,
+    ]
     return [before - after for before, after in pairwise(left)]
 
 
 def timed(masked: int, passes: int, *, eps: float = 1e-3, start: int = 0) -> list[int]:
     """As Dream splits: time goes from 1 to `eps` in equal steps, a pass from t to s commits the share 1 - s / t of what
     is masked, rounded down, and the last pass all of it. start: passes that were spent before."""
-    times, shares = torch.linspace(1, eps, passes + 1), []
+    times, shares = torch.linspace(1, eps, passes + 1, dtype=torch.float32), []
     for i in range(start, passes):
         last = i == passes - 1
         shares.append(masked if last else int(masked * (1 - times[i + 1] / times[i])))
@@ -111,7 +115,7 @@ def timed(masked: int, passes: int, *, eps: float = 1e-3, start: int = 0) -> lis
 
 def chances(passes: int, *, eps: float = 1e-3) -> list[float]:
     """The probability with which each pass commits a masked place under Dream's times; the last commits all."""
-    times = torch.linspace(1, eps, passes + 1)
+    times = torch.linspace(1, eps, passes + 1, dtype=torch.float32)
     return [*(1 - times[1:-1] / times[:-2]).tolist(), 1.0]
 
 

@@ -239,3 +239,27 @@ def test_a_second_copy_of_a_large_model_is_announced(monkeypatch):
     monkeypatch.setattr(packing, "TOLD", 0)
     with pytest.warns(UserWarning, match="packing takes .* GB beside .* keeps the packed weights alone"):
         packed(model_of())
+
+
+def test_the_callers_modes_change_nothing():
+    """Autocast, another default type and weights of inference mode each ended in an error of torch."""
+
+    def texts(model):
+        given = {"gen_length": 8, "block_length": 4, "temperature": 0.8}
+        ways = ({}, {"method": "dual", "cfg_scale": 1.0}, {"revise": "remask", "split": "time", "steps": 5})
+        return [
+            dlm.generate(model, [[1, 2, 3], [4]], SamplingConfig(**given, **way)).sequences.tolist() for way in ways
+        ]
+
+    want = texts(model_of())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert texts(model_of()) == want
+    with torch.inference_mode():
+        made = model_of()
+    assert texts(made) == want
+    model = model_of()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert texts(model) == want
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -317,7 +317,10 @@ class SamplingConfig:
             "verify_threshold": (lambda x: 0 <= x <= 1, "a probability, from 0 to 1"),
             "remask_eta": (lambda x: 0 <= x <= 1, "a probability, from 0 to 1"),
             "edit_threshold": (lambda x: 0 <= x <= 1, "a probability, from 0 to 1"),
-            "temperature": (lambda x: x == 0 or COLDEST <= x <= HOTTEST, f"0, or from {COLDEST:g} to {HOTTEST:g}"),
+            "temperature": (
+                lambda x: x == 0 or COLDEST <= x <= HOTTEST,
+                f"0 or more, above 0 from {COLDEST:g} to {HOTTEST:g}",
+            ),
             "order_temperature": (lambda x: 0 <= x < float("inf"), "0 or more"),
             "time_eps": (lambda x: 0 < x < 1, "above 0 and below 1"),
             "cfg_scale": (lambda x: 0 <= x < float("inf"), "0 or more"),

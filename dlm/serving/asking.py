@@ -35,6 +35,8 @@ def ask_completion(engine: Engine, body: CompletionBody) -> Ask:
     opened, requests, given, echoed = engine.pretrained, [], 0, []
     if body.echo and body.likely is not None:
         raise ApiError(400, "echo with logprobs asks for probabilities of the prompt: leave one out", INVALID, "echo")
+    with as_api_errors("prompt"):
+        engine.check_count(len(body.prompts) * (body.n or 1))  # before each of them takes memory
     defaults = opened.defaults if body.suffix is None else opened.blank_defaults
     for prompt in body.prompts:
         trim = body.suffix is not None and isinstance(prompt, str) and prompt.endswith(" ") and prompt[-2:] != "  "

@@ -107,12 +107,8 @@ class Engine:
 
     def submit_all(self, requests: Sequence[Request]) -> list[Handle]:
         """Puts all of the requests into the queue, or none of them. Raises as `submit`."""
+        self.check_count(len(requests))
         ready = [self._prepared(request) for request in requests]
-        if len(ready) > self.settings.max_waiting + self.settings.max_rows:
-            raise ValueError(
-                f"{len(ready)} texts were asked for at once, and the server takes "
-                f"{self.settings.max_waiting + self.settings.max_rows}: ask for fewer"
-            )
         with self._ready_to_work:
             if self.state in ("draining", "closed", "failed"):
                 raise Closing(self.failure or "the server is shutting down: send the request to another one")
@@ -123,6 +119,12 @@ class Engine:
             self._waiting.extend(ready)
             self._ready_to_work.notify()
         return [item.handle for item in ready]
+
+    def check_count(self, count: int) -> None:
+        """Raises ValueError for more texts at once than may run and wait."""
+        most = self.settings.max_waiting + self.settings.max_rows
+        if count > most:
+            raise ValueError(f"{count} texts were asked for at once, and the server takes {most}: ask for fewer")
 
     def wait_until_loaded(self, timeout: float | None = None) -> None:
         """Returns once the weights are there. Raises what went wrong with them, TimeoutError."""

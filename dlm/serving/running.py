@@ -109,8 +109,21 @@ class Running:
             waited=self.waited,
             seconds=now - self.handle.began,
             first_text=self.first_text if self.first_text is not None else now - self.handle.began,
-            places=self._places(ids) if self.noted else (),
+            places=self._places(self._told(ids)) if self.noted else (),
         )
+
+    def _told(self, ids: list[int]) -> list[int]:
+        """The ids whose texts make the result's text; behind a stop text more of them may be final."""
+        if not self.handle.request.stop or self.text.whole is None:
+            return ids
+        least, most = 0, len(ids)
+        while least < most:  # the fewest ids whose text holds what was sent
+            middle = (least + most) // 2
+            if len(self.engine.decode(ids[:middle])) < self.text.whole:
+                least = middle + 1
+            else:
+                most = middle
+        return ids[:least]
 
     def _places(self, ids: Sequence[int]) -> tuple[Place, ...]:
         places = []

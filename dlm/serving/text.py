@@ -37,6 +37,7 @@ class FinalText:
         self.sent = ""
         self.seen = -1  # ids that the text of the last call was made of
         self.ended = False  # by an end-of-text or a stop text
+        self.whole: int | None = None  # characters before the stop text, with a trimmed space
 
     def update(self, ids: Sequence[int], last: bool = False) -> str:
         """What is new in the text of ids, all of which are final; with `last` nothing more comes."""
@@ -45,11 +46,13 @@ class FinalText:
         self.seen = len(ids)
         kept, ended = up_to_end(ids, self.ends)
         whole = self.decode(kept) if kept else ""
-        if self.trim and whole.startswith(" "):
+        trimmed = self.trim and whole.startswith(" ")
+        if trimmed:
             whole = whole[1:]
         stops = [at for text in self.stop if (at := whole.find(text)) >= 0]
         if stops:
             whole, ended = whole[: min(stops)], True
+            self.whole = len(whole) + trimmed if whole else 0
         elif not (last or ended):
             whole = whole.rstrip(BROKEN) if whole.endswith(BROKEN) else whole
             whole = whole[: len(whole) - self._held(whole)]

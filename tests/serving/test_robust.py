@@ -234,3 +234,13 @@ def test_a_process_serves_and_drains(folder):
     finally:
         process.kill()
         process.stderr.close()
+
+
+def test_too_many_texts_are_refused_before_they_take_memory(engine, monkeypatch):
+    """A body of 1 MB asked for 5.6 million texts, each of which was tokenized and laid out first."""
+    monkeypatch.setattr("dlm.tokenizer.encode_prompt", None)  # nothing is tokenized
+    body = {"prompt": [""] * 300_000, "n": 16}
+    answer = asyncio.run(client_of(engine).post("/v1/completions", content=json.dumps(body, separators=(",", ":")),
+                                                headers={"content-type": "application/json"}))  # fmt: skip
+    assert answer.status_code == 400
+    assert "4800000 texts were asked for at once" in answer.json()["error"]["message"]

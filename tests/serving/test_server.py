@@ -131,6 +131,10 @@ def test_stop_echo_and_logprobs(client, opened):
     assert "".join(found.tokens) == whole
     assert all(value <= 0 for value in found.token_logprobs)
     assert all(len(top) <= 2 for top in found.top_logprobs)
+    cut_short = asyncio.run(ask(stop=cut, logprobs=0))  # tokens behind the stop text were listed too
+    told = "".join(cut_short.logprobs.tokens)
+    assert told.startswith(cut_short.text) and len(told) < len(whole)
+    assert len("".join(cut_short.logprobs.tokens[:-1])) < max(1, len(cut_short.text))
 
 
 @pytest.mark.parametrize(
@@ -142,6 +146,7 @@ def test_stop_echo_and_logprobs(client, opened):
         ({"method": "fast"}, "method is 'fast', which is not known"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 10**9}, "the model reads 128 together"),
+        ({"prompt": [""] * 300, "n": 2}, "600 texts were asked for at once, and the server takes 408: ask for fewer"),
         ({"prompt": "<|mdm_mask|>"}, "mask token"),
         ({"prompt": [99999]}, "the prompt holds id 99999"),
         ({"method": "dual"}, "method 'dual' is for full-attention models"),

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dlm.cli import live
 from dlm.cli.batch import check_counts, check_texts
+from dlm.cli.lines import QUIET, paint
 from dlm.cli.parser import Parser, shown_defaults
 from dlm.cli.session import (
     Job,
@@ -46,7 +46,7 @@ def chat(argv: Sequence[str]) -> int:
     if typed:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (history and editing for input())
-        print(live.paint("/reset starts over, /quit ends", live.QUIET), file=sys.stderr)
+        print(paint("/reset starts over, /quit ends", QUIET), file=sys.stderr)
     messages: list[dict[str, str]] = []
     while True:
         try:

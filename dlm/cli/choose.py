@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from dlm.cli import live
 from dlm.cli.parser import Parser, check_least
 from dlm.cli.session import announce, print_json
+from dlm.utils.printable import safe
 
 
 def choose(argv: Sequence[str]) -> int:
@@ -45,6 +45,6 @@ def choose(argv: Sequence[str]) -> int:
             print()
         for row in chosen.ranked:
             error = f" ± {row.error:.4f}" if row.error else ""
-            print(f"{row.probability:8.4f}{error}  {live.safe(' | '.join(row.options))}")
+            print(f"{row.probability:8.4f}{error}  {safe(' | '.join(row.options))}")
     sys.stdout.flush()
     return 0

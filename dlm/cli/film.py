@@ -11,6 +11,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from dlm.cli import live
+from dlm.cli.lines import RowText
 
 if TYPE_CHECKING:
     from dlm.sampling.trajectory import Recording
@@ -116,7 +117,7 @@ def frames_of(recording: Recording, columns: int, seconds: Sequence[float]) -> l
     from dlm.cli.replay import states
 
     kind = recording.settings.get("confidence", "probability")
-    rows, frames, passed = live.RowText(recording.text, recording.ends, kind=kind), [], [0.0]
+    rows, frames, passed = RowText(recording.text, recording.ends, kind=kind), [], [0.0]
     view = live.LiveView(Screen(columns), rows, passes=len(recording.passes), colour=True, clock=lambda: passed[0])
     view._draw, view.started = frames.append, 0.0
     for passed[0], state in zip(seconds, states(recording), strict=True):

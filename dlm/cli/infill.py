@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from dlm.cli import live
 from dlm.cli.batch import add_common, check_counts, check_texts, run_jobs
+from dlm.cli.lines import FILLED, Piece
 from dlm.cli.parser import Parser
 from dlm.cli.prompts import gather_prompts
 from dlm.cli.session import Job, Result, announce, check_region, print_json, print_text, row_text, settings, text_of
@@ -83,7 +84,7 @@ def lengths_of(opened: Pretrained, text: str, config, args) -> tuple[int, ...]:
         live.note(sys.stderr, "")
 
 
-def filled_pieces(opened: Pretrained, result: Result, config) -> list[live.Piece]:
+def filled_pieces(opened: Pretrained, result: Result, config) -> list[Piece]:
     """The whole text, one piece a blank in the style FILLED; what is still masked as its glyph."""
     rows = row_text(opened, config)
     pieces, at = [], 0
@@ -92,6 +93,6 @@ def filled_pieces(opened: Pretrained, result: Result, config) -> list[live.Piece
         while stop < len(result.row) and result.editable[stop] == ours:
             stop += 1
         part = rows.plain(result.row[at:stop], result.editable[at:stop], result.masked[at:stop])
-        pieces.append(live.Piece(text_of(part), (live.FILLED,) if ours else ()))
+        pieces.append(Piece(text_of(part), (FILLED,) if ours else ()))
         at = stop
     return pieces

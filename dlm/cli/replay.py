@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from dlm.cli.parser import Parser, check_least
 from dlm.utils.jsonio import to_json
+from dlm.utils.printable import safe
 
 if TYPE_CHECKING:
     from dlm.sampling.trajectory import Recording
@@ -54,11 +55,12 @@ def replay(argv: Sequence[str]) -> int:
 def show(recording: Recording, speed: float, step: bool) -> None:
     """Plays a recording in the terminal and leaves its last state; elsewhere prints that alone."""
     from dlm.cli import live
+    from dlm.cli.lines import Glyphs, RowText
 
-    rows = live.RowText(
+    rows = RowText(
         recording.text,
         recording.ends,
-        glyphs=live.Glyphs.of(sys.stdout),
+        glyphs=Glyphs.of(sys.stdout),
         kind=recording.settings.get("confidence", "probability"),
     )
     state = None
@@ -73,7 +75,7 @@ def show(recording: Recording, speed: float, step: bool) -> None:
                     time.sleep(1 / speed)
     else:
         *_, state = [None, *states(recording)]
-    mask = live.Glyphs.of(sys.stdout).mask
+    mask = Glyphs.of(sys.stdout).mask
     for row, ids in enumerate(recording.ids):
         last = ids if state is None else state.canvas.tokens[row, : len(ids)].tolist()
         written = (i for i, token in enumerate(last) if token in recording.ends and not recording.given[row][i])
@@ -86,7 +88,7 @@ def show(recording: Recording, speed: float, step: bool) -> None:
             masked = last[at] == recording.mask_id
             parts.append(mask * (stop - at) if masked else recording.text(last[at:stop]))
             at = stop
-        print(live.safe("".join(parts)))
+        print(safe("".join(parts)))
 
 
 def states(recording: Recording) -> Iterator:

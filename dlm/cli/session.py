@@ -18,8 +18,10 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from dlm.cli import live
+from dlm.cli.lines import PROMPT, QUIET, Glyphs, Piece, RowText, fit, paint
 from dlm.sampling.config import NEEDS, SAMPLING
 from dlm.utils.jsonio import to_json
+from dlm.utils.printable import safe
 from dlm.utils.settings import flag, refuse_idle
 
 if TYPE_CHECKING:
@@ -225,36 +227,36 @@ def recorded_settings(opened: Pretrained, config) -> dict[str, Any]:
     return {"model": opened.name, "confidence": config.ordering} | changed
 
 
-def row_text(opened: Pretrained, config, show_given: bool = True) -> live.RowText:
+def row_text(opened: Pretrained, config, show_given: bool = True) -> RowText:
     """How the rows of a canvas are shown on standard output."""
-    return live.RowText(
+    return RowText(
         opened.text,
         ends_of(opened, config),
-        glyphs=live.Glyphs.of(sys.stdout),
+        glyphs=Glyphs.of(sys.stdout),
         kind=config.ordering,
         show_given=show_given,
     )
 
 
-def text_pieces(opened: Pretrained, result: Result, config, head: str) -> list[live.Piece]:
+def text_pieces(opened: Pretrained, result: Result, config, head: str) -> list[Piece]:
     """`head` in bold and what was written, up to its end-of-text; where it was interrupted, with its masks."""
     from dlm.tokenizer import decode
 
-    pieces = [live.Piece(head, (live.PROMPT,))] if head else []
+    pieces = [Piece(head, (PROMPT,))] if head else []
     if not result.finished:
         return pieces + row_text(opened, config, show_given=False).plain(result.row, result.editable, result.masked)
     ids = result.ids
     for end in config.eos_ids:
         ids = ids[: ids.index(end)] if end in ids else ids
-    return [*pieces, live.Piece(decode(opened.codec, ids))]
+    return [*pieces, Piece(decode(opened.codec, ids))]
 
 
-def text_of(pieces: Sequence[live.Piece]) -> str:
+def text_of(pieces: Sequence[Piece]) -> str:
     """The pieces' text."""
     return "".join(piece.text for piece in pieces)
 
 
-def print_text(pieces: Sequence[live.Piece]) -> None:
+def print_text(pieces: Sequence[Piece]) -> None:
     """Prints a text: on a terminal in its styles, elsewhere as it is. The terminal wraps it, so a copy of it has no
     line breaks of ours."""
     stream = sys.stdout
@@ -262,7 +264,7 @@ def print_text(pieces: Sequence[live.Piece]) -> None:
         print(live.printable(text_of(pieces), stream))
         return
     colour = live.wants_colour(stream)
-    print("".join(live.paint(live.safe(piece.text), *piece.styles, colour=colour) for piece in pieces))
+    print("".join(paint(safe(piece.text), *piece.styles, colour=colour) for piece in pieces))
 
 
 def print_json(record: dict[str, Any]) -> None:
@@ -291,7 +293,7 @@ def summary(results: Sequence[Result]) -> None:
             (2, f"{tokens / max(seconds, 1e-9):.0f} tok/s"),
             (5, f"seed {results[0].job.seed}"),
         ]
-        print(live.paint(live.fit(parts, columns - 1, live.Glyphs.of(sys.stderr).dot), live.QUIET), file=sys.stderr)
+        print(paint(fit(parts, columns - 1, Glyphs.of(sys.stderr).dot), QUIET), file=sys.stderr)
 
 
 def check_region(opened: Pretrained, length: int, option: str) -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from dlm.cli import live
-from dlm.cli.live import Glyphs, LiveView, Piece, RowText, share, window, wrap
+from dlm.cli.lines import RAMP, Glyphs, Piece, RowText, clusters, fit, paint, shade, share, window, wrap
+from dlm.cli.live import LiveView
 from dlm.sampling.canvas import Canvas
 
 MASK = 99
@@ -117,16 +118,16 @@ def test_wrap_cuts_long_words_and_measures_wide_characters():
 @pytest.mark.parametrize("text", ["👍🏽", "👨\u200d👩\u200d👧", "❤\ufe0f", "1\ufe0f\u20e3"])
 def test_an_emoji_of_several_code_points_is_one_character_of_two_columns(text):
     """Was: each code point counted alone, so that a line with a family of emoji was cut."""
-    assert live.clusters(text) == ((text, 2),)
+    assert clusters(text) == ((text, 2),)
     assert plain(wrap([Piece(text * 3)], 4)[0]) == [text * 2, text]
 
 
 def test_a_status_line_keeps_what_matters_most():
     parts = [(0, "pass 1/4"), (2, "block 1/2"), (4, "1.0 tok/pass"), (1, "41 tok/s"), (3, "12 more lines")]
-    assert live.fit(parts, 80, "·") == "pass 1/4 · block 1/2 · 1.0 tok/pass · 41 tok/s · 12 more lines"
-    assert live.fit(parts, 40, "·") == "pass 1/4 · block 1/2 · 41 tok/s"
-    assert live.fit(parts, 12, "·") == "pass 1/4"
-    assert live.fit(parts, 5, "·") == "pass "
+    assert fit(parts, 80, "·") == "pass 1/4 · block 1/2 · 1.0 tok/pass · 41 tok/s · 12 more lines"
+    assert fit(parts, 40, "·") == "pass 1/4 · block 1/2 · 41 tok/s"
+    assert fit(parts, 12, "·") == "pass 1/4"
+    assert fit(parts, 5, "·") == "pass "
 
 
 def test_wrap_may_break_between_masks_and_finds_the_focus():
@@ -161,19 +162,19 @@ def test_control_characters_cannot_steer_the_terminal():
 
 
 def test_colours_go_from_unsure_to_sure():
-    assert live.shade(0.0, "probability") == live.RAMP[0]
-    assert live.shade(1.0, "probability") == live.RAMP[-1]
-    assert live.shade(0.0, "entropy") == live.RAMP[-1]  # negative entropy: 0 is certain
-    assert live.shade(-9.0, "entropy") == live.RAMP[0]
-    assert live.shade(0.3, "random") == ""
-    assert live.shade(float("nan"), "probability") == ""
+    assert shade(0.0, "probability") == RAMP[0]
+    assert shade(1.0, "probability") == RAMP[-1]
+    assert shade(0.0, "entropy") == RAMP[-1]  # negative entropy: 0 is certain
+    assert shade(-9.0, "entropy") == RAMP[0]
+    assert shade(0.3, "random") == ""
+    assert shade(float("nan"), "probability") == ""
 
 
 def test_no_color_keeps_bold_and_drops_colours(monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     assert not live.wants_colour(Terminal())
-    assert live.paint("x", "38;5;160", "7", colour=False) == "\x1b[7mx\x1b[0m"
-    assert live.paint("x", "38;5;160", colour=False) == "x"
+    assert paint("x", "38;5;160", "7", colour=False) == "\x1b[7mx\x1b[0m"
+    assert paint("x", "38;5;160", colour=False) == "x"
 
 
 def test_glyphs_fit_the_encoding():
@@ -189,11 +190,20 @@ def test_view_shows_prompt_masks_newest_and_status():
         shown = stream.getvalue()
         assert Screen(shown).text.splitlines()[0] == " w1 w2░ w7░"
         assert "pass 1/4 · block 1/2 · 0 tok/s" in Screen(shown).text  # tok/pass has no room in 40 columns
-        assert f"\x1b[{live.RAMP[-1]};7m w7" in shown  # sure, and new
+        assert f"\x1b[{RAMP[-1]};7m w7" in shown  # sure, and new
         view.show(state([[1, 2, 5, 7, MASK]], committed=[2], confidence=0.05, step=2))
         later = stream.getvalue()[len(shown) :]
-        assert f"\x1b[{live.RAMP[-1]}m w7" in later  # no longer new
-        assert f"\x1b[{live.RAMP[0]};7m w5" in later
+        assert f"\x1b[{RAMP[-1]}m w7" in later  # no longer new
+        assert f"\x1b[{RAMP[0]};7m w5" in later
+
+
+def test_the_end_of_a_text_counts_as_the_tokens_that_were_committed():
+    """End-of-text that fills what is left of a block was counted as committed: the last frame's tok/pass jumped."""
+    stream, clock = Terminal(), iter(range(1000))
+    with LiveView(stream, RowText(words), clock=lambda: next(clock)) as view:
+        view.show(state([[1, 2, 5, MASK, MASK, MASK]], committed=[2]))
+        view.show(state([[1, 2, 5, 7, 7, 7]], committed=[3], step=2))
+        assert "pass 2 · 1.0 tok/pass" in Screen(stream.getvalue()).text
 
 
 def test_view_leaves_the_terminal_as_it_was():

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import dlm
-from dlm.cli import chat, live, main, scripts, session
+from dlm.cli import chat, main, scripts, session
+from dlm.cli.lines import PROMPT, Piece
 from tests.helpers import commandline
 from tests.helpers.commandline import ENVIRONMENT, make_checkpoint
 
@@ -198,7 +199,7 @@ def test_text_never_steers_a_terminal(monkeypatch, term):
             return True
 
     monkeypatch.setattr("sys.stdout", Terminal())
-    session.print_text([live.Piece("a\x1b]0;title\x07b\x1b[2J")])
+    session.print_text([Piece("a\x1b]0;title\x07b\x1b[2J")])
     assert sys.stdout.getvalue() == "a\ufffd]0;title\ufffdb\ufffd[2J\n"
 
 
@@ -213,7 +214,7 @@ def test_a_long_text_has_no_line_breaks_of_ours(monkeypatch):
 
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr("sys.stdout", Terminal())
-    session.print_text([live.Piece("word " * 100, (live.PROMPT,))])
+    session.print_text([Piece("word " * 100, (PROMPT,))])
     assert sys.stdout.getvalue().count("\n") == 1
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from dlm.utils.errors import one_line
 
-__all__ = ["ChatTemplate", "Message", "chat_ids"]
+__all__ = ["ChatTemplate", "Message", "chat_ids", "last_turns"]
 
 Message = dict[str, Any]  # {"role": "user" | "assistant" | "system" | "tool", "content": text}
 
@@ -197,6 +197,13 @@ def chat_ids(tokenizer, messages: Sequence[Message], mask: int) -> list[int]:
     if mask in ids:
         raise ValueError("the chat template writes the mask token: use a checkpoint with another template")
     return ids
+
+
+def last_turns(messages: Sequence[Message], turns: int | None) -> list[Message]:
+    """A conversation from its `turns`-th last request on, behind its system messages; all of it for None."""
+    asked = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    first = 0 if turns is None or len(asked) <= turns else asked[-turns]
+    return [m for i, m in enumerate(messages) if i >= first or m["role"] in ("system", "developer")]
 
 
 def _plain_ids(tokenizer, text: str) -> list[int]:

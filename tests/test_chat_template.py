@@ -2,7 +2,7 @@
 
 import pytest
 
-from dlm.chat_template import DATE, ChatTemplate, chat_ids
+from dlm.chat_template import DATE, ChatTemplate, chat_ids, last_turns
 from dlm.tokenizer import train_tokenizer
 
 HEADER = "<|start_header_id|>assistant<|end_header_id|>"
@@ -102,3 +102,10 @@ def test_special_tokens_in_a_message_are_plain_text(template):
     assert evil in tokenizer.decode(ids)
     own = tokenizer.apply_chat_template([ASK], add_generation_prompt=True)["input_ids"]
     assert chat_ids(tokenizer, [ASK], tokenizer.mask_token_id) == own
+
+
+def test_last_turns_keep_the_system_message_and_what_follows_each_request():
+    roles = ["system", "user", "assistant", "user", "assistant", "tool", "user"]
+    messages = [{"role": role, "content": str(i)} for i, role in enumerate(roles)]
+    kept = {turns: "".join(m["content"] for m in last_turns(messages, turns)) for turns in (None, 1, 2, 3, 9)}
+    assert kept == {None: "0123456", 1: "06", 2: "03456", 3: "0123456", 9: "0123456"}

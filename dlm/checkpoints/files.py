@@ -17,12 +17,14 @@ TWIN = SHIPPED.with_name("llama-stories-6m-autoregressive")  # autoregressive: i
 def defaults_for(use: str, own: dict[str, Any], full_attention: bool) -> dict[str, Any]:
     """A checkpoint's sampling defaults for one use.
 
-    use: `text` as they are; `answers` with those that stand under "chat", such as a length that a whole answer fits;
+    use: `text` as they are; `answers` with those that stand under "chat", such as a length that a whole answer fits
+    (its `turns` is no sampling option, and is left out);
     `blanks` so that the text after a blank counts: a network that knows both visibilities (full_attention) uses the
     one that sees it, and a text of variable length does not grow.
     """
     if use == "answers":
-        return own | own["chat"] if isinstance(own.get("chat"), dict) else own
+        answers = own["chat"] if isinstance(own.get("chat"), dict) else {}
+        return own | {name: value for name, value in answers.items() if name != "turns"}
     if use == "blanks":
         kept = {name: value for name, value in own.items() if name != "grow"}
         return kept | {"method": "none"} if full_attention and kept.get("method") == "block_causal" else kept
@@ -48,7 +50,8 @@ def cached_defaults(path: str, use: str = "text") -> dict[str, Any]:
 def read_defaults(file: str | Path) -> dict[str, Any]:
     """The entry "dlm" of a generation_config.json; {} where there is no such file.
 
-    Its "chat" is a bool, or the options that differ where the model answers.
+    Its "chat" is a bool, or the options that differ where the model answers, and `turns`: how many of the last requests
+    it reads.
 
     Raises ValueError for a file that is not JSON and for an entry that is no option.
     """
@@ -59,8 +62,11 @@ def read_defaults(file: str | Path) -> dict[str, Any]:
     if not isinstance(own, dict):
         raise ValueError(f'{file}: "dlm" must hold names and values of sampling options, not {type(own).__name__}')
     kinds = {name: kind for name, (kind, _) in SAMPLING.items()} | {"chat": bool}
-    answers = own["chat"] if isinstance(own.get("chat"), dict) else {}
-    for name, value in [*(own | {"chat": True} if answers else own).items(), *answers.items()]:
+    answers = dict(own["chat"]) if isinstance(own.get("chat"), dict) else {}
+    plain = {name: value for name, value in own.items() if not (name == "chat" and isinstance(value, dict))}
+    if (turns := answers.pop("turns", 1)) is not None and (type(turns) is not int or turns < 1):
+        raise ValueError(f'{file}: "chat" has turns {str(turns)[:40]!r}: give a whole number, 1 or more, or remove it')
+    for name, value in [*plain.items(), *answers.items()]:
         if name not in kinds:
             raise ValueError(f'{file}: "dlm" has the entry {name!r}, which is no sampling option: remove it')
         if not _fits(value, kinds[name]):

@@ -125,6 +125,12 @@ class Pretrained:
         return defaults_for("answers", self.defaults, False)
 
     @property
+    def chat_turns(self) -> int | None:
+        """How many of the last requests of a conversation it reads; None for all of them."""
+        chat = self.defaults.get("chat")
+        return chat.get("turns") if isinstance(chat, dict) else None
+
+    @property
     def blank_defaults(self) -> dict[str, Any]:
         """`defaults` for filling blanks."""
         return defaults_for("blanks", self.defaults, getattr(self.fields, "full_attention", False))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from dlm.cli.batch import check_counts, check_texts
 from dlm.cli.lines import QUIET, paint
-from dlm.cli.parser import Parser, shown_defaults
+from dlm.cli.parser import Parser, check_least, shown_defaults
 from dlm.cli.session import (
     Job,
     announce,
@@ -32,12 +32,20 @@ def chat(argv: Sequence[str]) -> int:
     """`dlm chat`: talk, turn by turn."""
     parser = Parser("chat", "[options]", "Talk with an instruct checkpoint: /reset starts over, /quit or Ctrl-D ends.")
     parser.add_model()
+    parser.add_argument(
+        "--turns",
+        type=int,
+        metavar="N",
+        help="the last N requests are read, with their answers (default: the checkpoint's, or all that fit)",
+    )
     parser.add_sampling(shown_defaults(argv, "answers"))
     parser.add_output()
     args = parser.parse(argv)
     check_counts(args)
+    check_least(args, 1, "turns")
     opened = announce(args)
     check_chat(opened)
+    turns = args.turns or opened.chat_turns
     config = settings(args, opened.chat_defaults, stop_at_eos=opened.has_end)
     check_region(opened, config.gen_length, "--gen-length")
     if sys.stdin is None:
@@ -46,7 +54,10 @@ def chat(argv: Sequence[str]) -> int:
     if typed:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (history and editing for input())
-        print(paint("/reset starts over, /quit ends", QUIET), file=sys.stderr)
+        forgets = "" if turns is None else f"; this model reads {'one request' if turns == 1 else f'{turns} requests'}"
+        print(paint(f"/reset starts over, /quit ends{forgets}", QUIET), file=sys.stderr)
+    from dlm.chat_template import last_turns
+
     messages: list[dict[str, str]] = []
     while True:
         try:
@@ -66,7 +77,8 @@ def chat(argv: Sequence[str]) -> int:
             print("dlm: the commands are /reset and /quit", file=sys.stderr)
         elif line:
             try:
-                turn, ids = fitting(opened, [*messages, {"role": "user", "content": line}], config)
+                asked = last_turns([*messages, {"role": "user", "content": line}], turns)
+                turn, ids = fitting(opened, asked, config)
                 reply = answer(opened, line, ids, config, args)
             except ValueError as error:
                 if not typed:

@@ -62,7 +62,7 @@ def ask_completion(engine: Engine, body: CompletionBody) -> Ask:
 
 def ask_chat(engine: Engine, body: ChatBody) -> Ask:
     """What /v1/chat/completions asks. Raises ApiError."""
-    from dlm.chat_template import chat_ids
+    from dlm.chat_template import chat_ids, last_turns
 
     opened = engine.pretrained
     if opened.chat_template is None or opened.defaults.get("chat") is False:
@@ -73,6 +73,7 @@ def ask_chat(engine: Engine, body: ChatBody) -> Ask:
             "messages",
         )
     messages = [{"role": message.role, "content": message.text} for message in body.messages]
+    messages = last_turns(messages, opened.chat_turns)
     with engine.text_lock, as_api_errors("messages"):
         ids = chat_ids(opened.tokenizer, messages, opened.mask_id)
     fixed: dict[str, Any] = {"stop_at_eos": True} if opened.has_end else {}

@@ -238,5 +238,11 @@ def test_answers_may_have_sampling_options_of_their_own(checkpoint, tmp_path):
     assert write({"gen_length": 8, "chat": True}).chat_defaults["gen_length"] == 8
     with pytest.raises(ValueError, match="entry 'gen_lenght'"):
         write({"chat": {"gen_lenght": 16}}).chat_defaults  # noqa: B018
+    opened = write({"chat": {"gen_length": 16, "turns": 2}})
+    assert opened.chat_turns == 2 and opened.chat_defaults == {"chat": opened.defaults["chat"], "gen_length": 16}
+    assert write({"chat": True}).chat_turns is None and write({}).chat_turns is None
+    for wrong in (0, "1", True):
+        with pytest.raises(ValueError, match='"chat" has turns'):
+            write({"chat": {"turns": wrong}}).chat_turns  # noqa: B018
     with pytest.raises(ValueError, match="gen_length '16'"):
         write({"chat": {"gen_length": "16"}}).chat_defaults  # noqa: B018

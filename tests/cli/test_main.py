@@ -6,6 +6,7 @@ import json
 import os
 import re
 import select
+import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import pytest
 
 import dlm
 from dlm.chat_template import chat_ids
+from dlm.checkpoints.files import SHIPPED
 from dlm.cli import main, scripts
 from dlm.sampling.config import SAMPLING
 from dlm.tokenizer import template
@@ -246,6 +248,31 @@ def test_chat_goes_on_when_the_model_cannot_read_the_whole_conversation(run, mon
     assert code == 0 and len(out.splitlines()) == 3
     assert seen[-1][0] == "two" and len(seen[-1]) == 3
     assert error.count("no longer sees the oldest turns") == 1
+
+
+def test_chat_reads_as_many_requests_as_the_checkpoint_says(run, monkeypatch, checkpoint, tmp_path):
+    """Fault: the shipped model's second answer went on with its first story."""
+    seen, folder = [], tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+    (folder / "generation_config.json").write_text('{"dlm": {"chat": {"turns": 1}}}')
+
+    def ids(tok, messages, mask):
+        seen.append([message["content"] for message in messages if message["role"] == "user"])
+        return [1, 2]
+
+    monkeypatch.setattr("dlm.chat_template.chat_ids", ids)
+    for options, wanted in (([], [["one"], ["two"], ["three"]]), (["--turns", 2], [["one", "two"], ["two", "three"]])):
+        lines = iter(["one", "two", "three", "/quit"])
+        monkeypatch.setattr("builtins.input", lambda prompt, lines=lines: next(lines))
+        code, _, error = run("chat", "--gen-length", 2, *options, model=folder)
+        assert code == 0, error
+        assert seen[-len(wanted) :] == wanted
+    code, _, error = run("chat", "--turns", 0, model=folder)
+    assert code == 2 and "--turns is 0: give 1 or more" in error
+
+
+def test_the_shipped_model_reads_one_request():
+    assert dlm.load_pretrained(SHIPPED).chat_turns == 1
 
 
 def test_chat_template_prompts(run, tokenizer):

@@ -86,6 +86,19 @@ def test_chat_and_its_stream(client):
     assert text == whole.choices[0].message.content
 
 
+def test_chat_reads_as_many_requests_as_the_checkpoint_says(client, opened, monkeypatch):
+    turns = [("user", "A fox."), ("assistant", "Once."), ("user", "A boat.")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+
+    async def ask(messages):
+        answer = await client.chat.completions.create(model="tiny-fox", messages=messages, max_tokens=4, seed=2)
+        return answer.choices[0].message.content, answer.usage.prompt_tokens
+
+    alone, whole = asyncio.run(ask(messages[-1:])), asyncio.run(ask(messages))
+    monkeypatch.setitem(opened.defaults, "chat", {"turns": 1})
+    assert asyncio.run(ask(messages)) == alone != whole
+
+
 def test_suffix_fills_the_gap(client, opened):
     async def ask():
         return await client.completions.create(

@@ -43,8 +43,10 @@ class Recipe(RecipeConfig):
     moving average, 0 for one that stays.
     teacher: folder or hub id of the model that writes or teaches; empty: `model` itself. texts: how many, none but for
     `certainty` where no number is given; each begins as a text of `data` does and has at most sequence_length tokens.
-    temperature: of the writing. written: the share of the examples that are such texts; the rest is `data`. certainty:
-    what the entropy of right predictions weighs beside the bound.
+    temperature: of the writing. own: a file of texts that such a run wrote, in place of writing. Texts with a doubled
+    word or many repeated 4-grams are left out. written: the share of the examples that are such texts; the rest is
+    `data`, and `chats`, sources of requests and answers. certainty: what the entropy of right predictions weighs beside
+    the bound, of written texts alone. ordered: share of these that are masked as their writing went.
     """
 
     output: str = "runs/distill"
@@ -56,7 +58,10 @@ class Recipe(RecipeConfig):
     teach: str = "certainty"
     texts: int | None = None
     temperature: float = 0.7
+    own: str = ""
+    chats: str = ""
     written: float = 0.7
+    ordered: float = 0.5
     certainty: float = 2.0
     steps: int = 64
     rounds: int = 1
@@ -76,10 +81,17 @@ class Recipe(RecipeConfig):
             or not self.temperature >= 0
             or not 0 < self.written <= 1
             or not self.certainty >= 0
+            or not 0 <= self.ordered <= 1
         ):
             raise ValueError(
                 f"texts {self.texts}, temperature {self.temperature}, written {self.written}, certainty "
-                f"{self.certainty}: give at least one text, a share above 0 and at most 1, and nothing negative"
+                f"{self.certainty}, ordered {self.ordered}: give at least one text, shares from 0 to 1, `written` "
+                f"above 0, and nothing negative"
+            )
+        if self.teach == "certainty" and self.ordered and (self.complementary or self.decoding_share):
+            raise ValueError(
+                f"ordered {self.ordered} masks what was written last, and complementary and decoding_share mask "
+                f"otherwise: leave them out, or give --ordered 0"
             )
         if self.teach != "certainty" and (self.objective != "diffusion" or self.complementary or self.decoding_share):
             raise ValueError(f"teach {self.teach} needs objective diffusion, without complementary and decoding_share")
@@ -106,6 +118,7 @@ class Recipe(RecipeConfig):
 def prepare(settings: Recipe, accelerator) -> Prepared:
     """Model, tokenizer and examples; the first process writes the texts, the others wait for it."""
     from dlm.checkpoints.pretrained import check_fit, open_tokenizer
+    from dlm.data.conversations import ChatFormat, load_chats
     from dlm.data.documents import load_documents
     from dlm.data.examples import Examples
     from dlm.data.sources import parse_sources
@@ -113,33 +126,39 @@ def prepare(settings: Recipe, accelerator) -> Prepared:
 
     with accelerator.main_process_first():
         tokenizer = open_tokenizer(settings.tokenizer or settings.model)
+        form = ChatFormat(bool(tokenizer.chat_template), settings.sequence_length, overlong="skip")
 
         def load(path):
             return load_documents(path, tokenizer, column=settings.text_column, split=settings.split)
 
         sources = parse_sources(settings.data)
         data = [load(source.path) for source in sources]
-        made = written(settings, data, tokenizer) if settings.texts else None
+        chats = parse_sources(settings.chats)
+        data += [load_chats(source.path, tokenizer, form, split=settings.split) for source in chats]
+        made, passes = written(settings, data[: len(sources)], tokenizer) if settings.texts else (None, None)
         valid = load_examples(settings.valid, settings.sequence_length, load) if settings.valid else None
-    shares = [source.weight or len(part) for source, part in zip(sources, data, strict=True)]
+    shares = [source.weight or len(part) for source, part in zip([*sources, *chats], data, strict=True)]
     share = settings.written if made is not None else 0.0
     weights = [share] + [(1 - share) * one / sum(shares) for one in shares]
     parts = [(part, weight) for part, weight in zip([made, *data], weights, strict=True) if weight > 0]
     train = Examples([part for part, _ in parts], settings.sequence_length, [weight for _, weight in parts])
     model = open_model(settings)
     check_fit(model.config, tokenizer)
-    return Prepared(model, tokenizer, train, valid, objective=objective_of(settings, model, tokenizer))
+    return Prepared(model, tokenizer, train, valid, objective=objective_of(settings, model, tokenizer, passes))
 
 
-def objective_of(settings: Recipe, model, tokenizer):
-    """What is minimised. Errors: a teacher of another vocabulary, family or shape."""
+def objective_of(settings: Recipe, model, tokenizer, passes):
+    """What is minimised. passes: of the written texts (`CertaintyForcing`).
+
+    Errors: a teacher of another vocabulary, family or shape.
+    """
     from dlm.objectives.distillation import CertaintyForcing
     from dlm.objectives.reference import check_same_shape, frozen
     from dlm.objectives.teacher import Consistency, StepDistillation
     from dlm.training.recipe import open_beside
 
     if settings.teach == "certainty":
-        return CertaintyForcing(settings.certainty)
+        return CertaintyForcing(settings.certainty, passes, settings.ordered)
     teacher = model
     if settings.teacher:
         teacher = open_beside(settings.teacher, model, tokenizer, "teacher")
@@ -150,16 +169,41 @@ def objective_of(settings: Recipe, model, tokenizer):
     return StepDistillation(frozen(teacher), steps=settings.steps, passes=settings.teacher_passes, round_steps=each)
 
 
-def written(settings: Recipe, data: list[Documents], tokenizer) -> Documents:
-    """The teacher's texts, each with its beginning; what it wrote and the beginning carry loss.
+def written(settings: Recipe, data: list[Documents], tokenizer) -> tuple[Documents, list]:
+    """The texts that are learned, each with its beginning, and the pass of each token; all tokens but begin-of-text
+    carry loss.
 
-    Errors: a teacher whose tokens are other ones.
+    Errors: a teacher whose tokens are other ones; texts of which none reads well or is short enough.
     """
     import numpy as np
 
     from dlm.data.documents import join, token_type
-    from dlm.evaluation.generations import open_writer, write
+    from train.texts import read_texts, reads_well
+
+    found = read_texts(Path(settings.own)) if settings.own else _write(settings, data, tokenizer)
+    texts = [text for text in found if len(text.ids) <= settings.sequence_length]
+    texts = [text for text in texts if reads_well(text, tokenizer.decode(text.ids, skip_special_tokens=True))]
+    print(f"{len(texts)} of {len(found)} texts have no doubled word and few 4-grams that repeat", flush=True)
+    if not texts:
+        raise ValueError(
+            f"none of {len(found)} texts can be learned: each doubles a word, repeats itself or has more than "
+            f"sequence_length {settings.sequence_length} tokens; write more --texts, or give a better --teacher"
+        )
+    if max(max(text.ids) for text in texts) >= len(tokenizer):
+        raise ValueError(f"{settings.own} holds ids that {settings.model} does not have: they are another model's")
+    size = sum(len(tokenizer.decode(text.ids).encode()) for text in texts)
+    pieces = [np.array(text.ids, dtype=token_type(tokenizer)) for text in texts]
+    passes = [np.array(text.passes, dtype=np.int64) for text in texts]
+    return join(pieces, None, tokenizer.bos_token_id, size), passes
+
+
+def _write(settings: Recipe, data: list[Documents], tokenizer):
+    """What the teacher writes after beginnings of `data`; kept in the output, where a stopped run goes on."""
+    import numpy as np
+
+    from dlm.evaluation.generations import open_writer
     from dlm.sampling.config import SamplingConfig
+    from train.texts import make_texts
 
     writer = open_writer(settings.teacher or settings.model)
     if writer.tokenizer.get_vocab() != tokenizer.get_vocab():
@@ -173,17 +217,12 @@ def written(settings: Recipe, data: list[Documents], tokenizer) -> Documents:
         start, end = part.starts[place], part.starts[place + 1]
         size = min(int(end - start), int(random.integers(FIRST, LAST)))
         beginnings.append(np.asarray(part.tokens[start : start + size]).astype(np.int64).tolist())
-    length = settings.sequence_length - LAST
     config = SamplingConfig(
-        gen_length=length, temperature=settings.temperature, seed=settings.seed, stop_at_eos=bool(writer.end_ids),
-        method="block_causal" if writer.block_length is not None else "none",
+        gen_length=settings.sequence_length - LAST, temperature=settings.temperature, seed=settings.seed,
+        stop_at_eos=bool(writer.end_ids), method="block_causal" if writer.block_length is not None else "none",
     )  # fmt: skip
     print(f"{settings.texts} texts by {writer.name} ...", flush=True)
-    rows = write(writer, beginnings, config, batch_size=64)
-    end = list(writer.end_ids[:1])
-    texts = [a + b + (end if len(b) < length else []) for a, b in zip(beginnings, rows, strict=True)]
-    size = sum(len(tokenizer.decode(text).encode()) for text in texts)
-    return join([np.array(text, dtype=token_type(tokenizer)) for text in texts], None, tokenizer.bos_token_id, size)
+    return make_texts(Path(settings.output) / "texts.jsonl", writer, beginnings, config)
 
 
 def parse(argv: list[str]) -> Recipe:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 # Streams of randomness that never meet.
-TRAINING, VALIDATION, CROP, PROMPT, STRATA, WINDOW, ROLLOUT, PROMPT_MASK, TEACHER = range(9)
+TRAINING, VALIDATION, CROP, PROMPT, STRATA, WINDOW, ROLLOUT, PROMPT_MASK, TEACHER, ORDER = range(10)
 
 
 def example_generator(seed: int, epoch: int, index: int, stream: int = TRAINING) -> np.random.Generator:

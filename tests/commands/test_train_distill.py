@@ -75,3 +75,57 @@ def test_a_teacher_of_the_same_shape_and_an_exact_resume(texts, tokenizer, teach
     other = make_checkpoint(texts / "other", tokenizer, n_layers=1)
     assert start("bad", f"--teacher={other}") == 2
     assert "is of another shape or family" in capsys.readouterr().err
+
+
+def test_texts_are_kept_with_their_order_and_learned_again(texts, tokenizer, capsys):  # noqa: F811
+    """`texts.jsonl` says at which pass each token was committed; a file cut off in a line is gone on with, and `--own`
+    learns from it beside requests. A file of other texts is refused."""
+    from train.texts import read_texts
+
+    student = make_checkpoint(texts / "student", tokenizer)
+    options = [*SHORT, "--sequence-length", "64", "--model", f"{student}", "--data", f"{texts / 'texts.jsonl'}"]
+    writing = ["--texts", "5", "--output", f"{texts / 'run'}"]
+    assert distill.main([*options, *writing]) in (0, 2)  # a random model may double a word in each
+    file = texts / "run" / "texts.jsonl"
+    first = read_texts(file)
+    assert len(first) == 5
+    for text in first:
+        given = text.passes.count(-1)
+        assert text.passes[:given] == [-1] * given and len(text.passes) == len(text.ids)
+        assert min(text.passes[given:], default=1) > 0
+    whole = file.read_text()
+    file.write_text("".join(whole.splitlines(keepends=True)[:3]) + '{"ids": [1, ')
+    AcceleratorState._reset_state(reset_partial_state=True)
+    distill.main([*options, *writing])
+    assert len(read_texts(file)) == 5
+    capsys.readouterr()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert distill.main([*options, *writing, "--temperature", "0.5"]) == 2
+    assert "temperature 0.7, not 0.5" in capsys.readouterr().err
+    own = texts / "own.jsonl"
+    word = tokenizer("The cat sat on the mat and a dog ran by", add_special_tokens=False)["input_ids"]
+    rows = [{"format": "dlm-texts"}, *[{"ids": word, "passes": [-1, *range(len(word) - 1)]}] * 3]
+    own.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    learning = [
+        "--own",
+        f"{own}",
+        "--ordered",
+        "1",
+        "--chats",
+        f"{texts / 'chats.jsonl'}",
+        "--output",
+        f"{texts / 'b'}",
+    ]
+    assert distill.main([*options, *learning]) == 0
+    assert "3 of 3 texts" in capsys.readouterr().out
+
+
+def test_texts_that_double_words_are_left_out():
+    from train.texts import Text, reads_well
+
+    text = Text(list(range(20)), [0] * 20)
+    assert reads_well(text, "The cat sat. Sat it? No: the cat's cat did") is False  # "sat. Sat" counts too
+    assert reads_well(text, "A cat and a cat's cat")
+    assert not reads_well(text, "the the cat")
+    assert not reads_well(Text([1, 2, 3, 4] * 5, [0] * 20), "a cat")

@@ -2,11 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from dlm.objectives.config import NoiseSettings
-from dlm.objectives.distillation import CertaintyForcing, entropy_where_right
+from dlm.objectives.distillation import CertaintyForcing, entropy_where_right, latest
 from dlm.objectives.losses import OBJECTIVES
 from dlm.objectives.noise import draw_noise
 from tests.objectives.test_losses import MASK, laid_out, tiny_model
@@ -40,3 +41,46 @@ def test_the_bound_stays_and_the_entropy_is_added(block):
 def test_a_negative_weight_is_refused():
     with pytest.raises(ValueError, match="0 or more"):
         CertaintyForcing(-1.0)
+
+
+def test_what_was_committed_last_is_masked():
+    """Two units of three places; one place of the first is masked by the noise, two of the second."""
+    masked = torch.tensor([True, False, False, True, True, False])
+    weight = torch.tensor([3.0, 0, 0, 1.5, 1.5, 0])
+    units, when = torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([-1, 2, 1, 5, 3, 4])
+    chosen, factor = latest(masked, units, when, weight)
+    assert chosen.tolist() == [False, True, False, True, False, True]
+    assert factor.tolist() == [0, 3.0, 0, 1.5, 0, 1.5]
+    given, _ = latest(masked, units, torch.full((6,), -1), weight)  # ties: from the right
+    assert given.tolist() == [False, False, True, False, True, True]
+
+
+def test_written_examples_are_masked_in_their_order_and_the_others_by_chance():
+    batch = laid_out([[0, 1]])
+    settings = NoiseSettings(block_length=4)
+    plain = CertaintyForcing(1.0).noise(batch, settings, seed=2)
+    when = np.random.default_rng(0).permutation(int((batch.segments == 0).sum()))
+    ordered = CertaintyForcing(1.0, [when], 1.0).noise(batch, settings, seed=2)
+    first, second = (batch.segments == 0) & batch.target, (batch.segments == 1) & batch.target
+    places, blocks = batch.positions[first], batch.positions[first] // 4
+    assert not torch.equal(plain.masked[first], ordered.masked[first])
+    for block in blocks.unique().tolist():
+        own = places[blocks == block].tolist()
+        count = int(plain.masked[first][blocks == block].sum())
+        expected = sorted(own, key=lambda place: -when[place])[:count]
+        assert set(places[ordered.masked[first] & (blocks == block)].tolist()) == set(expected)
+    assert torch.equal(plain.masked[second], ordered.masked[second])
+    assert float(ordered.weight.sum()) == pytest.approx(float(plain.weight.sum()))
+    assert torch.equal(ordered.scored, ordered.masked)
+
+
+def test_the_entropy_of_written_texts_alone_counts():
+    """All examples written gives the whole term; none of them gives none."""
+    batch, model = laid_out([[0, 1]]), tiny_model()
+    noise = draw_noise(batch, NoiseSettings(block_length=4), seed=0)
+    order = [np.arange(4)]
+    total = {n: CertaintyForcing(1.0, order * n).loss(model, batch, noise, MASK).total.item() for n in (0, 1, 2)}
+    plain = OBJECTIVES["block_diffusion"].loss(model, batch, noise, MASK).total.item()
+    assert total[0] == pytest.approx(plain, rel=1e-6)
+    assert total[2] == pytest.approx(CertaintyForcing(1.0).loss(model, batch, noise, MASK).total.item(), rel=1e-6)
+    assert total[0] <= total[1] <= total[2]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["COMMITS", "Step", "by_blocks", "coarse_block"]
+__all__ = ["COMMITS", "Step", "by_blocks", "choose", "coarse_block"]
 
 
 # ---------------------------------------------------------------- commit: confidence -> which places
@@ -17,7 +17,8 @@ __all__ = ["COMMITS", "Step", "by_blocks", "coarse_block"]
 @dataclass(frozen=True)
 class Step:
     """What a commit rule may know of the pass: the rows' quotas (B,), the rule's own parameter, drawn (B, M): the
-    places that an ancestral step draws, and stable (B, M): those whose prediction has settled."""
+    places that an ancestral step draws, and stable (B, M): those whose prediction has settled. spacing: fewest slots
+    between two places, or none from spacing_threshold on; slots (B, M): where the places are."""
 
     quota: Tensor
     threshold: float = 0.9
@@ -25,6 +26,9 @@ class Step:
     entropy_bound: float = 0.1
     drawn: Tensor | None = None
     stable: Tensor | None = None
+    spacing: int = 0
+    spacing_threshold: float = 0.95
+    slots: Tensor | None = None
 
 
 def _sorted(confidence: Tensor, eligible: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,6 +153,38 @@ COMMITS: dict[str, Callable[[Tensor, Tensor, Step], Tensor]] = {
     "origin": by_uniform,
     "stable": by_stability,
 }
+
+
+def choose(rule: str, confidence: Tensor, eligible: Tensor, step: Step) -> Tensor:
+    """bool (B, M): what the rule of this name commits, with `step.spacing` between the places where it is above 0."""
+    chosen = COMMITS[rule](confidence, eligible, step)
+    return spread(confidence, chosen, eligible, step, fill=rule == "quota") if step.spacing else chosen
+
+
+def spread(confidence: Tensor, chosen: Tensor, eligible: Tensor, step: Step, *, fill: bool) -> Tensor:
+    """bool (B, M): of the chosen places, from the most confident on, those that have `step.spacing` slots or more
+    between them, or are both at least as confident as `step.spacing_threshold`.
+
+    Tokens that one pass draws do not see each other, and near ones depend on each other most: neighbours often hold the
+    same word twice (Luxembourg et al., Plan for Speed, arXiv:2506.19037, space the places by a fixed plan). fill: as
+    many places as were chosen, any eligible ones, and near ones only where no others are left.
+    """
+    _, order = _sorted(confidence, eligible)
+    rank, count = order.argsort(dim=-1), chosen.sum(dim=-1, keepdim=True)
+    sure = confidence >= step.spacing_threshold
+    left, kept = (eligible if fill else chosen).clone(), torch.zeros_like(chosen)
+    for _ in range(int(count.max())):
+        best = rank.masked_fill(~left, rank.shape[-1]).argmin(dim=-1, keepdim=True)
+        taken = left.gather(-1, best) & (kept.sum(dim=-1, keepdim=True) < count)
+        kept |= torch.zeros_like(kept).scatter(-1, best, taken)
+        near = (step.slots - step.slots.gather(-1, best)).abs() <= step.spacing
+        left &= ~near | (sure & sure.gather(-1, best))
+        left.scatter_(-1, best, False)
+    if fill:
+        rest = (eligible & ~kept).gather(-1, order)
+        rest &= rest.cumsum(dim=-1) <= count - kept.sum(dim=-1, keepdim=True)
+        kept |= torch.zeros_like(kept).scatter(-1, order, rest)
+    return kept
 
 
 def coarse_block(confidence: Tensor, eligible: Tensor, ending: Tensor, size: Tensor) -> Tensor:

@@ -99,6 +99,8 @@ SAMPLING: dict[str, tuple[Callable, str]] = {
     "entropy_bound": (float, "for --commit entropy_bound, in nats"),
     "kl_bound": (float, "for --commit stable: most nats by which a prediction may change from pass to pass"),
     "kl_passes": (int, "for --commit stable: passes for which it must not change more"),
+    "spacing": (int, "fewest slots between two places that a pass commits; 0: any"),
+    "spacing_threshold": (float, "for --spacing: confidence from which places may be near each other"),
     "draft": (int, "states ahead that a pass verifies too: fewer, larger passes; the text does not change"),
     "open_share": (float, "for --method pipeline: part of a block that is written before the next one opens"),
     "force_share": (float, "for --method pipeline: part after which the next one commits in every pass"),
@@ -146,6 +148,7 @@ NEEDS: dict[str, tuple[str, tuple | None, str]] = {
     "threshold": ("commit", ("threshold", "dynamic", "capped", "stable"), "add --commit threshold"),
     "kl_bound": ("commit", ("stable",), "add --commit stable"),
     "kl_passes": ("commit", ("stable",), "add --commit stable"),
+    "spacing_threshold": ("spacing", None, "give a --spacing above 0"),
     "open_share": ("method", SEVERAL, "add --method pipeline"),
     "force_share": ("method", SEVERAL, "add --method pipeline"),
     "factor": ("commit", ("factor",), "add --commit factor"),
@@ -188,7 +191,9 @@ class SamplingConfig:
         open_share, force_share: how much of a block is written before `pipeline` opens the next one, and before that
         one commits at least one token in every pass.
     commit: which places are committed at a pass (`commit.COMMITS`), with threshold, factor or entropy_bound; kl_bound
-        and kl_passes for `stable`.
+        and kl_passes for `stable`. spacing: slots that lie between two places that a pass commits, at least, but for
+        places that are both at least as confident as spacing_threshold; under `quota` near ones are committed where the
+        block has no others left, so that the number of passes stays.
     draft: states that a pass computes beside each row's own, guessed from the last predictions with the row's own noise
         (`draft`): the text stays the same, with fewer passes over more slots; 0 is none.
     revise: what is changed after the commit (`revise.REVISIONS`). edit_threshold and max_post_passes are for `edit`,
@@ -228,6 +233,8 @@ class SamplingConfig:
     threshold: float = 0.9
     kl_bound: float = 0.01
     kl_passes: int = 2
+    spacing: int = 0
+    spacing_threshold: float = 0.95
     draft: int = 0
     open_share: float = 0.5
     force_share: float = 0.95
@@ -277,7 +284,8 @@ class SamplingConfig:
             if (value is not None or name in COUNTS) and (not _whole(value) or value < 1):
                 raise ValueError(f"{name} is {value!r}: it counts tokens or passes; give a whole number, 1 or more")
             self._check_size(name)
-        for name, what in (("window", "slots"), ("max_post_passes", "passes"), ("draft", "states")):
+        counted = {"window": "slots", "max_post_passes": "passes", "draft": "states", "spacing": "slots"}
+        for name, what in counted.items():
             value = getattr(self, name)
             if not _whole(value) or value < 0:
                 raise ValueError(f"{name} is {value!r}: it counts {what}; give a whole number, 0 or more")
@@ -306,6 +314,7 @@ class SamplingConfig:
     def _check_numbers(self) -> None:
         ranges = {
             "threshold": (lambda x: -1e9 < x <= 1, "a confidence, at most 1"),
+            "spacing_threshold": (lambda x: -1e9 < x <= 1, "a confidence, at most 1"),
             "factor": (lambda x: x > 0, "above 0"),
             "entropy_bound": (lambda x: x >= 0, "nats, 0 or more"),
             "kl_bound": (lambda x: x >= 0, "nats, 0 or more"),

@@ -17,6 +17,8 @@ def refuse_contradictions(config: SamplingConfig) -> None:
     _check_constraint(config)
     if config.draft:
         _check_draft(config)
+    if config.spacing:
+        _check_spacing(config)
 
 
 def _check_rules(config: SamplingConfig) -> None:
@@ -150,3 +152,26 @@ def _check_draft(config: SamplingConfig) -> None:
                 f"draft guesses which tokens the next passes commit, and {field} {getattr(config, field)!r} is not "
                 "foreseen: leave one of them out"
             )
+
+
+SPACED = (
+    "quota",
+    "threshold",
+    "factor",
+    "entropy_bound",
+    "stable",
+)  # commit rules that may take fewer, or other places
+
+
+def _check_spacing(config: SamplingConfig) -> None:
+    """Places are left out for later, which rules cannot bear that say themselves which ones, or how many at least."""
+    if config.commit not in SPACED:
+        raise ValueError(
+            f"spacing is {config.spacing}, and commit {config.commit!r} says itself which places, or how many: use "
+            f"{', '.join(SPACED[:-1])} or {SPACED[-1]}"
+        )
+    if config.method in SEVERAL:
+        raise ValueError(
+            f"spacing is {config.spacing}, and method {config.method!r} makes each open block go on in every pass: "
+            "leave one of them out"
+        )

@@ -20,7 +20,7 @@ from torch import Tensor
 from dlm.kernels.by_rows import RowSizes
 from dlm.models.attention import Visible, block_causal_from
 from dlm.sampling.canvas import Canvas
-from dlm.sampling.commit import COMMITS, Step, by_blocks, coarse_block
+from dlm.sampling.commit import Step, by_blocks, choose, coarse_block
 from dlm.sampling.config import SamplingConfig
 from dlm.sampling.constraints import Constraint, allowed_tokens, best_words, change_in_order, commit_in_order
 from dlm.sampling.growth import expansions, insertions, resize, tail_slots, take_tail
@@ -294,10 +294,10 @@ def commit(
     if config.commit == "ancestral" or config.revise == "remask":
         drawn = draw_steps(rows, eligible, revisable, batch.certain[where])
     take = None if drawn is None else drawn.take
-    choose = commit_rule(batch, rows, request.slots, eligible, where, logits, quota, take)
-    chosen = choose(certain)
+    choosing = commit_rule(batch, rows, request.slots, eligible, where, logits, quota, take)
+    chosen = choosing(certain)
     if batch.telemetry is not None:
-        batch.telemetry.note(batch, rows, request, visible_to(rows), logits, certain, chosen, choose, allowed)
+        batch.telemetry.note(batch, rows, request, visible_to(rows), logits, certain, chosen, choosing, allowed)
     if bound:
 
         def again(row: int, place: int, allowed: np.ndarray) -> tuple[int, float]:
@@ -350,9 +350,10 @@ def commit_rule(
     config, stable = rows[0].config, None
     if config.commit == "stable":
         stable = stable_places(rows, slots, eligible, prediction(logits, config), config)
-    rule = Step(quota, config.threshold, config.factor, config.entropy_bound, drawn=take, stable=stable)
+    apart = config.spacing, config.spacing_threshold, slots
+    rule = Step(quota, config.threshold, config.factor, config.entropy_bound, take, stable, *apart)
     if not rows[0].method.several:
-        return partial(COMMITS[config.commit], eligible=eligible, step=rule)
+        return partial(choose, config.commit, eligible=eligible, step=rule)
     block = batch.layout[where]
     forced = torch.stack([torch.isin(b, b.new_tensor(row.forced)) for b, row in zip(block, rows, strict=True)])
     return partial(by_blocks, eligible=eligible, step=rule, block=block, forced=forced, rule=config.commit)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from dlm.models.kv_cache import Part
-from dlm.sampling.commit import COMMITS, Step
+from dlm.sampling.commit import Step, choose
 from dlm.sampling.config import SamplingConfig
 from dlm.sampling.propose import CONFIDENCES, drawn_order, sampled_from
 from dlm.sampling.row import Row
@@ -312,5 +312,7 @@ def _commit(ghost: Row, slots: np.ndarray, confidence: np.ndarray, layout: np.nd
         return np.arange(len(slots)) == ranked.argmax(axis=1)[:, None]
     name = "threshold" if config.commit == "stable" else config.commit  # whether a prediction settles is not foreseen
     quota = ghost.share.cpu().expand(len(confidence))
-    step = Step(quota, config.threshold, config.factor, config.entropy_bound)
-    return COMMITS[name](torch.from_numpy(confidence), torch.from_numpy(eligible), step).numpy()
+    places = torch.from_numpy(slots).expand(confidence.shape)
+    apart = {"spacing": config.spacing, "spacing_threshold": config.spacing_threshold, "slots": places}
+    step = Step(quota, config.threshold, config.factor, config.entropy_bound, **apart)
+    return choose(name, torch.from_numpy(confidence), torch.from_numpy(eligible), step).numpy()

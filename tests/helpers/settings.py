@@ -83,6 +83,8 @@ def settings(rng, model):
         "entropy_bound": rng.choice([0.0, 0.5, 100.0]),
         "kl_bound": rng.choice([0.01, 1.0]),
         "kl_passes": rng.choice([1, 2]),
+        "spacing": some(0, 0, 1, 3),
+        "spacing_threshold": rng.choice([0.5, 0.95]),
         "open_share": rng.choice([0.0, 0.5, 1.0]),
         "force_share": rng.choice([0.0, 0.5, 0.95]),
         "revise": some("none", *REVISION_NAMES),

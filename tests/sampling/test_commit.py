@@ -11,7 +11,7 @@ import torch
 
 import dlm
 from dlm import SamplingConfig, generate
-from dlm.sampling.commit import Step, by_quota
+from dlm.sampling.commit import Step, by_quota, choose
 from dlm.sampling.propose import draw, propose
 from tests.helpers.toys import Probabilities, Table, tiny_model, trace
 
@@ -44,6 +44,54 @@ def steps(model, length, **options):
 
 
 SIX = best(0.55, 0.9, 0.51, 0.8, 0.7, 0.6)  # best first: slots 1, 3, 4, 5, 0, 2 of the region
+
+
+# --- spacing -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "want"),
+    [
+        ({"steps": 3, "spacing": 1}, [2, 1, 3, 1, 2, 3]),  # 1 and 3; 4 and 0, for 5 is beside 4; 5 and 2
+        ({"steps": 3, "spacing": 2}, [2, 1, 3, 2, 1, 3]),  # 1 and 4, for 3 is two slots from 1
+        ({"steps": 2, "spacing": 3}, [2, 1, 2, 1, 2, 1]),  # 1 and 5, and the best near one where no other is left
+        ({"steps": 2, "spacing": 3, "spacing_threshold": 0.8}, [2, 1, 2, 1, 1, 2]),  # 1, 3: both sure; 4 is left
+        ({"commit": "threshold", "threshold": 0.55}, [1, 1, 2, 1, 1, 1]),
+        ({"commit": "threshold", "threshold": 0.55, "spacing": 1}, [2, 1, 3, 1, 2, 1]),  # none is filled up
+        ({"commit": "threshold", "threshold": 0.55, "spacing": 1, "spacing_threshold": 0.7}, [2, 1, 3, 1, 1, 2]),
+        ({"commit": "threshold", "threshold": 0.99, "spacing": 5}, [5, 1, 6, 2, 3, 4]),  # the best, where none is sure
+        ({"steps": 6, "spacing": 5}, [5, 1, 6, 2, 3, 4]),
+    ],
+)
+def test_spacing(options, want):
+    assert steps(SIX, 6, **options) == want
+
+
+def test_spacing_of_several_rows_and_of_places_that_are_not_all_masked():
+    """Places are apart by their slots, not by their number among the places that are left."""
+    confidence = torch.tensor([[0.9, 0.8, 0.7, 0.0], [0.6, 0.9, 0.8, 0.7]])
+    eligible = torch.tensor([[True, True, True, False], [True] * 4])
+    slots = torch.tensor([[0, 4, 5, 9], [0, 1, 2, 3]])
+    step = Step(torch.tensor([3, 2]), threshold=0.5, spacing=1, slots=slots)
+    spaced = choose("threshold", confidence, eligible, step)
+    assert spaced.tolist() == [[True, True, False, False], [False, True, False, True]]
+    filled = choose("quota", confidence, eligible, step)
+    assert filled.tolist() == [[True, True, True, False], [False, True, False, True]]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"commit": "sequential"}, "says itself which places"),
+        ({"commit": "dynamic"}, "use quota, threshold"),
+        ({"method": "pipeline", "commit": "threshold"}, "go on in every pass"),
+        ({"commit": "threshold", "spacing": -1}, "0 or more"),
+        ({"commit": "threshold", "spacing_threshold": 2.0}, "at most 1"),
+    ],
+)
+def test_spacing_is_refused_where_it_cannot_work(options, words):
+    with pytest.raises(ValueError, match=words):
+        SamplingConfig(**({"spacing": 1} | options))
 
 
 # --- quota -------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dlm.sampling.automaton import Automaton, compile_pattern
-from dlm.sampling.patterns import choice_pattern, schema_pattern
+from dlm.sampling.patterns import region_choice, schema_pattern
 from dlm.sampling.places import Places
 from dlm.sampling.step import Request, branches, guided
 
@@ -63,7 +63,7 @@ def constraint_of(
     elif config.json_schema is not None:
         pattern = schema_pattern(config.json_schema)
     else:
-        pattern = f"[ ]?(?:{choice_pattern(config.choices)})"  # a word of a byte-level vocabulary begins with its space
+        pattern = region_choice(config.choices)
     automaton = compile_pattern(tokenizer, pattern, tuple(config.eos_ids or eos))
     region = canvas.editable & canvas.valid
     return [[Constraint(automaton, tuple(row.nonzero()[:, 0].tolist()))] for row in region]

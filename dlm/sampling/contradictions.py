@@ -65,11 +65,13 @@ def _check_constraint(config: SamplingConfig) -> None:
         wrong = not isinstance(config.choices, tuple) or not all(isinstance(text, str) for text in config.choices)
         if wrong or not config.choices or not all(config.choices):
             raise ValueError(f"choices is {config.choices!r}: give one or more texts, none of them empty")
-    if config.regex is not None or config.json_schema is not None:
-        from dlm.sampling.patterns import check_pattern, schema_pattern  # numpy is for those who need it
+    if given:
+        from dlm.sampling.patterns import check_pattern, region_choice, schema_pattern  # numpy is for those who need it
 
         if config.regex is not None:
             check_pattern("regex", config.regex)
+        elif config.choices is not None:
+            check_pattern("choices' pattern", region_choice(config.choices))
         else:
             check_pattern("json_schema's pattern", schema_pattern(config.json_schema))
     if config.constraint_search == "viterbi" and config.temperature > 0:

@@ -1,7 +1,7 @@
 """What a text must match, as a regular expression: from settings and JSON schemas, with errors of one line.
 
-outlines-core turns a pattern into a DFA over bytes. No tokenizer and no torch here, so that a wrong pattern is found
-before a model is loaded.
+outlines-core turns a pattern into a DFA over bytes (`pattern_worker`). No tokenizer and no torch here, so that a wrong
+pattern is found before a model is loaded.
 
 Shapes: S states.
 """
@@ -11,12 +11,15 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import count
 
 import numpy as np
 
-__all__ = ["bytes_dfa", "check_pattern", "choice_pattern", "schema_pattern"]
+from dlm.sampling.pattern_worker import TooLarge, automaton_of
+
+__all__ = ["bytes_dfa", "check_pattern", "choice_pattern", "region_choice", "schema_pattern"]
 
 # What is appended to a pattern, so that no state of its DFA accepts before the very end: outlines-core 0.2 leaves out
 # the steps from an accepting state to one that does not accept ("(ab)*" would not go on after "ab").
@@ -27,6 +30,11 @@ NOT_INSTALLED = "constraints need outlines-core, which is not installed: pip ins
 def choice_pattern(choices: Sequence[str]) -> str:
     """A pattern for one of these texts."""
     return "|".join(re.escape(choice) for choice in choices)
+
+
+def region_choice(choices: Sequence[str]) -> str:
+    """`choice_pattern` for a whole region: a word of a byte-level vocabulary begins with its space."""
+    return f"[ ]?(?:{choice_pattern(choices)})"
 
 
 def check_pattern(name: str, pattern: str) -> None:
@@ -44,15 +52,15 @@ def bytes_dfa(pattern: str) -> tuple[np.ndarray, np.ndarray]:
     Raises ValueError with reason and fix for what is no such pattern and for one that matches nothing; ImportError
     where outlines-core is not installed.
     """
-    try:
-        from outlines_core import Index, Vocabulary
-    except ImportError:
-        raise ImportError(NOT_INSTALLED) from None
+    if not _installed():
+        raise ImportError(NOT_INSTALLED)
     wrong = _syntax_error(pattern)
     if wrong is not None and "unbalanced" in wrong:  # it would end the group around it
         raise ValueError(f"{wrong}; mend the regular expression")
     try:
-        index = Index(f"(?:{pattern}){END}", Vocabulary(256, {bytes([byte]): [byte] for byte in range(256)}))
+        first, accepting, edges = automaton_of(f"(?:{pattern}){END}")
+    except TooLarge as error:
+        raise ValueError(f"{error}; write it with fewer or smaller repeats") from None
     except ValueError as error:
         if "Found no transitions" in str(error):
             raise ValueError("it matches nothing; check it") from None
@@ -62,21 +70,27 @@ def bytes_dfa(pattern: str) -> tuple[np.ndarray, np.ndarray]:
             "no finite automaton can follow it; write it without look-around, back-references, word boundaries and "
             "anchors (the whole text must match anyway)"
         ) from None
-    found = index.get_transitions()
-    states = {index.get_initial_state(): 0}
-    for state, steps in found.items():
-        for name in (state, *steps.values()):
-            states.setdefault(name, len(states))
-    table = np.full((len(states), 256), -1, np.int64)
-    for state, steps in found.items():
-        for byte, target in steps.items():
-            if byte < 256:
-                table[states[state], byte] = states[target]
-    final = {states[state] for state in index.get_final_states() if state in states}
-    here = np.arange(len(states))
+    edges = np.array(edges, np.int64).reshape(-1, 3)
+    edges = edges[edges[:, 1] < 256]
+    names, numbers = np.unique(np.append(edges[:, ::2], first), return_inverse=True)
+    order = np.arange(len(names))
+    order[[0, numbers[-1]]] = order[[numbers[-1], 0]]  # the first state is 0
+    source, target = order[numbers[:-1].reshape(-1, 2)].T
+    table = np.full((len(names), 256), -1, np.int64)
+    table[source, edges[:, 1]] = target
+    final = order[np.isin(names, accepting)]
+    here = np.arange(len(names))
     for byte in END.encode():
         here = np.where(here >= 0, table[here, byte], -1)
-    return table, np.isin(here, list(final)) & (here >= 0)
+    return table, np.isin(here, final) & (here >= 0)
+
+
+def _installed() -> bool:
+    try:
+        import outlines_core  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def _syntax_error(pattern: str) -> str | None:
@@ -115,19 +129,29 @@ def schema_pattern(schema: str) -> str:
         raise ValueError(
             f'json_schema is {schema[:40]!r}: {problem}; give a schema, such as {{"type": "object"}}'
         ) from None
-    _check_schema(whole, whole, "#", ())
+    try:
+        _check_schema(whole, whole, "#", (), count())
+    except RecursionError:
+        raise ValueError(f"json_schema is {schema[:40]!r}: it is nested too deeply; give a flatter one") from None
     try:
         from outlines_core.json_schema import build_regex_from_schema
     except ImportError:
         raise ImportError(NOT_INSTALLED) from None
     try:
         return build_regex_from_schema(schema)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # TypeError: more than 128 levels are no JSON to it
         reason = " ".join(str(error).split())[:120]
         raise ValueError(f"json_schema is {schema[:40]!r}: it has no pattern ({reason}); write it otherwise") from None
 
 
-def _check_schema(node, whole: dict, place: str, inside: tuple[str, ...]) -> None:
+MOST_PARTS = 10_000  # of a schema, what it refers to counted each time: the pattern has all of them
+
+
+def _check_schema(node, whole: dict, place: str, inside: tuple[str, ...], visits: Iterator[int]) -> None:
+    if next(visits) > MOST_PARTS:
+        raise ValueError(
+            f"json_schema has more than {MOST_PARTS:,} parts once its references are written out: give a smaller one"
+        )
     if not isinstance(node, dict):
         raise ValueError(f"json_schema has {_shown(node)} at {place}: a schema must be there; give an object")
     for key in node:
@@ -145,17 +169,17 @@ def _check_schema(node, whole: dict, place: str, inside: tuple[str, ...]) -> Non
                 target = target.get(part) if isinstance(target, dict) else None
         if not str(name).startswith("#") or not isinstance(target, dict):
             raise ValueError(f"json_schema refers to {name!r} at {place}, which is not in it: add it")
-        _check_schema(target, whole, str(name), (*inside, str(name)))
+        _check_schema(target, whole, str(name), (*inside, str(name)), visits)
     for key in ("properties", "$defs", "definitions"):
         for name, child in _held(node, key, dict, place).items():
             if key == "properties":
-                _check_schema(child, whole, f"{place}/{key}/{name}", inside or ("#",))
+                _check_schema(child, whole, f"{place}/{key}/{name}", inside or ("#",), visits)
     for key in ("anyOf", "oneOf", "prefixItems"):
         for i, child in enumerate(_held(node, key, list, place)):
-            _check_schema(child, whole, f"{place}/{key}/{i}", inside or ("#",))
+            _check_schema(child, whole, f"{place}/{key}/{i}", inside or ("#",), visits)
     for key in ("items", "additionalProperties"):
         if isinstance(node.get(key), dict):
-            _check_schema(node[key], whole, f"{place}/{key}", inside or ("#",))
+            _check_schema(node[key], whole, f"{place}/{key}", inside or ("#",), visits)
 
 
 def _held(node: dict, key: str, kind: type, place: str):

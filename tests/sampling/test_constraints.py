@@ -11,6 +11,7 @@ import torch
 
 import dlm
 from dlm import Canvas, SamplingConfig, denoise, generate
+from dlm.sampling import pattern_worker
 from dlm.sampling.automaton import compile_pattern
 from dlm.sampling.constraints import Constraint
 from dlm.sampling.patterns import choice_pattern, schema_pattern
@@ -363,3 +364,26 @@ def test_a_row_beside_a_constrained_one_is_as_sure_as_alone():
         state = next(denoise(Table(table), canvas, config, eos_token_ids=(END,), constraints=wanted))
         first.append((state.committed[0].tolist()[:4], state.confidence[0].tolist()[:4]))
     assert first[0] == first[1] and first[0][0] == [False, True, False, False]
+
+
+@pytest.mark.parametrize("pattern", ["(a|b)*a(a|b){25}", "(a|b)*a(a|b){14}", "(?:a{1000}){1000}"])
+def test_a_pattern_with_too_large_an_automaton_is_refused(pattern, monkeypatch):
+    """Each of these took minutes and gigabytes, in a server while all other requests waited."""
+    monkeypatch.setattr(pattern_worker, "SECONDS", 2.0)
+    with pytest.raises(ValueError, match=r"regex is .*its automaton (takes more than|has 32,772 states)") as error:
+        SamplingConfig(regex=pattern)
+    assert "\n" not in str(error.value)
+    assert SamplingConfig(regex="[a-c]{3}x").regex  # and the next one is read
+
+
+def test_a_schema_that_doubles_with_every_reference_is_refused():
+    definitions = {"a0": {"type": "null"}}
+    for level in range(1, 40):
+        both = {"$ref": f"#/$defs/a{level - 1}"}
+        definitions[f"a{level}"] = {"type": "object", "properties": {"x": both, "y": both}}
+    with pytest.raises(ValueError, match="more than 10,000 parts once its references"):
+        schema_pattern(json.dumps({"$defs": definitions, "$ref": "#/$defs/a39"}))
+    for levels in (200, 900):  # was a TypeError, a RecursionError
+        deep = '{"type": "array", "items": ' * levels + '{"type": "null"}' + "}" * levels
+        with pytest.raises(ValueError, match=r"nested too deeply|has no pattern"):
+            schema_pattern(deep)

@@ -155,10 +155,11 @@ def heat_map(
 
 @dataclass(frozen=True)
 class Axis:
-    """What an axis shows. log: by the logarithm."""
+    """What an axis shows. log: by the logarithm; zero: an axis without it shows 0 too."""
 
     title: str
     log: bool = True
+    zero: bool = True
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,8 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one name and colour, rings where hollow; path: a line through these (x, y); stairs: in steps."""
+    """Points of one name and colour, rings where hollow; path: a line through these (x, y); stairs: in steps; faint: as
+    behind others. One without a name is not in the legend."""
 
     name: str
     points: Sequence[Point]
@@ -182,6 +184,7 @@ class Series:
     dash: str = ""
     colour: str | None = None
     hollow: bool = False
+    faint: bool = False
 
 
 def ticks(low: float, high: float, log: bool) -> list[float]:
@@ -205,14 +208,15 @@ def scatter(
     left, right, below = 70, 16, 48
     remarks = _broken(note, (width - left - right) / LETTER) if note else []
     top = 30 + 17 * len(remarks)
-    names: list[tuple[str, Series | None]] = [(line.name, line) for line in series]
+    colours = [line.colour or SERIES[number % len(SERIES)] for number, line in enumerate(series)]
+    names: list[tuple[str, int | None]] = [(line.name, number) for number, line in enumerate(series) if line.name]
     if any(p.marked for line in series for p in line.points):
         names.append(("degenerate", None))
     places, rows = _legend([name for name, _ in names], left, width - right)
     xs = [p.x for s in series for p in s.points] + [a for s in series for a, _ in s.path]
     ys = [p.y for s in series for p in s.points] + [b for s in series for _, b in s.path]
-    across, x_low, x_high = _scale(xs, x.log, left, width - right)
-    upward, y_low, y_high = _scale(ys, y.log, height - below, top)
+    across, x_low, x_high = _scale(xs, x, left, width - right)
+    upward, y_low, y_high = _scale(ys, y, height - below, top)
     body = [text(left, 20, title, size=14, anchor="start", more='font-weight="600"')]
     body += [text(left, 38 + 17 * row, words, anchor="start", ink=QUIET) for row, words in enumerate(remarks)]
     for tick in ticks(x_low, x_high, x.log):
@@ -226,14 +230,15 @@ def scatter(
     middle = (top + height - below) / 2
     body.append(text((left + width - right) / 2, height - 10, x.title))
     body.append(text(18, middle, y.title, more=f'transform="rotate(-90 18 {middle})"'))
-    for number, ((name, line), (start, row, shown)) in enumerate(zip(names, places, strict=True)):
+    for line, colour in zip(series, colours, strict=True):
+        body.append(_path(line, colour, across, upward))
+        body += [_dot(p, colour, across, upward, line.hollow) for p in line.points]
+    for (name, number), (start, row, shown) in zip(names, places, strict=True):
         sample, label = Point(start + 9, height + 12 + LEGEND_ROW * row), f"<title>{escape(name)}</title>"
-        if line is None:
+        if number is None:
             body.append(_dot(Point(sample.x, sample.y, True), QUIET, float, float))
         else:
-            colour = line.colour or SERIES[number % len(SERIES)]
-            body.append(_path(line, colour, across, upward))
-            body += [_dot(p, colour, across, upward, line.hollow) for p in line.points]
+            line, colour = series[number], colours[number]
             if line.points:
                 body.append(_dot(sample, colour, float, float, line.hollow))
             else:
@@ -267,14 +272,15 @@ def _broken(words: str, most: float) -> list[str]:
     return textwrap.wrap(words, max(10, int(most)))
 
 
-def _scale(values: Sequence[float], log: bool, start: float, end: float):
+def _scale(values: Sequence[float], axis: Axis, start: float, end: float):
     """A function from values to pixels, and the range that it shows: a little more than that of the values."""
-    scale, back = (math.log, math.exp) if log else (float, float)
+    scale, back = (math.log, math.exp) if axis.log else (float, float)
     low, high = scale(min(values)), scale(max(values))
-    if not log:
+    from_zero = axis.zero and not axis.log and low >= 0
+    if axis.zero and not axis.log:
         low = min(low, 0.0)
-    margin = 0.05 * (high - low) or 0.5
-    low, high = (low - margin if log or low < 0 else low), high + margin
+    margin = 0.05 * (high - low) or 0.05 * abs(high) or 0.5
+    low, high = (low if from_zero else low - margin), high + margin
     return (lambda value: start + (scale(value) - low) / (high - low) * (end - start)), back(low), back(high)
 
 
@@ -300,6 +306,7 @@ def _path(line: Series, colour: str, across, upward) -> str:
     for a, b in places[1:]:
         steps += f"H{a:.1f}V{b:.1f}" if line.stairs else f"L{a:.1f} {b:.1f}"
     return (
-        f'<path d="{steps}" fill="none" stroke="{colour}" stroke-width="1.8" stroke-opacity="0.85" '
+        f'<path d="{steps}" fill="none" stroke="{colour}" stroke-width="{1 if line.faint else 1.8}" '
+        f'stroke-opacity="{0.3 if line.faint else 0.85}" '
         f'stroke-dasharray="{line.dash}"/>'
     )

@@ -100,8 +100,9 @@ def draw_count(
     """Draw l from 1..L and an l-subset; weight L/l. Returns masked (L,) bool, the weight, the rate l/L.
 
     E[weight * sum of masked CE] = sum over l of (1/l) E[sum of CE | l masked], which is the bound itself: l/L
-    masked tokens with t integrated out (LLaDA, arXiv:2502.09992, eq. 6). On the toy of tests/test_estimators.py it has
-    the least variance, of an example (6.4, exactly; uniform 61) and of a step of 16 (stratified 5 times as much).
+    masked tokens with t integrated out (LLaDA, arXiv:2502.09992, eq. 6). On the toy of
+    tests/objectives/test_estimators.py it has the least variance, of an example (6.4, exactly; uniform 61) and of a
+    step of 16 (stratified 5 times as much).
     u in [0, 1): use this place in the range of counts (a stratum) in place of drawing one. low, high: only counts with
     low <= l/L <= high, at least one. beta (a, b): draw counts with probability p(l) in proportion to the density of
     Beta(a, b) at (l - 1/2) / L; the weight is then 1 / (l p(l)), so that the mean stays the bound.

@@ -140,6 +140,7 @@ def _log_probabilities(predictor, rows: Sequence[tuple[tuple[int, ...], int, int
     """log p of the token at the slot of each (ids, slot, token), the mask token never predicted."""
     predict = as_predictor(predictor)
     device = getattr(predictor, "device", None)
+    before = int(bool(getattr(getattr(predictor, "config", None), "shift_logits", None)))  # where the guess stands
     found: list[float] = []
     for at in range(0, len(rows), BATCH):
         part = rows[at : at + BATCH]
@@ -147,7 +148,7 @@ def _log_probabilities(predictor, rows: Sequence[tuple[tuple[int, ...], int, int
         tokens = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids, _, _ in part], device=device)
         lengths = torch.tensor([len(ids) for ids, _, _ in part], device=device)
         valid = torch.arange(width, device=device)[None] < lengths[:, None]
-        slots = torch.tensor([[slot] for _, slot, _ in part], device=device)
+        slots = torch.tensor([[max(0, slot - before)] for _, slot, _ in part], device=device)
         logits = predict(tokens, valid=None if bool(valid.all()) else valid, logits_to_keep=slots)[:, 0]
         logits = logits if logits.dtype == torch.float64 else logits.float()
         logits = logits.index_fill(-1, torch.tensor([mask_id], device=device), -torch.inf)

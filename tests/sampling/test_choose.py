@@ -9,7 +9,7 @@ import dlm
 from dlm.cli.main import main
 from dlm.kernels.packing import packed
 from dlm.sampling.choose import choose, read_options
-from tests.helpers.toys import Predictor
+from tests.helpers.toys import Predictor, tiny_model
 
 WORDS = {(0, 0): 0.5, (1, 1): 0.3, (0, 1): 0.15, (1, 0): 0.05}
 MASK = 4
@@ -71,6 +71,15 @@ def test_one_token_options_are_the_softmax_over_them():
     got = {ranked.options[0]: ranked.probability for ranked in chosen.ranked}
     assert [got[word] for word in ("ball", "house", "door")] == pytest.approx(want, rel=1e-4)
     assert chosen.passes == 1
+
+
+def test_the_guess_of_a_shifted_model_stands_one_place_before():
+    """Dream, RND1 and Fast-dLLM v2 were asked at the blank's own place, where they predict what follows it."""
+    model = tiny_model(0, vocab_size=5, embedding_size=5, mask_token_id=MASK, eos_token_id=3, shift_logits=True)
+    chosen = choose(model, "ba___{a|b}ab", tokenizer=Letters(), mask_id=MASK)
+    logits = model.predict(torch.tensor([[1, 0, MASK, 0, 1]]))[0, 1, :2].detach()
+    got = {row.options[0]: row.probability for row in chosen.ranked}
+    assert [got["a"], got["b"]] == pytest.approx(logits.softmax(dim=0).tolist())
 
 
 def test_options_of_different_lengths_and_one_that_begins_another():

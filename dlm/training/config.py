@@ -19,7 +19,8 @@ class TrainingConfig:
     """Settings of one run. Rates are per optimizer step; lengths are in optimizer steps; batch_size in packed rows.
 
     max_seconds: the run also ends when it has trained for so long (validation, samples and checkpoints do not count),
-    and the learning rate decays by whichever of steps and seconds is further; 0 is no limit.
+    and the learning rate decays by whichever of steps and seconds is further; 0 is no limit. The seconds are saved with
+    a checkpoint, and a resumed run goes on from them.
     objective: of `losses.OBJECTIVES`, or `model`: with block_length and full_share what the model's configuration says
     (`as_trained`). estimator, noise_schedule, noise_exponent, diffusion_steps, lowest_rate, highest_rate, block_length,
     rate_alpha, rate_beta, complementary, decoding_share, decoding_block: what training noise is drawn with

@@ -146,7 +146,8 @@ def load_newest(run, skip_damaged: bool = False) -> None:
         _take_average(run, weights, folder)
     if (folder / OBJECTIVE_FILE).is_file():
         run.objective.load_state(load_file(folder / OBJECTIVE_FILE))
-    run.step, run.tokens, run.seconds = state["step"], state["tokens"], state["seconds"]
+    run.step, run.tokens = state["step"], state["tokens"]
+    run.spend(state["seconds"])
     run.position = state["position"]
     run.batches.go_to(run.position, state.get("window", ""), folder)
     run.last_checkpoint = folder

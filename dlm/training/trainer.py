@@ -188,7 +188,7 @@ class Run:
         workers = usual_workers(device, self.batches.data) if config.workers is None else config.workers
         workers = workers if self.batches.ahead else 0
         every = config.log_every if device.type == "cuda" else 1
-        stopped, ended = False, self.step >= config.max_steps
+        stopped, ended = False, self.step >= config.max_steps or self.time_share >= 1
         try:
             ahead = Ahead(self.batches, self.step, workers)
             self.since = time.perf_counter()
@@ -302,7 +302,7 @@ class Run:
         for step, total, bad, norm in zip(steps, totals, broken, norms, strict=True):
             refuse_loss(step, total, norm, not bad, self.last_checkpoint, self.config.precision)
         if self.config.max_seconds:
-            self.time_share = spent / self.accelerator.num_processes / self.config.max_seconds
+            self.spend(spent / self.accelerator.num_processes)
         losses = [(s, total / max(s.count, 1), norm) for s, total, norm in zip(steps, totals, norms, strict=True)]
         return losses, stops > 0, took
 
@@ -329,6 +329,11 @@ class Run:
     def sum(self, values: list[float]) -> list[float]:
         """The sums of numbers over all processes."""
         return sum_over_processes(self.accelerator, values)
+
+    def spend(self, seconds: float) -> None:
+        """Training has taken so long, by the clocks of all processes: where it counts, the learning rate follows."""
+        self.seconds = seconds
+        self.time_share = seconds / self.config.max_seconds if self.config.max_seconds else 0.0
 
     def _set_rates(self) -> None:
         config = self.config

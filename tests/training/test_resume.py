@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -116,6 +117,30 @@ def test_what_may_change_is_applied_and_said(run):
     resume(run, learning_rate=1e-4, report=told.append, log_every=7, accumulation=2)
     assert "from here on max_steps is 3 (was 2), learning_rate is 0.0001 (was 0.01)" in "\n".join(told)
     assert read_state(checkpoints(run)[-1][1])["config"]["learning_rate"] == 1e-4
+
+
+def test_a_run_that_time_limits_goes_on_at_the_saved_second(tmp_path, monkeypatch):
+    """The first steps after a resume had the rate of a run that begins, and a run whose time was over took one more."""
+
+    def go(output, **more):
+        clock = iter(range(10_000))  # a step takes one second
+        monkeypatch.setattr("dlm.training.trainer.time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+        config = settings(output, max_steps=1000, max_seconds=8.0, schedule="wsd", decay_fraction=1.0, warmup_steps=0,
+                          checkpoint_every=3, keep_last=9, log_every=1)  # fmt: skip
+        model = tiny_model()
+        result = fit(model, None, tiny_data(), None, config, mask_id=MASK, report=len, **more)
+        records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        return result, [record["learning_rate"] for record in records], weights(model)
+
+    whole, rates, final = go(tmp_path / "whole")
+    assert whole.step == 8 and rates[5] == pytest.approx(rates[0] * (1 - 5 / 8))
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    for step, folder in checkpoints(tmp_path / "killed"):
+        if step > 3:
+            shutil.rmtree(folder)
+    resumed, again, same = go(tmp_path / "killed", resume=True)
+    assert (resumed.step, again) == (8, rates) and torch.equal(final, same)
+    assert go(tmp_path / "killed", resume=True)[0].step == 8  # its time is over
 
 
 def test_streamed_data_that_changed_are_refused(tmp_path):

@@ -108,9 +108,12 @@ def _continue(model, given: dict, tokenizer, fields: dict[str, Any]) -> Tensor:
     return autoregressive.generate(model, rows, length, eos_token_ids=ends, forbidden=barred, **fields).sequences
 
 
-def choose(model, text: str, *, tokenizer, orders: int = 8, seed: int = 0) -> Chosen:
-    """Ranks the options of a text's blanks (`The sky is ___{blue|green}.`), as `sampling.choose.choose`."""
-    predictor = _predictor(model)
+def choose(model, text: str, *, tokenizer=None, orders: int = 8, seed: int = 0) -> Chosen:
+    """Ranks the options of a text's blanks (`The sky is ___{blue|green}.`), as `sampling.choose.choose`.
+
+    model: an open checkpoint, or a model with its tokenizer.
+    """
+    tokenizer, predictor = _tokenizer_of(model, tokenizer), _predictor(model)
     return options.choose(
         predictor, text, tokenizer=tokenizer, mask_id=mask_id(tokenizer, predictor.config), orders=orders, seed=seed
     )
@@ -124,9 +127,7 @@ def infill(
 
     model: an open checkpoint, or a model with its tokenizer. End-of-text is not written into a blank.
     """
-    if isinstance(model, Pretrained):
-        tokenizer = model.tokenizer if tokenizer is None else tokenizer
-    predictor = _predictor(model)
+    tokenizer, predictor = _tokenizer_of(model, tokenizer), _predictor(model)
     settings = predictor.config
     config, eos = config or SamplingConfig(), as_ids(settings.eos_token_id)
     config = replace(config, suppress_eos=bool(config.eos_ids or eos))
@@ -153,6 +154,16 @@ def denoise(
     known = {"vocab_size": vocab_size, "eos_token_ids": eos_token_ids, "constraints": constraints}
     known |= {"growth_tokens": growth_tokens, "telemetry": telemetry, "likely": likely}
     return loop.denoise(_predictor(model), canvas, config, **known)
+
+
+def _tokenizer_of(model, tokenizer):
+    if tokenizer is None and isinstance(model, Pretrained):
+        return model.tokenizer
+    if tokenizer is None:
+        raise ValueError(
+            "text was given but no tokenizer: pass tokenizer=, or an open checkpoint (dlm.load_pretrained)"
+        )
+    return tokenizer
 
 
 def _predictor(model):

@@ -127,14 +127,13 @@ class Canvas:
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
 
 
-def check_slots(slots: int, settings) -> None:
-    """Raises ValueError where a row has more slots than a model of these settings takes."""
+def check_slots(
+    slots: int, settings, *, what: str = "prompt and region are", fix: str = "shorten the prompt or gen_length"
+) -> None:
+    """Raises ValueError where a row has more slots than a model of these settings takes; what has them, and the fix."""
     limit = getattr(settings, "max_sequence_length", None)
     if limit is not None and slots > limit:
-        raise ValueError(
-            f"prompt and region are {slots} tokens together, above the model's max_sequence_length {limit}: "
-            "shorten the prompt or gen_length"
-        )
+        raise ValueError(f"{what} {slots} tokens together, above the model's max_sequence_length {limit}: {fix}")
 
 
 def _ids(row: Sequence[int], name: str) -> list[int]:

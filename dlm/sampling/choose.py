@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from dlm.models.predictor import as_predictor
+from dlm.sampling.canvas import check_slots
 from dlm.tokenizer import encode_prompt
 
 __all__ = ["Chosen", "Ranked", "choose", "read_options"]
@@ -105,6 +106,8 @@ def choose(predictor, text: str, *, tokenizer, mask_id: int, orders: int = 8, se
         raise ValueError(f"orders is {orders}: give 2 (for a standard error) to {MOST_ORDERS}")
     fillings = list(itertools.product(*read_options(text)))
     filled = [_filled(tokenizer, text, options, mask_id) for options in fillings]
+    settings, most = getattr(predictor, "config", None), max(len(ids) for ids, _ in filled)
+    check_slots(most, settings, what="text and options are", fix="shorten the text")
     exact = all(len(slots) <= EXACT for _, slots in filled)
     longest = max(len(slots) for _, slots in filled)
     count = math.lcm(*(math.factorial(len(slots)) for _, slots in filled)) if exact else orders

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from dlm.objectives.likelihood import LikelihoodConfig, answer, bound
-from dlm.sampling.canvas import Canvas
+from dlm.sampling.canvas import Canvas, check_slots
 from dlm.sampling.config import SamplingConfig
 from dlm.sampling.constraints import Written, constraints_of_blanks
 from dlm.sampling.denoise import denoise
@@ -91,6 +91,8 @@ def fill_lengths(
     known: dict[Lengths, Filled] = {}
     ranges, seed = blank_ranges(text, blank_length), config.row_seeds(1)[0]
     vocab_size = None if tokenizer is None else len(tokenizer)
+    most = sum(high for _, high in ranges)
+    check_slots(most, getattr(predictor, "config", None), what="the blanks are", fix="shorten them")  # before memory
 
     def score(choices: list[Lengths]) -> list[float]:
         fits = {}

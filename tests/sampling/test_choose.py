@@ -82,6 +82,19 @@ def test_the_guess_of_a_shifted_model_stands_one_place_before():
     assert [got["a"], got["b"]] == pytest.approx(logits.softmax(dim=0).tolist())
 
 
+def test_an_open_checkpoint_brings_its_tokenizer_and_limits():
+    """`dlm.choose` asked for the tokenizer all the same; a blank of 2 * 10^9 tokens took memory first."""
+    opened, text = dlm.load_pretrained(), "The dog ran to the ___{ball|house}."
+    assert dlm.choose(opened, text).best == dlm.choose(opened.model, text, tokenizer=opened.tokenizer).best
+    for call in (dlm.choose, dlm.infill):
+        with pytest.raises(ValueError, match="no tokenizer"):
+            call(packed, text)
+    with pytest.raises(ValueError, match="max_sequence_length 512: shorten the text"):
+        dlm.choose(opened, text + " ball" * 600)
+    with pytest.raises(ValueError, match="the blanks are 2000000000 tokens together"):
+        dlm.infill(opened, "The dog ___{2000000000}.")
+
+
 def test_options_of_different_lengths_and_one_that_begins_another():
     model, tokenizer = dlm.load()
     text = "He saw a ___{cat|cat and a dog|caterpillar in the garden}."

@@ -19,7 +19,9 @@ MOST_SAMPLES, MOST_DELAY = 1_000_000, 60
 def add_common(parser: Parser, argv: Sequence[str], use: str, texts: Mapping[str, str] | None = None) -> None:
     """Options that generate and infill share. use: what of the checkpoint's defaults the help shows, as
     `shown_defaults`; texts: as `Parser.add_sampling`."""
-    parser.add_argument("--prompts", metavar="FILE", help='one a line, or JSONL with "prompt"; - is standard input')
+    parser.add_argument(
+        "--prompts", metavar="FILE", help='file of prompts: one a line, or JSONL with "prompt"; - is standard input'
+    )
     parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="texts for each prompt (default: 1)")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="texts at a time (default: 8)")
     parser.add_model().add_argument(

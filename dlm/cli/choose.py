@@ -18,7 +18,9 @@ def choose(argv: Sequence[str]) -> int:
         'Say how probable each option of a text\'s blanks is: "The capital of France is ___{Paris|Rome|Berlin}."',
     )
     parser.add_argument("text", nargs="+", metavar="TEXT", help="text with blanks and their options")
-    parser.add_argument("--orders", type=int, default=8, metavar="N", help="orders of the tokens that are averaged")
+    parser.add_argument(
+        "--orders", type=int, default=8, metavar="N", help="orders of the tokens to average over (default: 8)"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the orders (default: 0)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line for each text")
     parser.add_model()

@@ -22,8 +22,9 @@ def infill(argv: Sequence[str]) -> int:
     parser = Parser(
         "infill",
         "[TEXT ...] [options]",
-        "Fill the blanks of each text: ___ is a blank, ___{12} one of twelve tokens, ___{2..20} of two to twenty, ___* "
-        "of any number, ___{12:/[0-9]+/} of digits.",
+        "Fill the blanks of each text: ___ is a blank of --blank-length tokens, ___{12} one of twelve,\n"
+        "___{2..20} of two to twenty, ___* of 1 to 16, ___{12:/[0-9]+/} one that matches a pattern.\n"
+        "A token is a short word, or a part of a word.",
     )
     parser.add_argument("prompt", nargs="*", metavar="TEXT", help="text with blanks")
     parser.add_argument("--blank-length", type=int, default=4, metavar="N", help="tokens in a blank (default: 4)")

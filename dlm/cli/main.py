@@ -29,7 +29,7 @@ COMMANDS = {  # name: (where its function is, one line for the help)
     "info": ("dlm.cli.info:info", "say what a checkpoint is, and which methods suit it"),
     "train": ("dlm.cli.scripts:train", "run a training recipe, or estimate what it takes"),
     "eval": ("dlm.cli.scripts:evaluate", "perplexity with its error, generated text judged, lm-eval tasks"),
-    "bench": ("dlm.cli.scripts:bench", "the grid of block lengths and steps; speed"),
+    "bench": ("dlm.cli.scripts:bench", "measure: the grid of methods, blocks and steps; speed; load"),
     "launch": ("dlm.cli.launch:launch", "start train, eval or bench in several processes"),
 }
 HELP = """usage: dlm COMMAND ...
@@ -41,7 +41,7 @@ commands:
 
 examples:
   dlm generate "Once upon a time"
-  dlm infill "The cat ___ on the mat, and then ___{{12}}."
+  dlm infill "The fox was ___{{2}}, so he went ___{{6}}."
 
 Without --model the small model that ships with dlm is used.
 dlm COMMAND --help lists a command's options; dlm --version prints the version.

@@ -31,9 +31,17 @@ class Parser(OptionParser):
         group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: a GPU if any)")
         types = f"{', '.join(DTYPES[1:])} (default: as saved)"
         group.add_argument("--dtype", default="auto", type=float_name, metavar="NAME", help=types)
-        group.add_argument("--attn-implementation", metavar="NAME", help=", ".join(ATTENTION))
-        group.add_argument("--cuda-graphs", action="store_true", help="replay passes on a GPU: a launch for each")
-        group.add_argument("--compile", action="store_true", help="float32 on a CPU: compile a layer's operations once")
+        group.add_argument("--attn-implementation", metavar="NAME", help="kernel: " + ", ".join(ATTENTION))
+        group.add_argument(
+            "--cuda-graphs",
+            action="store_true",
+            help="on a GPU: record each kind of pass, and replay it with one launch",
+        )
+        group.add_argument(
+            "--compile",
+            action="store_true",
+            help="on a CPU, in float32: compile a layer's operations once (needs a C compiler)",
+        )
         return group
 
     def add_sampling(self, defaults, leave_out: Sequence[str] = (), texts: Mapping[str, str] | None = None) -> None:

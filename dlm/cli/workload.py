@@ -54,7 +54,7 @@ def workload_options(parser: Parser) -> None:
     """The options of a measurement of generation: those of the model, which cells, how often."""
     model_options(parser)
     add = parser.add_argument
-    add("--cells", nargs="+", default=["none:32:64", "dual:32:64"], metavar="METHOD:BLOCK:STEPS")
+    add("--cells", nargs="+", default=["none:32:64", "dual:32:64"], metavar="METHOD:BLOCK:STEPS", help="what is timed")
     add("--prompt-length", type=int, default=32, metavar="N", help="tokens of the prompt (default: 32)")
     add("--gen-length", type=int, default=256, metavar="N", help="tokens to generate (default: 256)")
     add("--batch", type=int, default=1, metavar="N", help="prompts at a time (default: 1)")

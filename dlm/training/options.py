@@ -147,6 +147,17 @@ GROUPS = {  # title: {field: help}
         "consistency": "weight of the divergence between x_t and a later x_s",
         "teacher_ema": "decay of a teacher that follows the student; 0: it stays",
     },
+    "puzzles": {
+        "bases": "minimal puzzles that are generated",
+        "puzzle_seed": "of the minimal puzzles",
+        "examples": "forms of them to train on",
+        "valid_examples": "forms of other puzzles, for validation",
+        "fewest_clues": "fewest givens of a form",
+        "most_clues": "most givens of a form",
+        "clue_power": "above 1: few givens more often; 1: evenly",
+        "layer_repeats": "times that the layers are applied; 0: once, or as the model has it",
+        "grid": "a new model's heads see rows, columns and boxes",
+    },
     "adapters": {
         "lora": "rank of LoRA adapters; 0: train all weights",
         "lora_alpha": "scale of the adapters",

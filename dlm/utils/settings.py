@@ -66,6 +66,10 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         columns = shutil.get_terminal_size((WIDE, 24)).columns
         super().__init__(prog, max_help_position=COLUMN, width=min(max(columns, NARROW), WIDE) - 1)
 
+    def _get_help_string(self, action):
+        off = isinstance(action, argparse.BooleanOptionalAction) and getattr(action, "shown", action.default)
+        return f"turns this off: {action.help}" if off else action.help
+
     def _format_action_invocation(self, action):
         if isinstance(action, argparse.BooleanOptionalAction):
             return action.option_strings[-1 if getattr(action, "shown", action.default) else 0]

@@ -76,6 +76,16 @@ def test_help_shows_the_defaults_of_what_the_command_does(capsys):
 # ---------------------------------------------------------------- generate
 
 
+def test_a_switch_that_is_on_is_shown_as_what_turns_it_off(capsys):
+    """`--no-stop-at-eos  stop a text at its end-of-text token` said the opposite of what it does."""
+    for command in (["chat"], ["train", "sft"]):
+        with pytest.raises(SystemExit):
+            main.run([*command, "--help"])
+    said = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "--no-stop-at-eos turns this off: stop a text at its end-of-text token" in said
+    assert "--no-packing turns this off: several examples in a row" in said and "--delay-eos write" in said
+
+
 def test_text_when_not_a_terminal(run):
     code, out, error = run("generate", "The cat", "--gen-length", 4)
     assert code == 0 and error == ""

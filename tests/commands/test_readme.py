@@ -9,6 +9,7 @@ import pytest
 
 from dlm.checkpoints.files import SHIPPED
 from dlm.cli import main, scripts
+from dlm.cli.main import overview
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -88,6 +89,11 @@ def test_the_table_of_speed_stands_in_the_results():
     results = (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| ((?:none|dual) \d+ x \d+ \|[^\n]*) \|$", README, re.MULTILINE)
     assert len(rows) == 3 and all(f"| {row} |" in results for row in rows)
+
+
+def test_the_help_shows_the_examples_of_the_readme():
+    lines = [line.strip() for line in overview().splitlines() if line.strip().startswith("dlm infill")]
+    assert lines and all(line in README for line in lines)
 
 
 def test_it_is_short():

@@ -20,7 +20,7 @@ from torch import Tensor
 from dlm.sampling.patterns import bytes_dfa, check_pattern
 from dlm.tokenizer import token_bytes
 
-__all__ = ["Automaton", "compile_pattern"]
+__all__ = ["Automaton", "compile_pattern", "read_vocabulary"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +87,11 @@ def compile_pattern(tokenizer, pattern: str, eos: tuple[int, ...]) -> Automaton:
     Raises ValueError for a pattern that is none, that matches nothing, or the empty text alone; ImportError where
     outlines-core is not installed.
     """
+    return _compile(read_vocabulary(tokenizer), pattern, tuple(eos))
+
+
+def read_vocabulary(tokenizer) -> _Tokens:
+    """The bytes of a tokenizer's tokens, read once: afterwards `compile_pattern` asks it nothing."""
     if tokenizer not in _VOCABULARIES:
         words = token_bytes(tokenizer)
         table = np.zeros((len(words), max(map(len, words), default=1) or 1), np.uint8)
@@ -95,7 +100,7 @@ def compile_pattern(tokenizer, pattern: str, eos: tuple[int, ...]) -> Automaton:
         lengths = np.array([len(word) for word in words])
         first = {byte: np.flatnonzero((table[:, 0] == byte) & (lengths > 0)) for byte in range(256)}
         _VOCABULARIES[tokenizer] = _Tokens(table, lengths, first)
-    return _compile(_VOCABULARIES[tokenizer], pattern, tuple(eos))
+    return _VOCABULARIES[tokenizer]
 
 
 @lru_cache(maxsize=64)

@@ -24,6 +24,7 @@ __all__ = ["bytes_dfa", "check_pattern", "choice_pattern", "region_choice", "sch
 # What is appended to a pattern, so that no state of its DFA accepts before the very end: outlines-core 0.2 leaves out
 # the steps from an accepting state to one that does not accept ("(ab)*" would not go on after "ab").
 END = "\U0010ffff"
+LONGEST = 2**16  # characters of a pattern
 NOT_INSTALLED = "constraints need outlines-core, which is not installed: pip install 'dlm[constrain]'"
 
 
@@ -54,6 +55,8 @@ def bytes_dfa(pattern: str) -> tuple[np.ndarray, np.ndarray]:
     """
     if not _installed():
         raise ImportError(NOT_INSTALLED)
+    if len(pattern) > LONGEST:  # Python's parser takes a second for so much, and nothing else runs beside it
+        raise ValueError(f"it has {len(pattern):,} characters, above {LONGEST:,}; write a shorter one")
     wrong = _syntax_error(pattern)
     if wrong is not None and "unbalanced" in wrong:  # it would end the group around it
         raise ValueError(f"{wrong}; mend the regular expression")

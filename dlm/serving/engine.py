@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dlm.sampling.automaton import read_vocabulary
 from dlm.sampling.canvas import Canvas
 from dlm.sampling.constraints import Constraint, constraint_of
 from dlm.sampling.denoise import turn
@@ -122,8 +123,7 @@ class Engine:
 
     def check_count(self, count: int) -> None:
         """Raises ValueError for more texts at once than may run and wait."""
-        most = self.settings.max_waiting + self.settings.max_rows
-        if count > most:
+        if count > (most := self.settings.max_waiting + self.settings.max_rows):
             raise ValueError(f"{count} texts were asked for at once, and the server takes {most}: ask for fewer")
 
     def wait_until_loaded(self, timeout: float | None = None) -> None:
@@ -195,8 +195,11 @@ class Engine:
             raise ValueError(f"the prompt holds id {wrong[0]}, but the model's ids go from 0 to {size - 1}")
         handle = Handle(request if request.timeout is not None else replace(request, timeout=self.settings.timeout))
         canvas = Canvas.from_templates([ids], self.pretrained.mask_id)
-        with self.text_lock:
-            constraints = constraint_of(request.config, canvas, self.pretrained.tokenizer, self.pretrained.end_ids)
+        config, tokenizer = request.config, self.pretrained.tokenizer
+        if config.regex or config.json_schema or config.choices:
+            with self.text_lock:
+                read_vocabulary(tokenizer)
+        constraints = constraint_of(config, canvas, tokenizer, self.pretrained.end_ids)  # a large one takes seconds
         return _Waiting(handle, canvas, constraints)
 
     # ------------------------------------------------------------ the thread

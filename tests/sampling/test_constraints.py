@@ -366,6 +366,12 @@ def test_a_row_beside_a_constrained_one_is_as_sure_as_alone():
     assert first[0] == first[1] and first[0][0] == [False, True, False, False]
 
 
+def test_a_pattern_of_a_megabyte_is_refused_unread():
+    """Python's parser took twelve seconds for it, and held the whole process."""
+    with pytest.raises(ValueError, match="it has 1,000,001 characters, above 65,536"):
+        SamplingConfig(regex="a|" * 500_000 + "b")
+
+
 @pytest.mark.parametrize("pattern", ["(a|b)*a(a|b){25}", "(a|b)*a(a|b){14}", "(?:a{1000}){1000}"])
 def test_a_pattern_with_too_large_an_automaton_is_refused(pattern, monkeypatch):
     """Each of these took minutes and gigabytes, in a server while all other requests waited."""

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -244,3 +245,23 @@ def test_too_many_texts_are_refused_before_they_take_memory(engine, monkeypatch)
                                                 headers={"content-type": "application/json"}))  # fmt: skip
     assert answer.status_code == 400
     assert "4800000 texts were asked for at once" in answer.json()["error"]["message"]
+
+
+def test_a_pattern_that_takes_long_holds_no_other_request(engine, monkeypatch):
+    """Its automaton was built under the lock of the tokenizer, which the engine needs for every text."""
+    held = []
+
+    def take():
+        held.append(not engine.text_lock.acquire(timeout=0.2))
+        if not held[-1]:
+            engine.text_lock.release()
+
+    def built(*_):  # another thread asks for the lock: the one that has it may take it again
+        other = threading.Thread(target=take)
+        other.start()
+        other.join()
+
+    monkeypatch.setattr("dlm.serving.engine.constraint_of", built)
+    body = {"prompt": "a", "max_tokens": 2, "regex": "[a-z]{2}"}
+    assert asyncio.run(client_of(engine).post("/v1/completions", json=body)).status_code == 200
+    assert held == [False]

@@ -210,8 +210,8 @@ def run_pass(batch: Batch, rows: list[Row], pages: Pages, known: bool = False) -
 def sizes_of(batch: Batch, rows: list[Row], plan: Plan, request: Request, canvas: Canvas) -> RowSizes | None:
     """What each row would compute alone, where the predictor then gives it the same bits in every batch and the pass
     pads some; `canvas` as the pass sees it."""
-    if not getattr(batch.predictor, "exact_rows", False) or any(row.config.moves for row in rows):
-        return None
+    if not getattr(batch.predictor, "exact_rows", False) or any(row.config.moves or row.gapped for row in rows):
+        return None  # a row's slots are taken to be its first ones
     cached = rows[0].method.cached
     keys = tuple(row.slots if cached else row.length for row in rows)
     sizes = RowSizes(tuple(plan.counts), keys, tuple(request.counts))

@@ -66,6 +66,7 @@ class Row:
     since: int = 0
     lefts: list[int] = field(default_factory=list)
     past: Past | None = None
+    gapped: bool = False  # whether slots that do not exist stand before some that do
     known: int = 0  # slots from slot 0 on whose keys lie in the cache before the first pass
     fault: str | None = None  # of a lenient batch: why the row ended before it was done
     places: int = 0

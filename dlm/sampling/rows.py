@@ -132,6 +132,7 @@ class Batch:
         starts_masked = first_masked(layout, canvas.masked)
         shown = first_block(canvas, layout, eos) if config.grow == "block" else canvas
         ends = canvas.valid.sum(dim=1).tolist()
+        gaps = (canvas.valid.cummin(dim=1).values != canvas.valid).any(dim=1).tolist()
         lengths, seeds, rules = shown.valid.sum(dim=1).tolist(), config.row_seeds(count), rules_of(config)
         written: list[Written | None] = [None] * count
         for i, here in enumerate(constraints or ()):
@@ -176,6 +177,7 @@ class Batch:
                 block_length,
                 offsets[i],
                 written[i],
+                gapped=gaps[i],
                 left=masked[0] if masked else 0,
                 lefts=masked,
             )

@@ -196,7 +196,7 @@ def _compute(batch: Batch, rows, plan: Plan, request: Request, asked: list[_Aske
         valid = states.valid[:, :seen] if seen <= states.valid.shape[1] else states.valid
         valid = None if bool(valid.all()) else valid
     sizes = None
-    if getattr(batch.predictor, "exact_rows", False):
+    if getattr(batch.predictor, "exact_rows", False) and not any(row.gapped for row in mine):
         keys = tuple(min(row.slots, seen) if cached else row.length for row in mine)
         sizes = RowSizes(tuple(_count(row, one) for row, one in zip(mine, asked, strict=True)), keys, tuple(counts))
     states_request = Request(None, positions, slots, counts, torch.ones_like(slots, dtype=torch.bool), valid)

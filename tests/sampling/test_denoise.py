@@ -127,6 +127,27 @@ def test_padding_may_be_anywhere(tiny, method):
     assert torch.equal(generate(tiny, canvas, config).sequences, generate(tiny, [[5, 6]], config).sequences)
 
 
+@pytest.mark.parametrize("method", ["none", "prefix", "dual", "vicinity", "c2f"])
+@pytest.mark.parametrize("more", [{}, {"draft": 2}])
+def test_padding_may_be_anywhere_in_a_packed_batch_too(method, more):
+    """Packed rows that lie end to end were taken to begin in slot 0: the padding was read as prompt, without a word."""
+    model = tiny_model(0, dtype=torch.float32)
+    rows = [[0, 0, 5, 6, *[MASK] * 6, 0, 0], [7, 7, 7, 7, *[MASK] * 8], [0, 5, 0, 6, *[MASK] * 4, 0, MASK, MASK, 0]]
+    tokens = torch.tensor(rows)
+    valid = tokens != 0
+    more = {} if method == "c2f" else more
+    config = SamplingConfig(gen_length=6, block_length=2, method=method, cfg_scale=0.5, temperature=0.7, seed=1, **more)
+    got = generate(model, Canvas(tokens, tokens == MASK, valid, MASK), config)
+    for i, (prompt, length) in enumerate((([5, 6], 6), ([7] * 4, 8))):
+        alone = generate(model, [prompt], dataclasses.replace(config, gen_length=length, seed=1 + i))
+        assert torch.equal(got.sequences[i, :length], alone.sequences[0])
+    alone = Canvas(tokens[2:], tokens[2:] == MASK, valid[2:], MASK)  # a gap: positions are those of the slots
+    plain = tiny_model(0, dtype=torch.float32, attn_implementation="eager")
+    for tried in (model, plain):
+        want = generate(tried, alone, dataclasses.replace(config, seed=3)).sequences[0]
+        assert torch.equal(got.sequences[2, : len(want)], want)
+
+
 def test_generation_goes_on_from_a_half_filled_canvas(tiny):
     config = SamplingConfig(gen_length=6, block_length=6)
     states = list(denoise(tiny, Canvas.from_prompts([[1, 2]], 6, MASK), config))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dlm.data.examples import Batch
+from dlm.models.attention import block_causal, full
 from dlm.models.predictor import as_predictor
 from dlm.objectives.policy import Policy, advantages_of, one_pass, trace_passes
 from dlm.objectives.reference import frozen
@@ -160,6 +161,18 @@ def test_the_clip_by_hand():
     assert float(loss.notes["clip_share"]) == pytest.approx(1.0)  # half of each answer's tokens, over two answers
     wanted = flat(-(1.1 * log_p[1] - 0.9 * log_p[3]) / 2, model)
     assert (flat(loss.total, model) - wanted).abs().max() < 1e-5
+
+
+def test_it_sees_what_the_sampler_saw():
+    """A regression test: a model that knows both visibilities wrote in blocks and was scored under full attention."""
+    model = toy()
+    batch, answers = batch_of_two(model)
+    xt = batch.tokens.masked_fill(answers.hidden, MASK)
+    for rule in (block_causal(1), full):
+        log_p, _ = Policy(visible=rule).log_probs(model, batch, answers, MASK)
+        logits = model.predict(xt, visible=rule)[answers.scored]
+        wanted = logits.index_fill(1, torch.tensor([MASK]), -torch.inf).log_softmax(-1)
+        assert torch.allclose(log_p, wanted.gather(1, batch.tokens[answers.scored][:, None])[:, 0])
 
 
 def test_kl_by_hand():

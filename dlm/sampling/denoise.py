@@ -9,29 +9,22 @@ alike share one forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dlm.kernels.by_rows import RowSizes
-from dlm.models.attention import Visible, block_causal_from
 from dlm.sampling.canvas import Canvas
-from dlm.sampling.commit import Step, by_blocks, choose, coarse_block
 from dlm.sampling.config import SamplingConfig
-from dlm.sampling.constraints import Constraint, allowed_tokens, best_words, change_in_order, commit_in_order
-from dlm.sampling.growth import expansions, insertions, resize, tail_slots, take_tail
-from dlm.sampling.planning import Plan, alike, plan_pass, request_of, shifted
-from dlm.sampling.propose import drawn_order
-from dlm.sampling.remask import draw_steps
-from dlm.sampling.revise import REVISIONS, Slate
+from dlm.sampling.constraints import Constraint
+from dlm.sampling.growth import resize, tail_slots, take_tail
+from dlm.sampling.outcome import Pages, commit, prediction
+from dlm.sampling.planning import Plan, alike, plan_pass, request_of, shifted, visible_to
 from dlm.sampling.rows import Batch, Row
-from dlm.sampling.settle import advance, end_faulty, is_any, refuse_nan, stop_ended
-from dlm.sampling.stability import stable_places
-from dlm.sampling.step import Check, Request, branches, compute, compute_shadows, decide_all, guided, held_probability
+from dlm.sampling.settle import advance, end_faulty, refuse_nan, stop_ended
+from dlm.sampling.step import Check, Request, compute, compute_shadows
 from dlm.sampling.telemetry import Telemetry
 from dlm.sampling.verify import is_known, logits_known, note, verify
 
@@ -114,32 +107,6 @@ def turn(batch: Batch) -> DenoiseState:
         written = [x.masked_fill(batch.extra, 0)[:, : batch.width] for x in written]
         likely = likely and {at: found for at, found in likely.items() if at[1] < batch.width and not batch.extra[at]}
     return DenoiseState(batch.shown, *written, blocks, batch.turns, nfe, computed, likely)
-
-
-@dataclass(frozen=True)
-class Pages:
-    """What a turn writes, (B, T) each: the tokens, which were committed, how sure, and which were revised; likely is as
-    in a state; grown: of each row that changes its length, what becomes of which slots."""
-
-    tokens: Tensor
-    committed: Tensor
-    confidence: Tensor
-    revised: Tensor
-    likely: dict[tuple[int, int], list[tuple[int, float]]]
-    grown: dict[int, dict[int, int]]
-
-    @classmethod
-    def of(cls, canvas: Canvas, likely: dict | None = None) -> Pages:
-        """Those of a step from this canvas on."""
-        nothing = torch.zeros_like(canvas.valid)
-        sure = torch.zeros(canvas.tokens.shape, dtype=torch.float32, device=canvas.tokens.device)
-        return cls(canvas.tokens.clone(), nothing, sure, nothing.clone(), {} if likely is None else likely, {})
-
-    def add(self, step: Pages) -> None:
-        """Adds what a later step of the same turn wrote."""
-        self.tokens.copy_(step.tokens)
-        self.committed.logical_or_(step.committed)
-        self.confidence.add_(step.confidence)
 
 
 def take_step(batch: Batch, rows: list[Row], pages: Pages, known: bool) -> None:
@@ -234,145 +201,6 @@ def faults_of(batch: Batch, rows: list[Row], request: Request, logits: Tensor) -
     return bad
 
 
-def visible_to(rows: list[Row]) -> Visible:
-    """The rule of a pass of these rows, whose blocks may begin before slot 0."""
-    if not any(row.offset for row in rows):
-        return rows[0].visible
-    return block_causal_from(rows[0].block_length, tuple(row.offset for row in rows) * rows[0].branches)
-
-
-def commit(
-    batch: Batch,
-    rows: list[Row],
-    plan: Plan,
-    request: Request,
-    eligible: Tensor,
-    logits: Tensor,
-    shadow: Tensor | None,
-    pages: Pages,
-) -> None:
-    """Proposes tokens from logits (R, M, V) for rows of the same settings, commits what the rule says, revises."""
-    config, where = rows[0].config, (plan.index[:, None], request.slots)
-    written = [row.written for row in rows]
-    bound = any(constraint is not None for constraint in written)
-    suppressed = suppressed_of(batch, rows[0])
-    options = {
-        "mask_id": batch.canvas.mask_id,
-        "vocab_size": batch.vocab_size,
-        "suppressed": () if bound else suppressed,  # a constraint says itself where end-of-text stands
-        "kernels": getattr(batch.predictor, "kernels", None),
-    }
-    generators = [row.generator for row in rows]
-    allowed = None
-    if bound:
-        allowed = allowed_tokens(written, request.slots, eligible, logits.shape[-1], suppressed)
-    elif config.grow == "expand" and not all(row.room_to_expand for row in rows):
-        allowed = torch.ones(*request.slots.shape, logits.shape[-1], dtype=torch.bool, device=logits.device)
-        for i, row in enumerate(rows):
-            allowed[i, :, batch.growth_tokens[0]] = row.room_to_expand > 0
-    if config.draft and allowed is not None:
-        batch.drafts.allow(rows, request, pages.tokens, allowed)
-    token, confidence, largest = decide_all(logits, request, config, generators=generators, allowed=allowed, **options)
-    if bound and config.constraint_search == "viterbi":
-        token, confidence = best_words(written, request, eligible, logits, token, confidence, config)
-    batch.unchecked.append((batch.turns, Check(largest, request), rows))
-    if batch.likely:
-        note_likely(batch, rows, request, logits, pages)
-    certain = confidence
-    if config.delay_eos:
-        certain = confidence.masked_fill(is_any(token, rows[0].eos), -torch.inf)
-    if rows[0].choosing:
-        size = torch.tensor([row.left for row in rows], device=token.device)
-        eligible = coarse_block(certain, eligible, is_any(token, rows[0].eos), size)
-        batch.layout[plan.index] = batch.layout[plan.index].scatter_add(1, request.slots, eligible * (plan.block + 1))
-    if config.order_temperature > 0:
-        certain = drawn_order(certain, config.order_temperature, request.counts, generators)
-    quota = torch.stack([row.share for row in rows])
-    held = pages.tokens[where]
-    revisable = request.eligible & (held != batch.canvas.mask_id)
-    drawn = None
-    if config.commit == "ancestral" or config.revise == "remask":
-        drawn = draw_steps(rows, eligible, revisable, batch.certain[where])
-    take = None if drawn is None else drawn.take
-    choosing = commit_rule(batch, rows, request.slots, eligible, where, logits, quota, take)
-    chosen = choosing(certain)
-    if batch.telemetry is not None:
-        batch.telemetry.note(batch, rows, request, visible_to(rows), logits, certain, chosen, choosing, allowed)
-    if bound:
-
-        def again(row: int, place: int, allowed: np.ndarray) -> tuple[int, float]:
-            few = logits[[row + len(rows) * branch for branch in range(rows[row].branches)], place][:, None]
-            one = Request.one(request.slots[row : row + 1, place : place + 1])
-            mask = torch.zeros(1, 1, logits.shape[-1], dtype=torch.bool, device=logits.device)
-            mask[..., : len(allowed)] = torch.from_numpy(allowed[: logits.shape[-1]]).to(mask.device)
-            new, sure, _ = decide_all(few, one, config, generators=[generators[row]], allowed=mask, **options)
-            return int(new), float(sure)
-
-        fixed = config.commit in ("quota", "sequential", "ancestral")
-        token, confidence, chosen = commit_in_order(
-            written, request.slots, token, confidence, chosen, again, keep_count=fixed
-        )
-    if config.moves:
-        chosen = grow(batch, rows, request.slots, eligible, logits, token, confidence, chosen, pages)
-    if (revision := REVISIONS[config.revise]) is not None:
-        best = (token, confidence)
-        if revision.compares and (config.edit_shadow or not config.is_greedy):
-            seen = shadow if config.edit_shadow else logits
-            best = decide_all(seen, request, config.greedy, generators=generators, allowed=allowed, **options)[:2]
-        again = None if drawn is None else drawn.again
-        sure = None if shadow is None else held_probability(shadow, held)
-        slate = Slate(held, token, chosen, revisable, *best, again, sure, batch.canvas.mask_id, config, rows)
-        token, revised = revision.rule(slate)
-        if bound:
-            revised = change_in_order(written, request.slots, token, revised, batch.canvas.mask_id)
-        pages.revised[where] = revised
-    new = chosen if revision is None else chosen | revised
-    pages.tokens[where] = torch.where(new, token, held)
-    if revision is not None:
-        batch.certain[where] = torch.where(chosen, confidence.float(), batch.certain[where])
-    pages.committed[where] = chosen
-    pages.confidence[where] = confidence.float().masked_fill(~chosen, 0.0)  # torch.where copies its 0.0 to a GPU
-
-
-def suppressed_of(batch: Batch, row: Row) -> tuple[int, ...]:
-    """The ids that no place of the row may take beside the mask: end-of-text where it is asked for, and the tokens of
-    growth where nothing grows."""
-    suppressed = row.eos if row.config.suppress_eos else ()
-    if row.config.grow == "expand":
-        return () if batch.growth_tokens[1] is None else suppressed  # end-of-text takes a place out
-    return suppressed + tuple(token for token in batch.growth_tokens if token is not None)
-
-
-def commit_rule(
-    batch: Batch, rows: list[Row], slots: Tensor, eligible: Tensor, where, logits: Tensor, quota: Tensor, take
-) -> Callable[[Tensor], Tensor]:
-    """The commit rule of a pass: confidence (R, M) -> which places are committed."""
-    config, stable = rows[0].config, None
-    if config.commit == "stable":
-        stable = stable_places(rows, slots, eligible, prediction(logits, config), config)
-    apart = config.spacing, config.spacing_threshold, slots
-    rule = Step(quota, config.threshold, config.factor, config.entropy_bound, take, stable, *apart)
-    if not rows[0].method.several:
-        return partial(choose, config.commit, eligible=eligible, step=rule)
-    block = batch.layout[where]
-    forced = torch.stack([torch.isin(b, b.new_tensor(row.forced)) for b, row in zip(block, rows, strict=True)])
-    return partial(by_blocks, eligible=eligible, step=rule, block=block, forced=forced, rule=config.commit)
-
-
-def grow(batch: Batch, rows: list[Row], slots, eligible, logits, token, confidence, chosen, pages: Pages) -> Tensor:
-    """Which places (R, M) are committed of rows that change their length; how they change goes into `pages`."""
-    config = rows[0].config
-    if config.grow == "expand":
-        chosen, grown = expansions(batch, rows, slots, token, chosen)
-    else:
-        sure = confidence
-        if config.ordering != "probability":
-            sure = prediction(logits, config).gather(-1, token[..., None])[..., 0].exp()
-        chosen, grown = insertions(batch, rows, slots, eligible, chosen, sure)
-    pages.grown.update(grown)
-    return chosen
-
-
 def without_hidden(canvas: Canvas, request: Request, *, cached: bool) -> tuple[Canvas, Request]:
     """The canvas and the request of a pass over rows that grow, up to the last slot that any of them shows."""
     extent = int(canvas.valid.any(dim=0).nonzero().max()) + 1
@@ -382,19 +210,3 @@ def without_hidden(canvas: Canvas, request: Request, *, cached: bool) -> tuple[C
     part = {name: getattr(canvas, name)[:, :extent] for name in ("tokens", "editable", "valid")}
     valid = None if request.valid is None else request.valid[:, :extent]
     return replace(canvas, **part), replace(request, valid=valid)
-
-
-def note_likely(batch: Batch, rows: list[Row], request: Request, logits: Tensor, pages: Pages) -> None:
-    """Writes the most probable tokens at the places asked about into `pages`."""
-    log_p = prediction(logits, rows[0].config)
-    most = log_p.topk(min(batch.likely, log_p.shape[-1]), dim=-1)
-    probabilities, ids = most.values.exp().tolist(), most.indices.tolist()
-    for i, (row, slots) in enumerate(zip(rows, request.slots.tolist(), strict=True)):
-        for j, slot in enumerate(slots[: request.counts[i]]):
-            likeliest = zip(ids[i][j], probabilities[i][j], strict=True)
-            pages.likely[row.index, slot] = [(token, round(p, 5)) for token, p in likeliest]
-
-
-def prediction(logits: Tensor, config: SamplingConfig) -> Tensor:
-    """log p (R, M, V) of the model's whole prediction, guided where it is."""
-    return guided(*branches(logits, config), config).log_softmax(dim=-1)

@@ -29,7 +29,7 @@ from dlm.sampling.canvas import Canvas
 
 if TYPE_CHECKING:
     from dlm.sampling.config import SamplingConfig
-    from dlm.sampling.denoise import Pages
+    from dlm.sampling.outcome import Pages
     from dlm.sampling.rows import Batch, Row
 
 __all__ = [

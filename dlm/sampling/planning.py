@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dlm.models.attention import Visible, block_causal_from
 from dlm.sampling.methods import Planner, Signals
 from dlm.sampling.rows import Batch, Row
 from dlm.sampling.step import Request
 
-__all__ = ["Plan", "alike", "plan_pass", "request_of"]
+__all__ = ["Plan", "alike", "plan_pass", "request_of", "shifted", "visible_to"]
 
 
 @dataclass(frozen=True)
@@ -170,3 +171,10 @@ def request_of(batch: Batch, rows: Sequence[Row], plan: Plan) -> tuple[Request, 
 def leading(here: Tensor, count: int) -> Tensor:
     """(R, count) the slots where `here` (R, T) holds, ascending, then others."""
     return here.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :count]
+
+
+def visible_to(rows: list[Row]) -> Visible:
+    """The rule of a pass of these rows, whose blocks may begin before slot 0."""
+    if not any(row.offset for row in rows):
+        return rows[0].visible
+    return block_causal_from(rows[0].block_length, tuple(row.offset for row in rows) * rows[0].branches)

@@ -15,7 +15,7 @@ from torch import Tensor
 from dlm.sampling.rows import Batch, Row
 
 if TYPE_CHECKING:
-    from dlm.sampling.denoise import Pages
+    from dlm.sampling.outcome import Pages
     from dlm.sampling.step import Check
 
 __all__ = ["advance", "end_faulty", "is_any", "refuse_nan", "stop_ended"]

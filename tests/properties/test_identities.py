@@ -154,25 +154,15 @@ def test_prefix_is_dual_where_one_block_is_left(models):
         assert torch.equal(both[0].positions_computed, both[1].positions_computed)
 
 
-def test_vicinity_of_everything_is_none(models):
-    rng = random.Random(4)
+@pytest.mark.parametrize(("window", "method", "seed"), [(100, "none", 4), (0, "dual", 5)])
+def test_vicinity_of_everything_is_none_and_of_nothing_is_dual(models, window, method, seed):
+    rng = random.Random(seed)
     for _ in range(N // 2):
         options = sampling_settings(rng) | {"gen_length": 8, "block_length": 4, "steps": rng.randint(2, 8)}
         rows, model = [prompt(rng) for _ in range(2)], rng.choice(models)
         same(
-            generate(model, rows, SamplingConfig(**options, method="vicinity", window=100)),
-            generate(model, rows, SamplingConfig(**options, method="none")),
-        )
-
-
-def test_vicinity_of_nothing_is_dual(models):
-    rng = random.Random(5)
-    for _ in range(N // 2):
-        options = sampling_settings(rng) | {"gen_length": 8, "block_length": 4, "steps": rng.randint(2, 8)}
-        rows, model = [prompt(rng) for _ in range(2)], rng.choice(models)
-        same(
-            generate(model, rows, SamplingConfig(**options, method="vicinity", window=0)),
-            generate(model, rows, SamplingConfig(**options, method="dual")),
+            generate(model, rows, SamplingConfig(**options, method="vicinity", window=window)),
+            generate(model, rows, SamplingConfig(**options, method=method)),
         )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from numbers import Integral
 
 from dlm.utils.names import check_name
 
@@ -72,8 +74,8 @@ class NoiseSettings:
                 f"noise schedule {self.noise_schedule!r} changes nothing under estimator count, which has the time "
                 f"integrated out: use estimator uniform or stratified, or leave the schedule out"
             )
-        if self.noise_exponent <= 0:
-            raise ValueError(f"the noise schedule's exponent is {self.noise_exponent}: it must be above 0")
+        if not 0 < self.noise_exponent < math.inf:
+            raise ValueError(f"the noise schedule's exponent is {self.noise_exponent}: it must be a number above 0")
         if self.diffusion_steps < 1:
             raise ValueError(f"d3pm has {self.diffusion_steps} discrete times: give 1 or more")
         tiny = self.highest_rate <= EPSILON and self.estimator != "count"
@@ -84,11 +86,11 @@ class NoiseSettings:
             )
         if self.estimator == "d3pm" and (self.lowest_rate, self.highest_rate) != (0, 1):
             raise ValueError("estimator d3pm takes all mask rates: use uniform or count to draw from some of them")
-        if self.block_length is not None and self.block_length < 1:
-            raise ValueError(f"block_length is {self.block_length}: a block holds at least one token")
+        if self.block_length is not None and (not isinstance(self.block_length, Integral) or self.block_length < 1):
+            raise ValueError(f"block_length is {self.block_length}: a block holds a whole number of tokens, 1 or more")
 
     def _check_patterns(self) -> None:
-        if min(self.beta) <= 0:
+        if not all(0 < one < math.inf for one in self.beta):
             raise ValueError(f"rate_alpha and rate_beta are {self.beta[0]} and {self.beta[1]}: give numbers above 0")
         if not 0 <= self.decoding_share <= 1:
             raise ValueError(f"decoding_share is {self.decoding_share}: it is a share of the examples, from 0 to 1")

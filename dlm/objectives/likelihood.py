@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import numpy as np
 import torch
@@ -101,18 +102,19 @@ class LikelihoodConfig:
             check_name("estimator", self.estimator, ESTIMATORS)
         for name in ("draws", "max_draws", "batch_size", "block_length"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}: give 1 or more")
+            optional = value is None and name == "block_length"
+            if not optional and (not isinstance(value, Integral) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"{name} is {value!r}: give 1 or more, a whole number")
         if self.draws > 1 and self.draws % 2 and self.estimator in (None, "count", "stratified", "block"):
             raise ValueError(f"draws is {self.draws}: strata hold two draws each, so give an even number (or 1)")
-        if self.target_error is not None and not self.target_error > 0:
-            raise ValueError(f"target_error is {self.target_error}: it is a standard error in nats, above 0")
+        if self.target_error is not None and (not isinstance(self.target_error, Real) or not self.target_error > 0):
+            raise ValueError(f"target_error is {self.target_error!r}: it is a standard error in nats, above 0")
         if self.target_error is not None and self.draws < 2:
             raise ValueError("draws is 1, and one draw has no standard error: give 2 or more with target_error")
-        if not self.cfg_scale >= 0:
-            raise ValueError(f"cfg_scale is {self.cfg_scale}: it must be 0 or more")
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}: give 0 or more")
+        if not isinstance(self.cfg_scale, Real) or not 0 <= self.cfg_scale < math.inf:
+            raise ValueError(f"cfg_scale is {self.cfg_scale!r}: it must be 0 or more")
+        if not isinstance(self.seed, Integral) or not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed!r}: give 0 or more, a whole number below 2**63")
 
 
 @dataclass(frozen=True)
@@ -312,12 +314,21 @@ def _estimate(values: np.ndarray, length: int, settings: Settings) -> tuple[floa
 
 
 def _check(model, examples: Sequence[Example], mask_id: int) -> None:
-    limit = getattr(getattr(model, "config", None), "max_sequence_length", None)
+    limit, size = (
+        getattr(getattr(model, "config", None), name, None) for name in ("max_sequence_length", "embedding_size")
+    )
     for example in examples:
         if limit is not None and len(example.tokens) > limit:
             raise ValueError(
                 f"example {example.index} has {len(example.tokens)} tokens, above the model's max_sequence_length "
                 f"{limit}: cut it into pieces, or shorten its prompt from the left"
+            )
+        wrong = example.tokens[(example.tokens < 0) | (example.tokens >= (size or 2**62))]
+        if len(wrong):
+            last = size - 1 if size else "…"
+            raise ValueError(
+                f"example {example.index} holds id {wrong[0]}, but the model's ids go from 0 to {last}: tokenize it "
+                "with the model's own tokenizer"
             )
         if (example.tokens[example.target] == mask_id).any():
             raise ValueError(

@@ -125,7 +125,8 @@ def draw_count(
 def count_shares(length: int, least: int, most: int, beta: tuple[float, float]) -> np.ndarray:
     """The probability of each count l from least to most: as the density of Beta(a, b) at (l - 1/2) / L."""
     rates = (np.arange(least, most + 1) - 0.5) / length
-    shares = rates ** (beta[0] - 1) * (1 - rates) ** (beta[1] - 1)
+    logs = (beta[0] - 1) * np.log(rates) + (beta[1] - 1) * np.log1p(-rates)
+    shares = np.exp(logs - logs.max())  # a sharp density underflows elsewhere
     return shares / shares.sum()
 
 

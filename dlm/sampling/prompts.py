@@ -29,6 +29,7 @@ def prepare(predictor, inputs, config: SamplingConfig, tokenizer=None) -> tuple[
     known = {"vocab_size": vocab_size, "eos_token_ids": as_ids(getattr(settings, "eos_token_id", None))}
     known["growth_tokens"] = growth_tokens(tokenizer, settings)
     if isinstance(inputs, Canvas):
+        _check_ids(inputs, settings, "canvas holds")
         known["constraints"] = constraint_of(config, inputs, tokenizer, known["eos_token_ids"])
         return inputs, known
     inputs = rows_of(inputs, tokenizer, settings)
@@ -37,14 +38,17 @@ def prepare(predictor, inputs, config: SamplingConfig, tokenizer=None) -> tuple[
     canvas = Canvas.from_prompts(
         inputs, config.start_length, mask_id(tokenizer, settings), device=_device_of(predictor)
     )
+    _check_ids(canvas, settings, "prompts hold")
+    known["constraints"] = constraint_of(config, canvas, tokenizer, known["eos_token_ids"])
+    return canvas, known
+
+
+def _check_ids(canvas: Canvas, settings, what: str) -> None:
+    """Raises ValueError for ids that the model has no embedding for, padding included: it is embedded too."""
     size = getattr(settings, "embedding_size", None)
     wrong = canvas.tokens[(canvas.tokens < 0) | (canvas.tokens >= (size or 2**62))]
     if len(wrong):
-        raise ValueError(
-            f"the prompts hold id {int(wrong[0])}, but the model's ids go from 0 to {size - 1 if size else '…'}"
-        )
-    known["constraints"] = constraint_of(config, canvas, tokenizer, known["eos_token_ids"])
-    return canvas, known
+        raise ValueError(f"the {what} id {int(wrong[0])}, but the model's ids go from 0 to {size - 1 if size else '…'}")
 
 
 def _device_of(predictor) -> torch.device | None:

@@ -293,6 +293,10 @@ def test_greedy_is_what_the_sampler_writes():
         ({"target_error": 0.0}, "above 0"),
         ({"cfg_scale": -1.0}, "0 or more"),
         ({"seed": -1}, "0 or more"),
+        ({"seed": 2**70}, "below 2"),
+        ({"draws": "x"}, "a whole number"),
+        ({"draws": 2.0}, "a whole number"),
+        ({"cfg_scale": math.inf}, "0 or more"),
     ],
 )
 def test_settings_are_checked(fields, message):
@@ -306,6 +310,8 @@ def test_examples_are_checked():
         bound(model, [answer([1] * 5, [2] * 5)], mask_id=MASK)
     with pytest.raises(ValueError, match="mask token"):
         bound(model, [answer([1], [MASK])], mask_id=MASK)
+    with pytest.raises(ValueError, match="holds id 200, but the model's ids go from 0 to 39"):  # was an IndexError
+        bound(model, [answer([1], [200])], mask_id=MASK)
     with pytest.raises(ValueError, match="give at most 14"):
         exact_bound(tiny_model(0), answer([], [1] * 15), mask_id=MASK)
     with pytest.raises(ValueError, match=r"each of 0\.\.1"):

@@ -1,5 +1,7 @@
 """Decoding-like noise, Beta rates, complementary masks, blocks at once: by hand, and bounds that stay bounds."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,8 @@ from tests.objectives.test_losses import MASK, laid_out, tiny_model
 def test_beta_rates_by_hand():
     # L = 2, Beta(2, 1): the density at 1/4 and 3/4 is 2 r, so that p = (1/4, 3/4) and the weights are 1 / (l p(l))
     assert count_shares(2, 1, 2, (2.0, 1.0)).tolist() == pytest.approx([0.25, 0.75])
+    sharp = count_shares(9, 1, 9, (1e6, 1e6))  # its density underflows everywhere: the shares were 0 / 0
+    assert sharp.tolist() == pytest.approx([0.0] * 4 + [1.0] + [0.0] * 4)
     low = draw_count(2, example_generator(0, 0, 0), u=0.1, beta=(2.0, 1.0))
     high = draw_count(2, example_generator(0, 0, 0), u=0.9, beta=(2.0, 1.0))
     assert (low[0].sum(), low[1], low[2]) == (1, pytest.approx(4.0), 0.5)
@@ -144,6 +148,10 @@ def test_rows_without_blocks_are_trained_under_full_attention():
     ("settings", "words"),
     [
         ({"rate_alpha": 0.0}, "above 0"),
+        ({"rate_alpha": math.nan}, "above 0"),  # every weight was no number
+        ({"rate_beta": math.inf}, "above 0"),
+        ({"noise_exponent": math.nan}, "above 0"),
+        ({"block_length": 2.5}, "a whole number of tokens"),
         ({"rate_alpha": 2.0, "estimator": "uniform"}, "estimator count"),
         ({"complementary": True, "highest_rate": 0.5}, "complementary"),
         ({"complementary": True, "decoding_share": 0.5}, "complementary"),

@@ -55,8 +55,9 @@ def test_prompt_that_holds_the_mask_token(tiny):
 
 @pytest.mark.parametrize("token", [40, 1000, -1])
 def test_prompt_with_an_id_the_model_does_not_have(tiny, token):
-    with pytest.raises(ValueError, match=str(token)):
-        generate(tiny, [[1, token, 2]], SamplingConfig(gen_length=4))
+    for inputs in ([[1, token, 2]], Canvas.from_templates([[1, token, MASK]], MASK)):  # a canvas was an IndexError
+        with pytest.raises(ValueError, match=str(token)):
+            generate(tiny, inputs, SamplingConfig(gen_length=4))
 
 
 @pytest.mark.parametrize("option", ["suppress_eos", "delay_eos", "stop_at_eos"])

@@ -86,6 +86,13 @@ class Whole:
         sizes: RowSizes | None,
     ) -> Tensor:
         """Logits (B, Q or M, V), as `Packed` gives them."""
+        batch, queries = tokens.shape
+        keys = queries if cache is None else cache.length
+        seen_keys = (keys,) * batch
+        if sizes is not None and set(sizes.queries) == {queries} and set(sizes.asked) == {asked.shape[1]}:
+            seen_keys, sizes = sizes.keys, None  # nothing is padded
+            if valid is not None and all(count == keys for count in seen_keys) and bool(valid.all()):
+                valid = None
         if sizes is not None:
             laid = lay_out(positions, tokens.shape, visible, cache, valid, asked, sizes)
             own = None if cache is not None else torch.arange(len(laid.queries))
@@ -95,8 +102,6 @@ class Whole:
             logits = few.new_zeros(asked.numel(), few.shape[1])
             logits[laid.asked] = few
             return logits.unflatten(0, asked.shape)
-        batch, queries = tokens.shape
-        keys = queries if cache is None else cache.length
         every = torch.arange(queries).expand(batch, -1) if positions is None else positions
         blocks = getattr(visible, "block_length", None) if valid is None else None
         offsets, mask = getattr(visible, "offsets", None), None
@@ -108,7 +113,7 @@ class Whole:
         def runs_of(slots: Tensor, mask: Tensor | None) -> list:
             listed = slots.tolist() if blocks is not None else None
             count = slots.shape[1]
-            pieces = pieces_of((count,) * batch, (keys,) * batch, mask, listed, blocks, offsets)
+            pieces = pieces_of((count,) * batch, seen_keys, mask, listed, blocks, offsets)
             return Uniform(pieces).runs(count, where)
 
         runs = runs_of(every, mask)

@@ -4,8 +4,8 @@
     dlm bench products --config 25m --threads 2
 
 Variants take turns in one process: oneDNN's products and torch's small operations (`plain`), compiled small operations
-(`small`), compiled products too (`compiled`). The weights of timed products lie outside the processor's caches. Times
-are medians, a ratio the median of the turns' own.
+and attention (`small`), all layers in one compiled call (`compiled`). The weights of timed products lie outside the
+processor's caches. Times are medians, a ratio the median of the turns' own.
 """
 
 from __future__ import annotations
@@ -59,7 +59,11 @@ def main(argv: Sequence[str]) -> int:
     plain = Packed(model)
     model.compiled = True
     compiled = Packed(model)
-    with patch.object(Panels, "of", lambda native, weights, biases: Blocked.of(weights, biases)):
+
+    def blocked(native, weights, biases):
+        return Blocked.of(weights, biases)
+
+    with patch.object(Panels, "of", blocked), patch.object(Panels, "gate_up", blocked):
         small = Packed(model)
     predictors = {"plain": plain, "small": small, "compiled": compiled}
     with torch.no_grad():
@@ -95,7 +99,8 @@ def products(args, compiled) -> None:
     from dlm.kernels.native import Panels
 
     layer, generator = compiled.layers[0], torch.Generator().manual_seed(0)
-    shapes = [(each.weight.shape[1], each.outputs) for each in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+    linears = (layer.qkv, layer.out, layer.gate_up, layer.down)
+    shapes = [(each.weight.shape[1], each.outputs * (1 + each.both)) for each in linears]
     print("| product | rows | oneDNN, us | panels, us | ratio | GB/s | GFLOP/s | same bits |\n|" + "---|" * 8)
     for inputs, outputs in [*shapes, (compiled.head.weight.shape[1], compiled.head.outputs)]:
         size = 4 * inputs * outputs

@@ -49,7 +49,7 @@ def alike(rows: Sequence[Row], together: bool = False) -> list[list[Row]]:
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         settings = row.config
-        parts = settings.sub_block_length, settings.sub_block_cache, settings.draft > 0
+        parts = settings.sub_block_length, settings.sub_block_cache, settings.draft > 0, together and row.gapped
         planner = None if together and mixes(row) else planner_of(row)
         key = (planner, settings.method, settings.window, row.branches, row.visible, settings.revise, parts)
         groups.setdefault(key, []).append(row)

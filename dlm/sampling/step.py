@@ -62,10 +62,14 @@ def compute(
 ) -> Tensor:
     """Logits of one forward pass at the slots asked about: (R, M, V), or (2R, M, V) with guidance, where the second
     half has what is given masked, and the cache has rows for both. `canvas` holds the request's rows. shifted: the
-    guess for slot i is the output at slot i - 1, that for slot 0 its own. sizes: what each row would compute
-    alone, for a predictor with `exact_rows`."""
+    guess for slot i is the output at slot i - 1, for slot 0 and one behind padding its own. sizes: what each row would
+    compute alone, for a predictor with `exact_rows`."""
     tokens, positions, valid, rows = canvas.tokens, request.positions, request.valid, request.rows
-    kept = (request.slots - 1).clamp_min(0) if shifted else request.slots
+    kept = request.slots
+    if shifted:
+        kept = (kept - 1).clamp_min(0)
+        if valid is not None:  # behind padding, as at slot 0
+            kept = torch.where(valid.gather(1, kept), kept, request.slots)
     if positions is not None:
         kept = torch.searchsorted(positions, kept.contiguous()).clamp_max(positions.shape[1] - 1)
     elif cache is not None:

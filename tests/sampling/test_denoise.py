@@ -127,6 +127,16 @@ def test_padding_may_be_anywhere(tiny, method):
     assert torch.equal(generate(tiny, canvas, config).sequences, generate(tiny, [[5, 6]], config).sequences)
 
 
+@pytest.mark.parametrize("method", ["none", "prefix", "dual"])
+def test_a_shifted_model_has_its_first_guess_behind_padding_too(method):
+    """It was read at padding, or with a cache at whatever slot the batch happened to compute there."""
+    model = tiny_model(0, shift_logits=True)
+    tokens = torch.tensor([[0, 0, MASK, MASK, MASK, MASK]])
+    canvas = Canvas(tokens, tokens == MASK, tokens != 0, MASK)
+    config = SamplingConfig(gen_length=4, block_length=2, method=method)
+    assert torch.equal(generate(model, canvas, config).sequences, generate(model, [[]], config).sequences)
+
+
 @pytest.mark.parametrize("method", ["none", "prefix", "dual", "vicinity", "c2f"])
 @pytest.mark.parametrize("more", [{}, {"draft": 2}])
 def test_padding_may_be_anywhere_in_a_packed_batch_too(method, more):

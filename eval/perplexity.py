@@ -64,7 +64,12 @@ def parse(argv: list[str]):
     )
     add("--visibility", metavar="NAME", help="full (default) or block_causal, of a model trained under both")
     add("--draws", type=int, default=2, metavar="N", help="for each window (default: 2)")
-    add("--target-error", type=float, metavar="X", help="draw again until a corpus's nats per token are this sure")
+    add(
+        "--target-error",
+        type=float,
+        metavar="X",
+        help="draw until a corpus's standard error is this, in nats per token",
+    )
     add("--block-length", type=int, metavar="N", help="of estimator block")
     add("--seed", type=int, default=0, metavar="N", help="of the noise")
     group = parser.add_argument_group("running")

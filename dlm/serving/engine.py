@@ -10,23 +10,21 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 
-from dlm.sampling.automaton import read_vocabulary
-from dlm.sampling.canvas import Canvas
-from dlm.sampling.constraints import Constraint, constraint_of
 from dlm.sampling.denoise import turn
 from dlm.sampling.methods import METHODS
 from dlm.sampling.rows import Batch, Row
 from dlm.serving.prefixes import Prefixes
 from dlm.serving.ranks import BEAT_SECONDS, Lead, RanksLost, new_batch
-from dlm.serving.requests import Cancelled, Closing, Expired, Handle, PassFailed, QueueFull, Request, RowFailed
+from dlm.serving.requests import Closing, Handle, PassFailed, QueueFull, Request, RowFailed
 from dlm.serving.running import Running
 from dlm.serving.stats import Stats
+from dlm.serving.waiting import Waiting, prepared
 from dlm.utils.errors import one_line
 
 if TYPE_CHECKING:
@@ -61,15 +59,6 @@ class EngineSettings:
             raise ValueError(f"timeout is {self.timeout}: give seconds, above 0")
 
 
-@dataclass
-class _Waiting:
-    """A request in the queue: its canvas (1, T) and what its places must match."""
-
-    handle: Handle
-    canvas: Canvas
-    constraints: list[list[Constraint]] | None
-
-
 class Engine:
     """Denoises requests together with an open checkpoint, whose weights are read in the engine's own thread.
 
@@ -88,7 +77,7 @@ class Engine:
         self.text_lock = threading.RLock()  # a tokenizer is not to be changed and read at once
         self._pieces: dict[int, str] = {}
         self._ready_to_work = threading.Condition()
-        self._waiting: deque[_Waiting] = deque()
+        self._waiting: deque[Waiting] = deque()
         self._running: list[Running] = []
         self._batch: Batch | None = None
         self.prefixes = Prefixes(self.settings.prefix_bytes)
@@ -109,7 +98,7 @@ class Engine:
     def submit_all(self, requests: Sequence[Request]) -> list[Handle]:
         """Puts all of the requests into the queue, or none of them. Raises as `submit`."""
         self.check_count(len(requests))
-        ready = [self._prepared(request) for request in requests]
+        ready = [prepared(self, request) for request in requests]
         with self._ready_to_work:
             if self.state in ("draining", "closed", "failed"):
                 raise Closing(self.failure or "the server is shutting down: send the request to another one")
@@ -182,26 +171,6 @@ class Engine:
                 return self.pretrained.tokenizer.decode([token])
         return self.piece(token)
 
-    def _prepared(self, request: Request) -> _Waiting:
-        """The request with its canvas. Raises ValueError where it fits neither the model nor the limits."""
-        ids, limit = request.ids, self.settings.max_slots or self.pretrained.max_length
-        if limit is not None and len(ids) > limit:
-            raise ValueError(
-                f"prompt and answer are {len(ids)} tokens together, above the limit of {limit}: shorten the prompt or "
-                "max_tokens"
-            )
-        size = getattr(self.pretrained.config, "embedding_size", None) or 2**62
-        if wrong := [token for token in ids if not 0 <= token < size]:
-            raise ValueError(f"the prompt holds id {wrong[0]}, but the model's ids go from 0 to {size - 1}")
-        handle = Handle(request if request.timeout is not None else replace(request, timeout=self.settings.timeout))
-        canvas = Canvas.from_templates([ids], self.pretrained.mask_id)
-        config, tokenizer = request.config, self.pretrained.tokenizer
-        if config.regex or config.json_schema or config.choices:
-            with self.text_lock:
-                read_vocabulary(tokenizer)
-        constraints = constraint_of(config, canvas, tokenizer, self.pretrained.end_ids)  # a large one takes seconds
-        return _Waiting(handle, canvas, constraints)
-
     # ------------------------------------------------------------ the thread
 
     def _run(self) -> None:
@@ -259,12 +228,12 @@ class Engine:
         """Lets those go whose client has gone or whose time is over."""
         now = time.monotonic()
         with self._ready_to_work:
-            for item in [item for item in self._waiting if _unwanted(item.handle, now)]:
+            for item in [item for item in self._waiting if item.handle.unwanted(now)]:
                 self._waiting.remove(item)
-                self._finish(item.handle, error=_unwanted(item.handle, now))
-        for running in [running for running in self._running if _unwanted(running.handle, now)]:
+                self._finish(item.handle, error=item.handle.unwanted(now))
+        for running in [running for running in self._running if running.handle.unwanted(now)]:
             self._leave(running)
-            self._finish(running.handle, error=_unwanted(running.handle, now))
+            self._finish(running.handle, error=running.handle.unwanted(now))
 
     def _admit(self) -> None:
         """Rows for the requests that wait, first come first served, as long as there is room."""
@@ -280,7 +249,7 @@ class Engine:
                 self._finish(item.handle, error=error)
             self.stats.joining += time.monotonic() - began
 
-    def _fits(self, item: _Waiting) -> bool:
+    def _fits(self, item: Waiting) -> bool:
         """Whether the row may join now: rows, and memory for the keys and values of all of them."""
         config = item.handle.request.config
         branches = 2 if config.cfg_scale else 1
@@ -297,7 +266,7 @@ class Engine:
             return True
         return count * widest * slots * self.slot_bytes <= self.settings.kv_bytes
 
-    def _join(self, item: _Waiting) -> None:
+    def _join(self, item: Waiting) -> None:
         request, now = item.handle.request, time.monotonic()
         branches = 2 if request.config.cfg_scale else 1
         need = len(request.ids) * branches * self.slot_bytes
@@ -395,11 +364,3 @@ class Engine:
         """Bytes of keys and values in memory."""
         batch = self._batch
         return 0 if batch is None or batch.cache is None else batch.cache.rows * batch.cache.length * self.slot_bytes
-
-
-def _unwanted(handle: Handle, now: float) -> Exception | None:
-    if handle.cancelled:
-        return Cancelled("the client is gone")
-    if handle.deadline is not None and now > handle.deadline:
-        return Expired(f"not done within {handle.request.timeout:g} s")
-    return None

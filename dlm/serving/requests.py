@@ -156,6 +156,14 @@ class Handle:
 
     # ------------------------------------------------------------ the engine's side
 
+    def unwanted(self, now: float) -> ServingError | None:
+        """Why nobody waits for the result at this time; None while somebody does."""
+        if self.cancelled:
+            return Cancelled("the client is gone")
+        if self.deadline is not None and now > self.deadline:
+            return Expired(f"not done within {self.request.timeout:g} s")
+        return None
+
     def put(self, event: Event) -> None:
         with self._changed:
             self._events.append(event)

@@ -261,7 +261,7 @@ def test_a_pattern_that_takes_long_holds_no_other_request(engine, monkeypatch):
         other.start()
         other.join()
 
-    monkeypatch.setattr("dlm.serving.engine.constraint_of", built)
+    monkeypatch.setattr("dlm.serving.waiting.constraint_of", built)
     body = {"prompt": "a", "max_tokens": 2, "regex": "[a-z]{2}"}
     assert asyncio.run(client_of(engine).post("/v1/completions", json=body)).status_code == 200
     assert held == [False]

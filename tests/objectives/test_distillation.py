@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from dlm.objectives import distillation
 from dlm.objectives.config import NoiseSettings
 from dlm.objectives.distillation import CertaintyForcing, entropy_where_right, latest
 from dlm.objectives.losses import OBJECTIVES
@@ -74,13 +75,18 @@ def test_written_examples_are_masked_in_their_order_and_the_others_by_chance():
     assert torch.equal(ordered.scored, ordered.masked)
 
 
-def test_the_entropy_of_written_texts_alone_counts():
-    """All examples written gives the whole term; none of them gives none."""
+def test_the_entropy_of_written_texts_alone_counts(monkeypatch):
+    """Of places that are all right: each example's scored places where it is written, none of an empty list."""
     batch, model = laid_out([[0, 1]]), tiny_model()
     noise = draw_noise(batch, NoiseSettings(block_length=4), seed=0)
-    order = [np.arange(4)]
-    total = {n: CertaintyForcing(1.0, order * n).loss(model, batch, noise, MASK).total.item() for n in (0, 1, 2)}
+    monkeypatch.setattr(distillation, "entropy_where_right", lambda logits, truth: logits.new_tensor(float(len(truth))))
+    scored = [int((noise.scored & (batch.segments == example)).sum()) for example in (0, 1)]
     plain = OBJECTIVES["block_diffusion"].loss(model, batch, noise, MASK).total.item()
-    assert total[0] == pytest.approx(plain, rel=1e-6)
-    assert total[2] == pytest.approx(CertaintyForcing(1.0).loss(model, batch, noise, MASK).total.item(), rel=1e-6)
-    assert total[0] <= total[1] <= total[2]
+    for passes, places in (
+        ([], 0),
+        ([np.arange(5)], scored[0]),
+        ([np.arange(5)] * 2, sum(scored)),
+        (None, sum(scored)),
+    ):
+        found = CertaintyForcing(2.0, passes).loss(model, batch, noise, MASK).total.item()
+        assert found - plain == pytest.approx(2.0 * places, abs=1e-6)

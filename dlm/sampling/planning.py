@@ -109,7 +109,9 @@ def plan_pass(batch: Batch, rows: Sequence[Row]) -> Plan:
             computed = narrowed(computed, masked, span, rows)
             masked = masked & sub_block(masked, span, rows[0].config.sub_block_length)
         if shifted(batch):  # a guess is the output one slot before
-            asked = span & batch.canvas.editable[index] if rows[0].revision is not None else masked
+            asked = masked
+            if not alone:  # the same at every pass of a block, whatever rows stand beside this one
+                asked = span & batch.canvas.editable[index] & ~led(rows, span)
             computed = computed | torch.nn.functional.pad(asked[:, 1:], (0, 1))
         computed = computed & batch.canvas.valid[index]
         size = computed.sum(dim=1)
@@ -120,6 +122,13 @@ def plan_pass(batch: Batch, rows: Sequence[Row]) -> Plan:
     plan = Plan(index, block, span, positions, counts)
     batch.plans[kind] = (key, plan, {row.serial for row in rows})
     return plan
+
+
+def led(rows: Sequence[Row], span: Tensor) -> Tensor:
+    """(R, T) bool: the first slot of a row's block where the first pass commits it, and no later one asks about it."""
+    leads = torch.tensor([row.leads[row.block] for row in rows], device=span.device)[:, None]
+    slots = torch.arange(span.shape[1], device=span.device)
+    return leads & (slots == span.to(torch.uint8).argmax(dim=1, keepdim=True))
 
 
 def shifted(batch: Batch) -> bool:

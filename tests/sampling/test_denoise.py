@@ -364,3 +364,18 @@ def test_guidance_is_the_formula(tiny, method):
 def test_guidance_counts_a_pass_once(tiny):
     config = SamplingConfig(gen_length=4, block_length=4, steps=2, cfg_scale=1.0)
     assert generate(tiny, [[1, 2, 3]], config).nfe.tolist() == [2]
+
+
+@pytest.mark.parametrize("method", ["prefix", "dual"])
+def test_a_row_of_a_shifted_model_computes_what_it_does_alone(method):
+    """Which slots a pass computed hung on when the plan was made, and so on the pace of the rows beside this one."""
+    model = tiny_model(0, shift_logits=True)
+    prompts = [[1, 2], [3, 4, 5, 6, 7], [8], [9, 10, 11]]
+    config = SamplingConfig(gen_length=16, block_length=4, method=method, commit="threshold", threshold=0.3)
+    for seed in range(3):
+        config = dataclasses.replace(config, temperature=0.8, seed=seed)
+        whole = generate(model, prompts, config)
+        for i, prompt in enumerate(prompts):
+            alone = generate(model, [prompt], dataclasses.replace(config, seed=seed + i))
+            assert torch.equal(whole.sequences[i], alone.sequences[0])
+            assert whole.positions_computed[i] == alone.positions_computed[0]

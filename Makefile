@@ -19,7 +19,7 @@ SHOW   := awk -v live="$$(test -t 1 && echo 1)" '/^ *(Collecting|Downloading|Ins
 demo: $(VENV)/.ready
 	@$(RUN) -m dlm generate "Once upon a time" --delay 0.03
 	@printf '\nNext:\n%s\n%s\n%s\n%s\n' '  $(VENV)/bin/dlm generate "The old house" --seed 3' \
-	  '  $(VENV)/bin/dlm infill "The cat ___ on the mat, and then ___{12}."' '  $(VENV)/bin/dlm generate --chat "Tell me a story about a fox."' \
+	  '  $(VENV)/bin/dlm infill "The fox was ___{2}, so he went ___{6}."' '  $(VENV)/bin/dlm generate --chat "Tell me a story about a fox."' \
 	  '  $(VENV)/bin/dlm --help        (source $(VENV)/bin/activate makes it: dlm)'
 
 test: lint

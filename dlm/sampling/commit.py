@@ -36,10 +36,12 @@ def _sorted(confidence: Tensor, eligible: Tensor) -> tuple[Tensor, Tensor]:
 
     Places that differ by rounding alone are ties. A row of masks without a prompt has equal confidences everywhere, and
     the rounding of a product depends on the batch: without this the same row committed in another order elsewhere.
+    They are compared on a grid of eight units in the last place, which above 1 grows with them (entropies do).
     """
     floor = torch.finfo(confidence.dtype).min
     ranked = confidence.clamp_min(floor).masked_fill(~eligible, -torch.inf)
-    grid = 4 * torch.finfo(ranked.dtype).eps if ranked.dtype != torch.float64 else 2.0**-40
+    unit = 4 * torch.finfo(ranked.dtype).eps if ranked.dtype != torch.float64 else 2.0**-40
+    grid = torch.ldexp(torch.full_like(ranked, unit), ranked.clamp(-(2**20), 2**20).frexp().exponent.clamp_min(0))
     key = torch.where(ranked.abs() < 2**20, (ranked / grid).round() * grid, ranked)
     order = key.sort(dim=-1, descending=True, stable=True).indices
     return ranked.gather(-1, order), order

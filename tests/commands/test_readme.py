@@ -47,6 +47,12 @@ def test_make_targets_exist():
     assert {"demo", "test"} <= named <= targets
 
 
+def test_make_demo_shows_the_commands_of_the_page():
+    shown = (ROOT / "Makefile").read_text().replace("$(VENV)", ".venv")
+    after = re.findall(r"^\.venv/bin/dlm .+$", README, re.MULTILINE)
+    assert len(after) == 3 and all(f"'  {command}'" in shown for command in after)
+
+
 def options_of(command, capsys):
     """What `dlm COMMAND --help` lists, and what it reads without listing."""
     with contextlib.suppress(SystemExit):

@@ -148,6 +148,17 @@ def test_quota_ties_go_to_the_lowest_index():
     assert steps(best(*[0.6] * 40), 40, steps=4) == sorted([1, 2, 3, 4] * 10)  # enough for an unstable sort to show
 
 
+@pytest.mark.parametrize("size", [0.3, 1.5, 3.0, 5.7, 11.6])
+def test_rounding_breaks_no_tie_at_any_size(size):
+    """Entropies of rows of masks are near log V, where a unit in the last place was once as large as the grid."""
+    middle = round(-size * 2**12) / 2**12  # in the middle of a cell of the grid
+    near = torch.tensor([[middle, middle * (1 - 1.5 * torch.finfo(torch.float32).eps)]])  # some units off
+    assert near[0, 1] > near[0, 0]
+    for values, first in ((near, [True, False]), (near * torch.tensor([[1.0, 0.999]]), [False, True])):
+        step = Step(torch.tensor([1]))
+        assert by_quota(values, torch.ones(1, 2, dtype=torch.bool), step).tolist() == [first]
+
+
 def test_tokens_tie_to_the_lowest_id():
     assert run(table([0.1, 0.4, 0.4, 0.1]), 1)[2] == [1]
 

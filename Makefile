@@ -17,9 +17,9 @@ SHOW   := awk -v live="$$(test -t 1 && echo 1)" '/^ *(Collecting|Downloading|Ins
 .PHONY: demo test test-all test-fast lint clean
 
 demo: $(VENV)/.ready
-	@$(RUN) -m dlm generate "Once upon a time" --delay 0.03
+	@$(RUN) -m dlm generate --chat "Tell me a story about a girl who paints." --seed 1 --delay 0.02
 	@printf '\nNext:\n%s\n%s\n%s\n%s\n' '  $(VENV)/bin/dlm generate "The old house" --seed 3' \
-	  '  $(VENV)/bin/dlm infill "The fox was ___{2}, so he went ___{6}."' '  $(VENV)/bin/dlm generate --chat "Tell me a story about a fox."' \
+	  '  $(VENV)/bin/dlm infill "The fox was ___{2}, so he went ___{6}."' '  $(VENV)/bin/dlm generate --chat "Tell me a story about a lost kitten."' \
 	  '  $(VENV)/bin/dlm --help        (source $(VENV)/bin/activate makes it: dlm)'
 
 test: lint

@@ -257,6 +257,7 @@ def open_codec(folder: str | os.PathLike) -> Codec | None:
     extra = fields.get("extra_special_tokens") or []
     plain = not fields.keys() - _CODEC_FIELDS and fields.get("tokenizer_class") in _FAST
     plain = plain and fields.get("clean_up_tokenization_spaces") is False and isinstance(extra, list)
+    plain = plain and isinstance(fields.get("model_max_length", 0), int | float)
     whole = core.truncation is None and core.padding is None and core.post_processor is not None
     if not plain or not whole or core.get_vocab_size() > _MOST_CODEC_TOKENS:
         return None

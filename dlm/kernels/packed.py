@@ -66,8 +66,8 @@ class Packed:
     @torch.no_grad()
     def __init__(self, model: LLaDAModelLM, release: bool = False):
         self.config = config = model.config
-        self.device, self.kernels = model.device, triton_kernels(model.device)
-        self.small = _small_operations(model, self.kernels)
+        self.device = model.device
+        self.small = _small_operations(model, triton_kernels(model.device))
         # Attributes of a transformers configuration take microseconds each to read: what a layer needs is kept here.
         self.size, self.width, self.eps = config.head_dim, config.n_heads * config.head_dim, config.rms_norm_eps
         self.heads, self.kv_heads, self.norm_each = config.n_heads, config.n_kv_heads, config.qk_norm == "head"
@@ -87,9 +87,7 @@ class Packed:
             self.layers.append(pack_layer(block, block is blocks[-1], rope, of, gate_up))
             if release:
                 release_weights(block)
-        # Whether one kernel makes queries, keys and values of what the product gives.
-        plain = self.layers[0].q_norm is None and config.rope_layers is None
-        self.at_once = self.small is not None and plain
+        self.plain_rotary = self.layers[0].q_norm is None and config.rope_layers is None
         self.last_norm = transformer.ln_f.weight.detach()
         tied = config.weight_tying
         head = transformer.wte if tied else transformer.ff_out
@@ -109,6 +107,20 @@ class Packed:
         )
 
         self.whole = Whole(self) if Whole.can_be(self) else None
+
+    @property
+    def kernels(self):
+        """The GPU's kernels for small operations, or None for torch; they can be exchanged."""
+        return None if isinstance(self.small, Native) else self.small
+
+    @kernels.setter
+    def kernels(self, kernels) -> None:
+        self.small = kernels
+
+    @property
+    def at_once(self) -> bool:
+        """Whether one kernel makes queries, keys and values of what the product gives."""
+        return self.small is not None and self.plain_rotary
 
     @torch.no_grad()
     def __call__(

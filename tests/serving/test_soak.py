@@ -117,7 +117,7 @@ def test_a_thousand_requests_and_a_fifth_of_the_clients_vanish(checkpoint):  # n
         ended = outcomes.total() - before  # a client that was very quick to go may have asked for nothing
         assert counts["sent"] - counts["vanished"] <= ended <= counts["sent"]
         assert set(outcomes) <= {"stop", "length", "cancelled"} and outcomes["cancelled"] > 0
-        assert memory[-1] - half < 0.75 * (half - memory[0]), memory  # what leaks at each request would grow as before
+        assert memory[-1] - half < 20, memory
     finally:
         server.should_exit = True
         thread.join(20)

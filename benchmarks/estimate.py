@@ -4,9 +4,10 @@
     dlm bench estimate --config 25m --machine this --threads 2 --dtype float32 --gen-length 256 --cells dual:8:256
     dlm bench estimate --check benchmarks/results/llada_8b_h100.jsonl
 
-`this` is the machine at hand, measured in some seconds: a matrix product, a product that waits for its weights, an
-operation on nothing, and one pass, to which the constant is fitted. --check compares the model with the passes in a
-file of `benchmarks.gpu`, after one constant for all of them. No weight of the model is made, but for `this`.
+`this` is the machine at hand, measured in some seconds: the products of the configuration's layers at eleven numbers of
+rows, attention, an operation on nothing, and one pass, to which the constant is fitted. --check compares the model with
+the passes in a file of `benchmarks.gpu`, after one constant for all of them. No weight of the model is made, but for
+`this`.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ from dlm.utils.hardware import hardware
 from dlm.utils.names import check_name
 
 PROMPT = 32  # tokens, of the runs of `benchmarks.gpu`
+ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 128, 256, 1024)  # at which products of `this` are measured
+KEYS = 1024  # of its attention
 
 
 def options() -> Parser:
@@ -61,37 +64,70 @@ def options() -> Parser:
 
 
 def this(config_name: str, dtype: str, clock) -> Machine:
-    """The machine at hand, by measurements on a processor; the constant is fitted to a pass over 32 slots of 288."""
+    """The machine at hand, by measurements on a processor: products of the configuration's layers at several numbers of
+    rows, attention, an operation on nothing; the constant is fitted to a pass over 32 slots of 288."""
     import torch
 
     from dlm.benchmarking.roofline import best, matmul_rate
-    from dlm.kernels.linear import kind_for
     from dlm.kernels.packing import packed
     from dlm.models.kv_cache import KVCache
 
     device, kind = torch.device("cpu"), getattr(torch, dtype)
-    x, size = torch.randn(8, 2048, dtype=kind), 2048
-    weights = [torch.randn(size, size, dtype=kind) for _ in range(12)]  # more than a cache holds
-    made = kind_for(device, kind)
-    ways = [made.of([each], [None]) if made else partial(torch.nn.functional.linear, weight=each) for each in weights]
-
-    def all_of_them() -> None:
-        for way in ways:
-            way(x)
-
-    width = sum(each.nbytes for each in weights) / best(all_of_them, device, clock)
-    tiny = torch.randn(1, 8, dtype=kind)
-    begin = best(lambda: tiny.mul(tiny), device, clock) * 5  # an operation of a layer is a handful of torch's
-    machine = Machine(hardware(), {dtype: matmul_rate(kind, device, clock)}, width, begin, float("inf"))
-    model = random_model(config_name, dtype=kind, length=512)
-    predictor, cache = packed(model), KVCache(1, 288)
-    positions = torch.arange(100, 132)[None]
-    tokens = torch.randint(0, 99, (1, 32))
+    model = random_model(config_name, dtype=kind, length=max(ROWS))
     with torch.inference_mode():
+        products = _products(model.config, kind, device, clock)
+        attention = _attention(model.config, kind, device, clock)
+        tiny = torch.randn(1, 8, dtype=kind)
+        begin = best(lambda: tiny.mul(tiny), device, clock) * 5  # an operation of a layer is a handful of torch's
+        rate, width = matmul_rate(kind, device, clock), ITEMSIZE[dtype] / products[0][1]
+        machine = Machine(hardware(), {dtype: rate}, width, begin, float("inf"), products=products, attention=attention)
+        predictor, cache = packed(model), KVCache(1, 288)
+        positions = torch.arange(100, 132)[None]
+        tokens = torch.randint(0, 99, (1, 32))
         predictor(torch.randint(0, 99, (1, 288)), torch.arange(288)[None], cache=cache)
         asked = torch.arange(32)[None]
         took = best(lambda: predictor(tokens, positions, cache=cache, logits_to_keep=asked), device, clock, seconds=1.0)
     return replace(machine, factor=took / pass_seconds(model.config, machine, dtype, 1, 32, 288, 32))
+
+
+def _products(config, kind, device, clock) -> tuple[tuple[int, float], ...]:
+    """(rows, seconds for each weight and row) of the layers' products, all of them one after another, as a pass has
+    them: weights come from memory where a cache does not hold them all."""
+    import torch
+
+    from dlm.benchmarking.roofline import best
+    from dlm.kernels.linear import kind_for
+
+    d, width, hidden = config.d_model, config.n_heads * config.head_dim, config.mlp_hidden_size
+    shapes = [(width + 2 * config.n_kv_heads * config.head_dim, d), (d, width), (2 * hidden, d), (d, hidden)]
+    weights = [torch.randn(shape, dtype=kind) / 32 for _ in range(config.layers_applied) for shape in shapes]
+    made = kind_for(device, kind)
+    ways = [made.of([each], [None]) if made else partial(torch.nn.functional.linear, weight=each) for each in weights]
+    count, found = sum(each.numel() for each in weights), []
+    for rows in ROWS:
+        inputs = {each.shape[1]: torch.randn(rows, each.shape[1], dtype=kind) for each in weights}
+
+        def all_of_them(inputs=inputs) -> None:
+            for way, each in zip(ways, weights, strict=True):
+                way(inputs[each.shape[1]])
+
+        found.append((rows, best(all_of_them, device, clock, seconds=0.5) / count / rows))
+    return tuple(found)
+
+
+def _attention(config, kind, device, clock) -> tuple[tuple[int, float], ...]:
+    """(queries, seconds for each query, key and number of a head) of attention over KEYS keys."""
+    import torch
+
+    from dlm.benchmarking.roofline import best
+
+    found, size = [], (1, config.n_heads, KEYS, config.head_dim)
+    keys, values = torch.randn(size, dtype=kind), torch.randn(size, dtype=kind)
+    for queries in (1, 8, 32, 256, 1024):
+        asked = torch.randn(1, config.n_heads, queries, config.head_dim, dtype=kind)
+        took = best(partial(torch.nn.functional.scaled_dot_product_attention, asked, keys, values), device, clock)
+        found.append((queries, took / (queries * KEYS * config.n_heads * config.head_dim)))
+    return tuple(found)
 
 
 def check(file: str) -> list[str]:

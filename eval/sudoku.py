@@ -4,6 +4,7 @@ python -m eval.sudoku --model my-sudoku                 (a model of `dlm train s
 dlm eval sudoku --model my-sudoku --puzzle TEXT         (81 cells, empty ones as dots)
 dlm eval sudoku --model my-sudoku --tries 16            (several answers, one chosen by the model's own likelihood)
 dlm eval sudoku --model my-sudoku --tries 16 --judge rules --forms         (until one obeys the rules, turned each time)
+dlm eval sudoku --model my-sudoku --mean-over 8         (each pass is the mean over eight forms of the puzzle)
 
 A puzzle counts as solved where every row, column and box of the answer is right. No solver is asked: that an answer is
 doubtful shows in the probability that the model itself gives to its cells, or in a row, column or box that is wrong.
@@ -103,10 +104,11 @@ def settings(
 
 
 def solve(model, puzzles: np.ndarray, config, batch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Answers (P, 81) to puzzles (P, 81), the passes and the positions computed (P,) that each took."""
+    """Answers (P, 81) to puzzles (P, 81), the passes and the positions computed (P,) that each took; a pass of a mean
+    over N forms counts as N."""
     from dlm import Canvas, generate
 
-    mask = model.config.mask_token_id
+    mask, forms = model.config.mask_token_id, getattr(model, "forms", 1)
     answers, passes, computed = puzzles.copy(), [], []
     for first in range(0, len(puzzles), batch):
         part = puzzles[first : first + batch]
@@ -116,7 +118,7 @@ def solve(model, puzzles: np.ndarray, config, batch: int) -> tuple[np.ndarray, n
             answers[row, empty] = [token if 1 <= token <= 9 else 0 for token in ids[: int(empty.sum())]]
         passes += out.nfe.tolist()
         computed += out.positions_computed.tolist()
-    return answers, np.array(passes), np.array(computed)
+    return answers, forms * np.array(passes), forms * np.array(computed)
 
 
 def doubt(model, puzzles: np.ndarray, answers: np.ndarray, batch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -279,6 +281,8 @@ def parse(argv: list[str]):
         "of the tries: the model's likelihood, or the rules of the game (default: model)"))  # fmt: skip
     parser.add_argument("--forms", action="store_true", help=(
         "try other forms of the puzzle: digits, rows, columns, bands and stacks exchanged"))  # fmt: skip
+    parser.add_argument("--mean-over", type=int, default=1, metavar="N", help=(
+        "forms of the puzzle whose mean prediction decides; a pass counts as N (default: 1)"))  # fmt: skip
     parser.add_argument("--repeats", type=int, metavar="N", help=(
         "rounds of a model whose layers are repeated (default: as it was trained)"))  # fmt: skip
     parser.add_argument("--seed", type=int, default=1_000_000, metavar="N", help="of the puzzles (default: 1000000)")
@@ -287,7 +291,7 @@ def parse(argv: list[str]):
     args = parser.parse(argv)
     if not args.model:
         raise ValueError("no model: give --model a folder that dlm train sudoku wrote")
-    check_least(args, 1, "puzzles", "batch_size", "tries")
+    check_least(args, 1, "puzzles", "batch_size", "tries", "mean_over")
     if not args.try_temperature >= (0 if args.forms else 1e-9) or not 0 <= args.accept <= 1:
         raise ValueError(
             f"--try-temperature is {args.try_temperature:g} and --accept {args.accept:g}: give a temperature above 0 "
@@ -304,8 +308,6 @@ def parse(argv: list[str]):
         check_name("--methods", name, METHOD_NAMES)
     for rule in args.rules:
         fields_of(rule)
-    if not args.orders + args.rules:
-        raise ValueError("--orders and --rules are both empty: name at least one")
     try:
         args.clues = tuple(int(word) for word in args.clues.split("-"))
         args.steps = [int(word) for word in args.steps.split(",") if word]
@@ -315,6 +317,8 @@ def parse(argv: list[str]):
         raise ValueError(
             "--clues is A-B with 17 <= A <= B <= 80; --steps and --thresholds are numbers with commas between them"
         ) from None
+    if not args.orders + args.rules + args.thresholds:
+        raise ValueError("--orders, --rules and --thresholds are all empty: name at least one")
     return args
 
 
@@ -331,6 +335,11 @@ def run(argv: list[str]) -> int:
         raise ValueError(f"--repeats is {args.repeats}, and {args.model} has no layers to repeat: leave it out")
     if args.repeats:
         model.config.layer_repeats = args.repeats
+    if args.mean_over > 1:
+        from dlm.evaluation.sudoku_forms import MeanOverForms
+        from dlm.kernels.packing import packed
+
+        model = MeanOverForms(packed(model), args.mean_over)
     if args.puzzle:
         return solve_one(model, args.puzzle, args.order, tries)
     puzzles = test_puzzles(args.puzzles, args.clues, args.seed)

@@ -4,11 +4,14 @@ Shapes: B rows, Q slots computed, T keys, M places asked about, N = B Q rows of 
 
 A pass is a list of operations. Each takes the larger of its arithmetic over the machine's rate and its bytes over the
 bandwidth, and a fixed time to begin; all is multiplied by one constant of the machine, found once by least squares of
-the logarithm over cells that were measured there. What it leaves out: caches, neighbours, the host.
+the logarithm over cells that were measured there. A processor's products keep to no such law: for few rows and for
+many they differ in how they use its caches, so a machine at hand brings the time of its products at several numbers
+of rows (`products`), and the rate of attention. What is left out: neighbours, the host.
 """
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,7 +23,9 @@ __all__ = ["MACHINES", "Machine", "Shape", "fitted", "generation", "memory", "pa
 class Machine:
     """rate: operations a second of matrix products, by name of the number type; width: bytes a second that a product
     reads of weights; begin: seconds that an operation takes beyond both; memory: bytes; factor: the constant;
-    source: where the numbers are from."""
+    source: where the numbers are from. products: (rows, seconds for each weight and row) of products, measured at
+    ascending numbers of rows: they take the place of rate and width. attention: (queries, seconds for each query, key
+    and number of a head) likewise."""
 
     name: str
     rate: dict[str, float]
@@ -29,6 +34,8 @@ class Machine:
     memory: float
     factor: float = 1.0
     source: str = "measured"
+    products: tuple[tuple[int, float], ...] = ()
+    attention: tuple[tuple[int, float], ...] = ()
 
 
 # An H100's rates and bandwidth were measured with `benchmarks.gpu`, its constant fitted to the passes of that run. The
@@ -72,6 +79,10 @@ def pass_seconds(config, machine: Machine, dtype: str, rows: int, computed: int,
         total += times * max(operations / machine.rate[dtype], read / machine.width)
 
     def product(count: int, inputs: int, outputs: int, times: int = 1) -> None:
+        nonlocal total
+        if machine.products:
+            total += times * count * inputs * outputs * _between(machine.products, count)
+            return
         add(2 * count * inputs * outputs, size * (inputs * outputs + count * (inputs + outputs)), times)
 
     product(every, d, width + 2 * kv, layers - 1)
@@ -81,11 +92,24 @@ def pass_seconds(config, machine: Machine, dtype: str, rows: int, computed: int,
         product(count, width, d, times)
         product(count, d, 2 * hidden, times)
         product(count, hidden, d, times)
-        add(4 * count * keys * width, size * (2 * rows * keys * kv + 2 * count * width), times)
+        if machine.attention:
+            total += times * count * keys * width * _between(machine.attention, count // rows)
+        else:
+            add(4 * count * keys * width, size * (2 * rows * keys * kv + 2 * count * width), times)
         add(0, size * count * (8 * d + 3 * hidden), times)  # norms, rotary positions, silu
     product(few, d, config.embedding_size)
     add(0, size * few * config.embedding_size)  # the proposal
     return machine.factor * (total + machine.begin * OPERATIONS * layers)
+
+
+def _between(points: Sequence[tuple[int, float]], count: int) -> float:
+    """The value at `count`, on straight lines in logarithms between points (count, value); outside, that of the end."""
+    counts, values = zip(*points, strict=True)
+    at = bisect.bisect_left(counts, count)
+    if at in (0, len(counts)) or counts[at] == count:
+        return values[min(at, len(counts) - 1)]
+    share = math.log(count / counts[at - 1]) / math.log(counts[at] / counts[at - 1])
+    return values[at - 1] ** (1 - share) * values[at] ** share
 
 
 def passes(shape: Shape) -> list[tuple[int, int, int]]:

@@ -40,6 +40,28 @@ def test_beginning_and_the_constant():
     assert pass_seconds(shape_config("small"), machine, "float32", 1, 8, 8, 8) == 2 * 4 * 9
 
 
+def test_measured_products_and_attention_take_the_place_of_the_floor():
+    """Seconds for a weight and row of 1 at one row, 0.25 at 16 and more: 0.5 at 4, half-way in logarithms."""
+    config = shape_config("small")
+    weights = sum(count for count in _weights(config))
+    measured = replace(QUICK, products=((1, 1.0), (16, 0.25)), attention=((1, 0.0), (2, 0.0)))
+    for rows, each in ((1, 1.0), (4, 0.5), (16, 0.25), (64, 0.25)):
+        found = pass_seconds(config, measured, "float32", 1, rows, 64, rows)
+        assert found == pytest.approx(rows * each * weights)
+    attention = replace(QUICK, products=((1, 0.0),), attention=((1, 3.0),))
+    width = config.n_heads * config.head_dim
+    assert pass_seconds(config, attention, "float32", 2, 8, 64, 8) == pytest.approx(
+        config.n_layers * 3.0 * 2 * 8 * 64 * width
+    )
+
+
+def _weights(config):
+    """Of all products: a layer's, and the head's."""
+    d, width, kv = config.d_model, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    layer = d * (width + 2 * kv) + width * d + 3 * d * config.mlp_hidden_size
+    return [layer] * config.n_layers + [d * config.embedding_size]
+
+
 @pytest.mark.parametrize("method", ["none", "dual", "c2f"])
 @pytest.mark.parametrize(("block", "steps"), [(4, 16), (8, 4), (16, 1)])
 def test_passes_are_the_samplers(method, block, steps):

@@ -7,12 +7,14 @@ average with --ema). MFU counts what the model needs (`flops.training_flops`), n
 computes again, against the data sheet's peak on a GPU that has one, else against the rate of matrix products measured
 in the same run. A line for each pair of --compile and --loss-chunk; times are medians over --steps after --warm-up.
 Peak memory on a CPU is the process's, which keeps some of what the line before took: compare it one line at a time.
+--beside plain dllm=PATH times a plain loop and dllm's trainer (a clone) after them, from the same weights and rows.
 """
 
 from __future__ import annotations
 
 import gc
 import itertools
+import math
 import statistics
 import sys
 import tempfile
@@ -24,6 +26,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from benchmarks.trainers import check_others
 from dlm.cli.parser import Parser, check_least
 from dlm.cli.scripts import guarded
 from dlm.models.choices import ATTENTION, float_name
@@ -64,6 +67,7 @@ def options() -> Parser:
     add("--threads", type=int, metavar="N", help="of torch on a CPU")
     add("--device", metavar="NAME", help="cpu or cuda (default: a GPU where there is one)")
     add("--seed", type=int, default=0, metavar="N", help="of the weights, the tokens and the noise")
+    add("--beside", nargs="+", default=[], metavar="NAME[=PATH]", help="plain, dllm=PATH: others' steps, of diffusion")
     add("--json", metavar="FILE", help="write the rows there")
     return parser
 
@@ -80,6 +84,8 @@ def check(args: Namespace) -> None:
     for value in args.loss_chunk:
         if value != "auto" and not value.isdigit():
             raise ValueError(f"--loss-chunk has {value!r}: give auto, 0 for all places, or a number of them")
+    if args.beside and (args.objective != "diffusion" or args.accumulation > 1 or args.optimizer != "adamw"):
+        raise ValueError("--beside compares steps of diffusion with adamw and no accumulation: leave the others out")
     if args.device not in ("cpu", "cuda") or (args.device == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"--device {args.device} cannot be used here: give cpu, or cuda where there is a GPU")
 
@@ -95,12 +101,17 @@ def settings(args: Namespace, folder: str, compiled: bool, chunk: str) -> Traini
     )  # fmt: skip
 
 
+def random_ids(vocabulary: int, rows: int, length: int, seed: int) -> np.ndarray:
+    """Ids (rows, length); the last ids are special ones and left out."""
+    return np.random.default_rng(seed).integers(0, max(1, vocabulary - 8), (rows, length))
+
+
 def random_rows(vocabulary: int, rows: int, length: int, seed: int) -> Examples:
-    """Examples of exactly `length` random tokens, each a row; the last ids are special ones and left out."""
+    """Examples of exactly `length` random tokens, each a row."""
     from dlm.data.documents import Documents
     from dlm.data.examples import Examples
 
-    tokens = np.random.default_rng(seed).integers(0, max(1, vocabulary - 8), rows * length).astype(np.uint32)
+    tokens = random_ids(vocabulary, rows, length, seed).reshape(-1).astype(np.uint32)
     starts = np.arange(rows + 1) * length
     return Examples([Documents(tokens, starts, np.ones(len(tokens), dtype=bool), None, len(tokens))], length)
 
@@ -150,6 +161,14 @@ def line(row: dict) -> str:
     )
 
 
+def other_line(row: dict) -> str:
+    """Another's steps for people."""
+    return (
+        f"{row['beside']:<40} {row['tokens_per_second']:>10,.0f} tokens/s  {1e3 * row['seconds']:9.1f} ms a step  "
+        f"{row['ratio']:.2f} times ours"
+    )
+
+
 def run(argv: Sequence[str]) -> int:
     """Measure the variants and print a line for each; the rows are on the disk before the next one begins."""
     args = options().parse(argv)
@@ -159,6 +178,7 @@ def run(argv: Sequence[str]) -> int:
 
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check(args)
+    others = check_others(args.beside)
     variants = list(itertools.product(COMPILE[args.compile], dict.fromkeys(args.loss_chunk)))
     with tempfile.TemporaryDirectory() as folder:
         configs = [settings(args, folder, *variant) for variant in variants]  # all are checked before any runs
@@ -188,7 +208,30 @@ def run(argv: Sequence[str]) -> int:
             rows.append(row)
             if args.json:
                 write_json(Path(args.json), {"options": vars(args), "peak": peak, "rows": rows}, indent=1)
+    for name, path in others.items():
+        rows.append(beside(args, name, path, next((row["seconds"] for row in rows if "seconds" in row), math.nan)))
+        print(other_line(rows[-1]), flush=True)
+        if args.json:
+            write_json(Path(args.json), {"options": vars(args), "peak": peak, "rows": rows}, indent=1)
     return 0
+
+
+def beside(args: Namespace, name: str, path: Path | None, ours: float) -> dict:
+    """Another's steps: the median after the first and the warm-up, and its ratio to the first variant's."""
+    import torch
+
+    from benchmarks.trainers import other_steps
+
+    model = random_model(args.config, device=torch.device(args.device), seed=args.seed, length=args.length)
+    rows = torch.from_numpy(random_ids(model.config.vocab_size, 4 * args.batch, args.length, args.seed)).to(
+        model.device
+    )
+    times = other_steps(name, path, model, rows, args.batch, 1 + args.warm_up + args.steps, args.precision == "bf16")
+    seconds = statistics.median(times[1 + args.warm_up :])
+    return {
+        "beside": name, "seconds": seconds, "tokens_per_second": args.batch * args.length / seconds,
+        "ratio": seconds / ours, "first_step": times[0],
+    }  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from benchmarks import trainers
 from benchmarks import training as bench
 from dlm.benchmarking import roofline
 from dlm.cli.main import main
@@ -70,6 +71,26 @@ def test_its_steps_are_those_of_a_run(tmp_path, capsys, taken, objective):
     assert losses == pytest.approx([record["loss"] for record in records], rel=1e-6) and len(losses) == 4
 
 
+def test_a_plain_loop_beside_it(tmp_path, capsys, monkeypatch):
+    """As many steps as ours, and it learns: the loss of the rows it saw falls."""
+    monkeypatch.setattr(roofline, "matmul_rate", lambda *_: 1e12)
+    where = tmp_path / "rows.json"
+    assert bench.main([*SMALL, "--steps", "2", "--beside", "plain", "--json", str(where)]) == 0
+    ours, plain = json.loads(where.read_text())["rows"]
+    assert plain["beside"] == "plain" and plain["ratio"] == pytest.approx(plain["seconds"] / ours["seconds"])
+    assert "times ours" in capsys.readouterr().out
+    torch.manual_seed(0)
+    model, rows = random_model("small", length=8), torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8]] * 2)
+    hidden = rows.masked_fill(rows == 7, model.config.mask_token_id)
+
+    def nats():
+        return -model(input_ids=hidden).logits.log_softmax(dim=-1)[:, [2, 6], 7].mean().item()
+
+    before = nats()
+    assert len(trainers.other_steps("plain", None, model, rows, 2, 4, False)) == 4
+    assert nats() < before - 1
+
+
 def test_a_variant_that_does_not_fit_is_a_line(capsys, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -91,6 +112,11 @@ def test_a_variant_that_does_not_fit_is_a_line(capsys, monkeypatch):
     (["--batch", "3", "--accumulation", "2"], "equal parts"),
     (["--device", "tpu"], "device tpu cannot be used"),
     (["--precision", "fp16", "--loss-chunk", "8"], "loss_chunk 8"),
+    (["--beside", "plan"], "'plain'"),
+    (["--beside", "dllm"], "give dllm=PATH, the root of a clone"),
+    (["--beside", "dllm=tests"], "tests has no dllm/core/trainers/mdlm.py"),
+    (["--beside", "plain=here"], "plain takes no path"),
+    (["--beside", "plain", "--objective", "autoregressive"], "--beside compares steps of diffusion"),
 ])  # fmt: skip
 def test_training_refusals(words, said, capsys):
     assert main(["bench", "training", "--config", "small", *words]) == 2

@@ -124,12 +124,12 @@ def main(argv: list[str]) -> int:
     before = read_notes(Path(args.before)) if args.before else {}
     front = yaml.safe_load(template.split("---")[1])
     defaults, prompts, chat = front.pop("sampling"), front.pop("samples"), front.pop("chat")
-    fast = front.pop("fast", None)  # what differs in a second set of samples
+    more = front.pop("more_samples", {})  # name of a further set of samples: the settings that differ in it
     model, tokenizer = dlm.load(source, dtype="float32", device="cpu")
     bound = measure(model, tokenizer, args.valid.split(","), notes["recipe"]["sequence_length"], args.passes, args.rows)
     config = dlm.SamplingConfig(**defaults)
     texts = samples(source, prompts, config)
-    second = samples(source, prompts, dlm.SamplingConfig(**{**defaults, **fast})) if fast else []
+    further = {name: samples(source, prompts, dlm.SamplingConfig(**{**defaults, **own})) for name, own in more.items()}
     fields = {
         **{key: value for key, value in notes.items() if not isinstance(value, dict)},
         **notes["recipe"],
@@ -140,7 +140,7 @@ def main(argv: list[str]) -> int:
         "all_tokens": notes["tokens_seen"] + before.get("tokens_seen", 0),
         "sampling": ", ".join(f"`{key}` {value}" for key, value in defaults.items()),
         "samples": numbered(texts),
-        "fast_samples": numbered(second),
+        **{f"{name}_samples": numbered(written) for name, written in further.items()},
         "reading": front.pop("reading", ""),
         "credits": credits(Path(args.credits)) if args.credits else "",
     }

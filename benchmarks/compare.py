@@ -105,6 +105,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("first", metavar="FILE")
     parser.add_argument("second", metavar="FILE")
     parser.add_argument("--out", default="compare.html", metavar="FILE", help="the page (default: compare.html)")
+    parser.writes(out="html")
     args = parser.parse(argv)
     first, second = read_grid(args.first), read_grid(args.second)
     if first.name == second.name:

@@ -70,6 +70,7 @@ def parser() -> Parser:
     add("--config", default="llada-8b", metavar="NAME", help="of the pass compared with (default: llada-8b)")
     add("--machine", default="h100", metavar="NAME", help="h100, h200 or b200 (default: h100)")
     add("--json", metavar="FILE", help="write the numbers there")
+    made.writes(json="json")
     return made
 
 

@@ -60,6 +60,7 @@ def options() -> Parser:
     add("--clock", default="wall", choices=("wall", "cpu"), help="of `this`: cpu for a machine in use, with one thread")
     add("--check", metavar="FILE", help="compare with the passes that benchmarks.gpu measured, results.jsonl")
     add("--json", metavar="FILE", help="write the rows there")
+    parser.writes(json="json")
     return parser
 
 

@@ -44,6 +44,7 @@ def options() -> Parser:
     add("--block", type=int, default=32, metavar="K", help="slots of the block, 3 or more (default: 32)")
     add("--repeats", type=int, default=3, metavar="N", help="timed passes of the whole canvas (default: 3)")
     add("--plot", metavar="FILE", help="write a chart there, an SVG")
+    parser.writes(json="json", plot="svg")
     return parser
 
 

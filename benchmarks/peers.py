@@ -233,6 +233,7 @@ def run(argv: Sequence[str]) -> int:
     parser = Parser("bench peers", "--peer NAME=PATH [options]", __doc__)
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH", help=f"one of {', '.join(PEERS)}")
     workload_options(parser)
+    parser.writes(json="json")
     args = parser.parse(argv)
     if not args.peer:
         raise ValueError("no peer was given: --peer llada=PATH, fast-dllm=PATH or dllm=PATH")

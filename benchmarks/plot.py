@@ -85,6 +85,7 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser("bench plot", "FILE [options]", __doc__)
     parser.add_argument("file", metavar="FILE", help="what dlm bench grid wrote")
     parser.add_argument("--out", metavar="FILE", help="the page (default: FILE with .html)")
+    parser.writes(out="html")
     parser.add_argument("--svg", metavar="FOLDER", help="write each picture there as well")
     args = parser.parse(argv)
     source = Path(args.file)

@@ -42,6 +42,7 @@ def options(argv: Sequence[str]) -> Parser:
     add("--clock", default="wall", choices=("wall", "cpu"), help="of throughput; cpu on a machine in use")
     add("--threads", type=int, metavar="N", help="of torch on a CPU")
     add("--json", metavar="FILE", help="write the rows there")
+    parser.writes(json="json")
     parser.add_model()
     parser.add_sampling(shown_defaults(argv), leave_out=FIXED)
     return parser

@@ -204,6 +204,7 @@ def run(argv: Sequence[str]) -> int:
         "--equal-quality", metavar="FILE",
         help="measure nothing: of a grid's results, the fastest setting within 2%% of the quality of one token a pass",
     )  # fmt: skip
+    parser.writes(json="json")
     args = parser.parse(argv)
     check_least(args, 0, "warm_up")
     if args.equal_quality:

@@ -69,6 +69,7 @@ def options() -> Parser:
     add("--seed", type=int, default=0, metavar="N", help="of the weights, the tokens and the noise")
     add("--beside", nargs="+", default=[], metavar="NAME[=PATH]", help="plain, dllm=PATH: others' steps, of diffusion")
     add("--json", metavar="FILE", help="write the rows there")
+    parser.writes(json="json")
     return parser
 
 

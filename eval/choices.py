@@ -58,6 +58,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--orders", type=int, default=8, metavar="N", help="orders that are averaged (default: 8)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the orders and of the held-out part")
     parser.add_argument("--out", metavar="FILE", help="write the result there, as JSON")
+    parser.writes(out="json")
     parser.add_argument(
         "--also-dtype", type=float_name, metavar="NAME", help="judge in this type too: what rounding alone changes"
     )

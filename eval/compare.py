@@ -54,6 +54,7 @@ def parse(argv: list[str]):
     add("--data", nargs="+", required=True, metavar="PATH", help="held-out texts, for bits per byte")
     add("--stories", required=True, metavar="PATH", help="held-out text of sentences, for all else")
     add("--out", required=True, metavar="FILE", help="results as JSON")
+    parser.writes(out="json")
     add("--max-bytes", type=int, metavar="N", help="of each text of --data (default: all)")
     add("--length", type=int, default=256, metavar="N", help="tokens of a window and of a text (default: 256)")
     add("--draws", type=int, default=2, metavar="N", help="of noise for a window of --data (default: 2)")

@@ -51,6 +51,7 @@ def parse(argv: list[str]):
     add("--device", help="cpu, cuda, cuda:1, mps (default: a GPU where there is one)")
     add("--dtype", default="auto", help="float32, bfloat16, float16, int8, fp8 (default: as saved)")
     add("--out", metavar="FILE", help="write results and texts there as JSON, and go on from what is done")
+    parser.writes(out="json")
     return parser.parse(argv)
 
 

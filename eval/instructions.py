@@ -99,7 +99,8 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--rows", type=int, default=100, metavar="N", help="of the data, from its beginning")
     parser.add_argument("--batch-size", type=int, default=10, metavar="N", help="answers at a time (default: 10)")
     parser.add_argument("--show", type=int, default=3, metavar="N", help="answers to print (default: 3)")
-    parser.add_argument("--output", metavar="FILE", help="write answers and shares as JSON")
+    parser.add_argument("--out", "--output", metavar="FILE", help="write answers and shares as JSON")
+    parser.writes(out="json")
     parser.add_model()
     parser.add_sampling(shown_defaults(argv))
     args = parser.parse(argv)
@@ -130,9 +131,9 @@ def run(argv: list[str]) -> int:
             f"{name:<7} {share['mean']:.1%} ± {share['standard_error']:.1%} of what {share['count']} prompts ask for "
             f"(by chance {share['by_chance']:.1%})"
         )
-    if args.output:
+    if args.out:
         made = [{"prompt": row["prompt"], "answer": answer} for row, answer in zip(rows, answers, strict=True)]
-        write_json(Path(args.output), {"shares": shares, "answers": made}, indent=1)
+        write_json(Path(args.out), {"shares": shares, "answers": made}, indent=1)
     return 0
 
 

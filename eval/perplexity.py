@@ -37,6 +37,7 @@ def parse(argv: list[str]):
     add("--data", nargs="+", required=True, metavar="PATH", help=".txt, .jsonl (.xz), .parquet, or hf:NAME")
     add("--model", nargs="+", default=[None], metavar="PATH", help="folders or hub ids (default: the one that ships)")
     add("--out", metavar="FILE", help="write the results there as JSON, and go on from what is done")
+    parser.writes(out="json")
     windows = parser.add_argument_group("windows")
     add = windows.add_argument
     add(
@@ -95,8 +96,6 @@ def run(args, argv: list[str]) -> int:
         estimator_of(args), args.draws, args.block_length, seed=args.seed, batch_size=args.batch_size,
         visibility=args.visibility,
     )  # fmt: skip
-    if args.out:
-        check_writable(args.out)
     state = PartialState(cpu=args.device == "cpu")
     device = args.device or str(state.device)
     report = None if not state.is_main_process else lambda line: print(line, file=sys.stderr, flush=True)
@@ -152,15 +151,6 @@ def estimator_of(args) -> str | None:
             f"give one of them"
         )
     return PATTERNS[args.pattern]
-
-
-def check_writable(out: str) -> None:
-    """Errors, before hours of work: a place where the results cannot be written."""
-    folder = Path(out).resolve().parent
-    if not folder.is_dir():
-        raise ValueError(f"--out {out}: there is no folder {folder}; make it, or name another file")
-    with Path(out).open("a", encoding="utf-8"):
-        pass
 
 
 def cut(name: str, wide: int) -> str:

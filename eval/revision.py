@@ -44,6 +44,7 @@ def options(argv: list[str]):
     add("--judge", metavar="PATH", help="any autoregressive model (default: the twin of the model that ships)")
     add("--seed", type=int, default=0, metavar="N", help="of the damage and of the first text")
     add("--out", metavar="FILE", help="write the results there as JSON")
+    parser.writes(out="json")
     parser.add_model()
     args = parser.parse(argv)
     check_least(args, 2, "rows", "length", "gen_length")

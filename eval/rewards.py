@@ -28,6 +28,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--limit", type=int, metavar="N", help="prompts from the beginning of the file (all)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="answers at a time (64)")
     parser.add_argument("--out", metavar="FILE", help="write the result and the answers there, as JSON")
+    parser.writes(out="json")
     parser.add_sampling(shown_defaults(argv))
     parser.add_model()
     args = parser.parse(argv)

@@ -287,7 +287,8 @@ def parse(argv: list[str]):
         "rounds of a model whose layers are repeated (default: as it was trained)"))  # fmt: skip
     parser.add_argument("--seed", type=int, default=1_000_000, metavar="N", help="of the puzzles (default: 1000000)")
     parser.add_argument("--batch-size", type=int, default=100, metavar="N", help="puzzles at a time (default: 100)")
-    parser.add_argument("--output", metavar="FILE", help="write the table as JSON")
+    parser.add_argument("--out", "--output", metavar="FILE", help="write the table as JSON")
+    parser.writes(out="json")
     args = parser.parse(argv)
     if not args.model:
         raise ValueError("no model: give --model a folder that dlm train sudoku wrote")
@@ -346,8 +347,8 @@ def run(argv: list[str]) -> int:
     print_head(len(puzzles))
     rows = settings(args.orders, args.steps, args.thresholds, args.methods, args.rules)
     records = table(model, puzzles, rows, args.batch_size, print_row, tries)
-    if args.output:
-        write_json(Path(args.output), {"command": argv, "rows": records}, indent=1)
+    if args.out:
+        write_json(Path(args.out), {"command": argv, "rows": records}, indent=1)
     return 0
 
 

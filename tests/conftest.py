@@ -27,7 +27,7 @@ SLOW = (
     "properties/test_identities.py::test_dual_is_none", "properties/test_identities.py::test_infilling_keeps",
     "properties/test_identities.py::test_oracle", "properties/test_identities.py::test_prefix_is",
     "properties/test_identities.py::test_vicinity", "properties/test_invariants.py::test_random_settings",
-    "sampling/test_commit.py::test_top", "sampling/test_end_of_text", "sampling/test_revise.py::test_random_settings",
+    "sampling/test_propose.py::test_top", "sampling/test_end_of_text", "sampling/test_revise.py::test_random_settings",
     "sampling/test_revise.py::test_the_law", "serving/test_offline.py::test_sigkill",
     "serving/test_robust.py::test_a_process", "serving/test_soak", "training/test_kills", "training/test_processes",
     "training/test_steps.py::test_two_processes", "training/test_trainer.py::test_context", "training/test_zero",

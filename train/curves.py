@@ -160,6 +160,7 @@ def run(argv: list[str]) -> int:
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="output folder of a run, or its metrics.jsonl")
     add("--out", default="curves.svg", metavar="FILE", help="the picture, an SVG (default: curves.svg)")
+    parser.writes(out="svg")
     add("--smooth", type=int, metavar="N", help="steps that a mean is taken over (default: a twentieth of the run)")
     args = parser.parse(argv)
     check_least(args, 1, "smooth")

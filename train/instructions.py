@@ -91,7 +91,9 @@ def rarer_words(stories: list[str], limits: Limits) -> set[str]:
 
 def run(argv: list[str]) -> int:
     """Read the stories, write one JSON object a line: prompt, response, and what the prompt asks for."""
-    args = story_files.options("train instructions", "FILE", __doc__, "where the JSONL goes").parse(argv)
+    parser = story_files.options("train instructions", "FILE", __doc__, "where the JSONL goes")
+    parser.writes(output="jsonl")
+    args = parser.parse(argv)
     story_files.check(args, "instructions")
     stories = story_files.read(args)
     limits = Limits()

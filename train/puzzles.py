@@ -127,6 +127,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--careless", type=float, default=0.0, metavar="X", help="share of careless responses (0)")
     parser.add_argument("--without", metavar="FILE", help="prompts that are left out: one a line, or JSONL")
     parser.add_argument("--output", metavar="FILE", help="where the JSONL goes")
+    parser.writes(output="jsonl")
     args = parser.parse(argv)
     check_name("kind", args.kind, KINDS)
     if not args.output or args.count < 1:

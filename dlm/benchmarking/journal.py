@@ -41,8 +41,7 @@ def journal_paths(path: Path) -> list[Path]:
 
 
 def check_output(name: str) -> Path:
-    """The path of a results file to write, its folder made. Errors: no .json; a file that cannot be written, or that
-    was not made here and would be overwritten."""
+    """The path of a results file to write, its folder made. Errors: no .json; a file that cannot be written."""
     path = Path(name)
     if path.suffix != ".json" or path.is_dir():
         raise ValueError(f"--out is {name!r}: give the name of a file that ends in .json")

@@ -64,7 +64,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
 def page(title: str, lead: str, sections: Sequence[tuple[str, str]], data: Sequence[dict]) -> str:
     """The whole page: (heading, HTML) sections; data: what the mouse brings up for each data-i."""
     body = "".join(f"<h2>{escape(heading)}</h2>{html}" for heading, html in sections)
-    known = to_json(data, ascii_only=False).replace("</", "<\\/")
+    known = to_json(data, ascii_only=False).replace("<", "\\u003c")  # no text of a model ends or opens a script
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>'

@@ -1,4 +1,4 @@
-"""Sampling defaults of a checkpoint, written: the entry "dlm" of its generation_config.json."""
+"""Sampling defaults of a checkpoint: its family's, and the entry "dlm" of its generation_config.json, written."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from dlm.checkpoints.files import SHIPPED, read_defaults
+from dlm.checkpoints.load import is_own
+from dlm.models.fields import LLaDAFields
+from dlm.sampling.config import as_ids
 from dlm.utils.files import MARKER, whole_folder, write_json
 from dlm.utils.jsonio import read_object
 
-__all__ = ["check_writable", "write_defaults"]
+__all__ = ["check_writable", "family_defaults", "write_defaults"]
 
 NAME = "generation_config.json"
 # What is replaced as a whole: a method goes with its block length, a commit rule with its numbers.
@@ -19,6 +22,18 @@ TUNED = (
     "method", "block_length", "commit", "steps", "steps_per_block", "threshold", "factor", "entropy_bound", "revise",
     "edit_threshold", "edit_shadow", "verify_threshold", "max_post_passes", "gen_length",
 )  # fmt: skip
+
+
+def family_defaults(config) -> dict[str, Any]:
+    """The sampling options of the authors of a checkpoint's family, by its configuration; {} where there are none."""
+    if not is_own(config) or isinstance(config, LLaDAFields):
+        return {}
+    from dlm.models.families import family_of  # the table of families takes seconds to import
+
+    options = dict(family_of(config).sampling)
+    if not as_ids(config.eos_token_id):
+        options.pop("stop_at_eos", None)
+    return options
 
 
 def check_writable(source: Path, target: Path, *, hub: bool) -> None:

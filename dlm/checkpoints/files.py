@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dlm.sampling.config import SAMPLING
+from dlm.sampling.config import SAMPLING, SamplingConfig
 from dlm.utils.jsonio import read_object
 
-__all__ = ["SHIPPED", "TWIN", "cached_defaults", "defaults_for", "read_defaults"]
+__all__ = ["SHIPPED", "TWIN", "cached_defaults", "defaults_for", "read_defaults", "sampling_with"]
 
 SHIPPED = Path(__file__).parent.parent / "assets" / "llama-stories-12m"  # the model that comes with the package
 TWIN = SHIPPED.with_name("llama-stories-6m-autoregressive")  # autoregressive: its judge, and a baseline
@@ -31,20 +32,43 @@ def defaults_for(use: str, own: dict[str, Any], full_attention: bool) -> dict[st
     return own
 
 
+def sampling_with(own: dict[str, Any], fields: dict[str, Any]) -> SamplingConfig:
+    """A checkpoint's sampling defaults with `fields` over them; where these have a gen_length, the checkpoint's steps,
+    which are meant for its own, are left out. Raises ValueError as SamplingConfig."""
+    kept = {name: value for name, value in own.items() if name in SAMPLING}
+    if "gen_length" in fields:
+        kept.pop("steps", None)
+    return SamplingConfig(**kept | fields)
+
+
 def cached_defaults(path: str, use: str = "text") -> dict[str, Any]:
-    """`defaults_for` a use, of a folder or a hub id in the cache: without torch and network."""
+    """The defaults in force for a use (`defaults_for`), of a folder or a hub id in the cache: without network, and in
+    LLaDA's own layout without torch. {} where no file is here."""
+    if (folder := _folder_here(path)) is None:
+        return {}
+    config = folder / "config.json"
+    fields = read_object(config) if config.is_file() else {}
+    own = read_defaults(folder / "generation_config.json")
+    if fields.get("model_type", "llada") != "llada" or fields.get("num_experts") is not None:
+        from dlm.checkpoints.defaults import family_defaults  # needs torch
+        from dlm.checkpoints.load import read_config
+
+        with suppress(ValueError):  # help is there for any folder; the command says what is wrong with it
+            own = family_defaults(read_config(folder)) | own
+    return defaults_for(use, own, bool(fields.get("full_attention")))
+
+
+def _folder_here(path: str) -> Path | None:
     if Path(path).is_dir():
-        config = Path(path) / "config.json"
-        full = use == "blanks" and config.is_file() and bool(read_object(config).get("full_attention"))
-        return defaults_for(use, read_defaults(Path(path) / "generation_config.json"), full)
+        return Path(path)
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        file = try_to_load_from_cache(path, "generation_config.json")
+        files = [try_to_load_from_cache(path, name) for name in ("config.json", "generation_config.json")]
     except HFValidationError:  # no name that a hub could have
-        return {}
-    return defaults_for(use, read_defaults(file), False) if isinstance(file, str) else {}
+        return None
+    return next((Path(file).parent for file in files if isinstance(file, str)), None)
 
 
 def read_defaults(file: str | Path) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlm.checkpoints.defaults import family_defaults
+from dlm.checkpoints.files import defaults_for, sampling_with
 from dlm.checkpoints.pretrained import Pretrained
 from dlm.kernels.packing import packed
 from dlm.sampling import autoregressive
@@ -51,13 +53,27 @@ def generate(
     """Generates for a batch with a model, an open checkpoint (`Pretrained`) or any mask predictor.
 
     inputs: id lists of any lengths, ids (B, P) or (P,), texts (these need `tokenizer`), what a tokenizer or a chat
-    template returns (a mapping with `input_ids` and `attention_mask`), or a `Canvas`. A model's packed copy is made at
-    the first call and kept with it (`kernels.packing`). telemetry: watches the passes (`sampling.telemetry`).
+    template returns (a mapping with `input_ids` and `attention_mask`), or a `Canvas`. config: None takes the sampling
+    defaults of the checkpoint. A model's packed copy is made at the first call and kept with it (`kernels.packing`).
+    telemetry: watches the passes (`sampling.telemetry`).
     Raises ValueError for inputs or settings that do not fit the model, FloatingPointError for NaN logits.
     """
     if isinstance(model, Pretrained):
         tokenizer = model.optional_tokenizer if tokenizer is None else tokenizer
+    config = config or own_settings(model, "blanks" if isinstance(inputs, Canvas) else "text")
     return whole.generate(_predictor(model), inputs, config, tokenizer=tokenizer, telemetry=telemetry)
+
+
+def own_settings(model, use: str = "text", **fields: Any) -> SamplingConfig:
+    """The sampling defaults of an open checkpoint, or of a model by family and generation_config, with `fields` over
+    them; those of SamplingConfig where there are none. use: as `defaults_for`."""
+    if isinstance(model, Pretrained):
+        return model.sampling(use, **fields)
+    settings = getattr(model, "config", None)
+    own = getattr(getattr(model, "generation_config", None), "dlm", None) or {}
+    own = family_defaults(settings) | own
+    own = defaults_for(use, own, getattr(settings, "full_attention", False))
+    return sampling_with(own, fields)
 
 
 def generate_ids(
@@ -85,9 +101,7 @@ def generate_ids(
     if model.config.objective == "autoregressive":
         answer = _continue(model, given, tokenizer, fields)
     else:
-        defaults = getattr(getattr(model, "generation_config", None), "dlm", None) or {}
-        defaults = {name: value for name, value in defaults.items() if name in _FIELDS}
-        answer = generate(model, given, SamplingConfig(**defaults | fields), tokenizer=tokenizer).sequences
+        answer = generate(model, given, own_settings(model, **fields), tokenizer=tokenizer).sequences
     return torch.cat([ids, answer.to(ids.device)], dim=1)
 
 
@@ -125,11 +139,12 @@ def infill(
     """Fills the blanks of a text (`The cat ___{1..6} on the mat.`), each with the length of its range that gives the
     lowest bound on -log p of the text, as `sampling.lengths.fill_lengths`.
 
-    model: an open checkpoint, or a model with its tokenizer. End-of-text is not written into a blank.
+    model: an open checkpoint, or a model with its tokenizer. config: None takes the sampling defaults of the checkpoint
+    for blanks. End-of-text is not written into a blank.
     """
     tokenizer, predictor = _tokenizer_of(model, tokenizer), _predictor(model)
     settings = predictor.config
-    config, eos = config or SamplingConfig(), as_ids(settings.eos_token_id)
+    config, eos = config or own_settings(model, "blanks"), as_ids(settings.eos_token_id)
     config = replace(config, suppress_eos=bool(config.eos_ids or eos))
     known = {"tokenizer": tokenizer, "mask_id": mask_id(tokenizer, settings), "eos": config.eos_ids or eos}
     return fill_lengths(predictor, text, config, blank_length=blank_length, draws=draws, **known)

@@ -11,6 +11,7 @@ def describe(path: str | None = None, revision: str | None = None) -> dict[str, 
     Sizes are None where the weights of a hub id are not on this machine.
     Raises as `load_pretrained`, but for what only loading shows.
     """
+    from dlm.checkpoints.defaults import family_defaults
     from dlm.checkpoints.files import SHIPPED, read_defaults
     from dlm.checkpoints.folder import DTYPES, Tensors, fetch, read_tensors, weight_files
     from dlm.checkpoints.load import read_config
@@ -41,8 +42,9 @@ def describe(path: str | None = None, revision: str | None = None) -> dict[str, 
         "max_length": config.max_sequence_length,
         "block_causal": config.block_length is not None,
         "block_length": config.block_length,
-        "full_attention": config.block_length is None or bool(getattr(config, "full_attention", False)),
+        "full_attention": config.objective != "autoregressive"
+        and (config.block_length is None or bool(getattr(config, "full_attention", False))),
         "chat_template": bool(getattr(tokenizer, "chat_template", None)),
         "methods": [] if config.objective == "autoregressive" else methods_for(config),
-        "defaults": read_defaults(folder / "generation_config.json"),
+        "defaults": family_defaults(config) | read_defaults(folder / "generation_config.json"),
     }

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from dlm.checkpoints.adapters import base_of, with_adapter
-from dlm.checkpoints.files import SHIPPED, defaults_for, read_defaults
+from dlm.checkpoints.defaults import family_defaults
+from dlm.checkpoints.files import SHIPPED, defaults_for, read_defaults, sampling_with
 from dlm.checkpoints.folder import Tensors, check_names, check_sizes, fetch, read_tensors, weight_files
 from dlm.checkpoints.load import Placing, is_own, open_model, read_config, read_fields
 from dlm.checkpoints.quick import fits, packed_from
@@ -26,7 +27,7 @@ from dlm.kernels.linear import QUANTIZED
 from dlm.kernels.native import library
 from dlm.kernels.packing import packed, packed_alone
 from dlm.models.fields import LLaDAFields
-from dlm.sampling.config import as_ids
+from dlm.sampling.config import SamplingConfig, as_ids
 from dlm.tokenizer import Codec, load_tokenizer, mask_id, open_codec
 
 if TYPE_CHECKING:  # opening a checkpoint to generate text does without it, and its import takes a second
@@ -109,15 +110,7 @@ class Pretrained:
     def defaults(self) -> dict[str, Any]:
         """The sampling options that its family's authors use, and over them those that its generation_config.json asks
         for, perhaps "chat": False, or options for answers."""
-        saved = read_defaults(self.folder / "generation_config.json")
-        if not is_own(self.fields) or isinstance(self.fields, LLaDAFields):  # neither has options of its own
-            return saved
-        from dlm.models.families import family_of
-
-        family = dict(family_of(self.fields).sampling)
-        if not self.has_end:
-            family.pop("stop_at_eos", None)
-        return family | saved
+        return family_defaults(self.fields) | read_defaults(self.folder / "generation_config.json")
 
     @property
     def chat_defaults(self) -> dict[str, Any]:
@@ -134,6 +127,13 @@ class Pretrained:
     def blank_defaults(self) -> dict[str, Any]:
         """`defaults` for filling blanks."""
         return defaults_for("blanks", self.defaults, getattr(self.fields, "full_attention", False))
+
+    def sampling(self, use: str = "text", **fields: Any) -> SamplingConfig:
+        """Its sampling defaults for a use (`text`, `answers` or `blanks`), with `fields` over them.
+
+        Raises ValueError as SamplingConfig.
+        """
+        return sampling_with(defaults_for(use, self.defaults, getattr(self.fields, "full_attention", False)), fields)
 
     @cached_property
     def digest(self) -> str:

@@ -29,6 +29,7 @@ def add_common(parser: Parser, argv: Sequence[str], use: str, texts: Mapping[str
     )
     parser.add_sampling(shown_defaults(argv, use), texts=texts)
     parser.add_output().add_argument("--record", metavar="FILE", help="write every pass there, for dlm replay")
+    parser.writes(record="recording")
 
 
 def check_counts(args) -> None:

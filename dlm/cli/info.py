@@ -9,6 +9,7 @@ from dlm.checkpoints.inspect import describe
 from dlm.cli import live
 from dlm.cli.parser import Parser
 from dlm.cli.session import print_json
+from dlm.utils.settings import shown_default
 
 
 def info(argv: Sequence[str]) -> int:
@@ -43,11 +44,17 @@ def info(argv: Sequence[str]) -> int:
         "attention": _attention(facts, seen),
         "chat": "has a chat template" if facts["chat_template"] else "no chat template",
         "methods": ", ".join(facts["methods"]) or "none: it predicts the next token, and cannot fill in masks",
-        "defaults": ", ".join(f"{name} {value}" for name, value in facts["defaults"].items()) or "dlm's own",
+        "defaults": _options(facts["defaults"]) or "dlm's own",
     }
+    if isinstance(facts["defaults"].get("chat"), dict):
+        lines["in chats"] = _options(facts["defaults"]["chat"])
     for name, text in lines.items():
         print(live.printable(f"{name:<11} {text}", sys.stdout))
     return 0
+
+
+def _options(options: dict) -> str:
+    return ", ".join(f"{name} {shown_default(value)}" for name, value in options.items() if name != "chat")
 
 
 def _attention(facts: dict, otherwise: str) -> str:

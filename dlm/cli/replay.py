@@ -16,6 +16,9 @@ from dlm.utils.printable import safe
 if TYPE_CHECKING:
     from dlm.sampling.trajectory import Recording
 
+COLUMNS = 72  # of a film's terminal
+SLOWEST, FASTEST = 0.001, 1000  # passes a second
+
 
 def replay(argv: Sequence[str]) -> int:
     """`dlm replay`: show a recording."""
@@ -25,31 +28,46 @@ def replay(argv: Sequence[str]) -> int:
     parser.add_argument("--step", action="store_true", help="wait for Enter before each pass")
     parser.add_argument("--html", metavar="OUT", help="write a page in place of showing it")
     parser.add_argument("--svg", metavar="OUT", help="write a film of the first batch, an animated picture")
-    parser.add_argument("--columns", type=int, default=72, metavar="N", help="of the film's terminal (default: 72)")
+    parser.add_argument("--columns", type=int, metavar="N", help="of the film's terminal (default: 72)")
+    parser.writes(html="html", svg="svg")
     args = parser.parse(argv)
-    check_least(args, 20, "columns")
-    if args.speed is not None and not args.speed > 0:
-        raise ValueError(f"--speed is {args.speed}: give passes a second, above 0")
+    check(args)
     from dlm.sampling.trajectory import read_recordings
 
     recordings = read_recordings(args.file)
     if args.html:
-        with open(args.html, "w", encoding="utf-8") as file:
-            file.write(page(recordings))
-        print(f"wrote {args.html}", file=sys.stderr)
+        write(args.html, page(recordings))
     if args.svg:
         from dlm.cli.film import film
 
         if not recordings[0].passes:
             raise ValueError(f"{args.file} holds no pass: there is no film to draw")
-        with open(args.svg, "w", encoding="utf-8") as file:
-            file.write(film(recordings[0], args.columns, args.speed))
-        print(f"wrote {args.svg}", file=sys.stderr)
+        write(args.svg, film(recordings[0], args.columns or COLUMNS, args.speed))
     if args.html or args.svg:
         return 0
     for recording in recordings:
         show(recording, args.speed or 10.0, args.step)
     return 0
+
+
+def check(args) -> None:
+    """Raises ValueError for numbers that are too small, and for options that have no effect."""
+    check_least(args, 20, "columns")
+    if args.speed is not None and not SLOWEST <= args.speed <= FASTEST:
+        raise ValueError(f"--speed is {args.speed}: give passes a second, from {SLOWEST} to {FASTEST:,}")
+    if args.columns is not None and not args.svg:
+        raise ValueError("--columns is the width of a film, and there is no --svg: leave it out, or add --svg OUT")
+    if args.step and (args.html or args.svg):
+        raise ValueError("--step waits in the terminal, and --html and --svg write files: leave one of them out")
+    if args.speed is not None and args.html and not args.svg:
+        raise ValueError("--speed has no effect on the page of --html, which has a slider: leave it out")
+
+
+def write(name: str, text: str) -> None:
+    """Writes the file and says so."""
+    with open(name, "w", encoding="utf-8") as file:
+        file.write(text)
+    print(f"wrote {name}", file=sys.stderr)
 
 
 def show(recording: Recording, speed: float, step: bool) -> None:
@@ -69,9 +87,8 @@ def show(recording: Recording, speed: float, step: bool) -> None:
             for state in states(recording):
                 view.last_frame = float("-inf")  # every pass is shown
                 view.show(state)
-                if step:
-                    input()
-                else:
+                step = step and waited_for_enter()
+                if not step:
                     time.sleep(1 / speed)
     else:
         *_, state = [None, *states(recording)]
@@ -89,6 +106,17 @@ def show(recording: Recording, speed: float, step: bool) -> None:
             parts.append(mask * (stop - at) if masked else recording.text(last[at:stop]))
             at = stop
         print(safe("".join(parts)))
+
+
+def waited_for_enter() -> bool:
+    """Waits for Enter; False at the end of standard input, where nobody can press it."""
+    try:
+        input()
+    except (EOFError, RuntimeError):  # RuntimeError: standard input is closed
+        return False
+    if sys.stdin.isatty():
+        sys.stdout.write("\x1b[A")  # Enter has moved the cursor down, out of what the live view drew
+    return True
 
 
 def states(recording: Recording) -> Iterator:

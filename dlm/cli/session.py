@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from dlm.checkpoints.files import sampling_with
 from dlm.cli import live
 from dlm.cli.lines import PROMPT, QUIET, Glyphs, Piece, RowText, fit, paint
 from dlm.sampling.config import NEEDS, SAMPLING
@@ -119,14 +120,9 @@ def _say(word: str) -> None:
 
 def settings(args, defaults: dict[str, Any], **fixed):
     """SamplingConfig from its own defaults, then the checkpoint's, then `fixed`, then the options given."""
-    import dlm
-
     given = {field: value for field in SAMPLING if (value := getattr(args, field, None)) is not None}
-    own = {field: value for field, value in defaults.items() if field != "chat"}
-    if "gen_length" in given | fixed:
-        own.pop("steps", None)  # it was meant for the checkpoint's own length
     try:
-        config = dlm.SamplingConfig(**(own | fixed | given))
+        config = sampling_with(defaults, fixed | given)
     except ValueError as error:
         raise ValueError(as_options(str(error))) from error
     swept = getattr(args, "swept", ())  # fields that a grid varies: what depends on them is in force somewhere

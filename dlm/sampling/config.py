@@ -96,7 +96,7 @@ SAMPLING: dict[str, tuple[Callable, str]] = {
     "commit": (str, f"{', '.join(COMMIT_NAMES[:-1])} or {COMMIT_NAMES[-1]}: how many tokens a pass"),
     "threshold": (float, "for --commit threshold, dynamic, capped and stable: least confidence"),
     "factor": (float, "for --commit factor: higher commits more tokens a pass"),
-    "entropy_bound": (float, "for --commit entropy_bound: most nats of entropy that a pass adds up"),
+    "entropy_bound": (float, "for --commit entropy_bound: most nats of a pass's entropies, without the largest"),
     "kl_bound": (float, "for --commit stable: most nats by which a prediction may change from pass to pass"),
     "kl_passes": (int, "for --commit stable: passes in a row in which it changed no more than that"),
     "spacing": (int, "fewest slots between two places that a pass commits; 0: any"),
@@ -180,9 +180,9 @@ class SamplingConfig:
     """How to denoise. Immutable; a value that cannot work raises ValueError with the reason and the fix.
 
     gen_length: tokens to generate after each prompt (ignored where the canvas is given).
-    steps: forward passes for the whole region under commit `quota`; None is one token a pass. Other commit rules
-        decide themselves when a block is done, and do not read it. steps_per_block: passes for a block of
-        block_length, in place of steps; the quotas are those of a whole block where a part of it is given.
+    steps: forward passes for the whole region under commit `quota`, `sequential`, `dynamic`, `capped`, `origin` and
+        `ancestral`; None is one token a pass. The other rules decide themselves when a block is done. steps_per_block:
+        passes for a block of block_length, in its place; quotas are those of a whole block where a part is given.
     block_length: tokens in a block; None is the model's own where it is block-causal, else 32. It need not divide
         gen_length: the last block is shorter.
     sub_block_length: a block is written sub-block by sub-block, while passes compute all of it; sub_block_cache: or a
@@ -193,10 +193,10 @@ class SamplingConfig:
     method: the order and what is recomputed at each pass, a row of `methods.METHODS`. window: vicinity's reach.
         open_share, force_share: how much of a block is written before `pipeline` opens the next one, and before that
         one commits at least one token in every pass.
-    commit: which places are committed at a pass (`commit.COMMITS`), with threshold, factor or entropy_bound; kl_bound
-        and kl_passes for `stable`. spacing: slots that lie between two places that a pass commits, at least, but for
-        places that are both at least as confident as spacing_threshold; under `quota` near ones are committed where the
-        block has no others left, so that the number of passes stays.
+    commit: which places are committed at a pass (`commit.COMMITS`), with threshold, factor or entropy_bound (nats, a
+        sum without its largest); kl_bound and kl_passes for `stable`. spacing: slots that lie between two places that a
+        pass commits, at least, but for places both at least as confident as spacing_threshold; under `quota` near ones
+        are committed where the block has no others left, so that the number of passes stays.
     draft: states that a pass computes beside each row's own, guessed from the last predictions with the row's own noise
         (`draft`): the text stays the same, with fewer passes over more slots; 0 is none.
     revise: what is changed after the commit (`revise.REVISIONS`). edit_threshold and max_post_passes are for `edit`,

@@ -27,21 +27,22 @@ ESCAPE = "surrogateescape"  # bytes that are no UTF-8 by themselves: the parts o
 
 
 class Recorder:
-    """Writes recordings into a file, batch after batch.
+    """Writes recordings into a file, batch after batch; what was there stays until the first batch begins.
 
-    Raises OSError where the file cannot be written.
+    Raises OSError then, where the file cannot be written.
     """
 
     def __init__(self, path, tokenizer=None, ends: Iterable[int] = ()):
         self.path, self.ends, self.known = Path(path), sorted(set(ends)), set()
         self.words = None if tokenizer is None else token_bytes(tokenizer)
-        self.file = self.path.open("w", encoding="utf-8")
+        self.file = None
 
     def __enter__(self) -> Recorder:
         return self
 
     def __exit__(self, *_) -> None:
-        self.file.close()
+        if self.file is not None:
+            self.file.close()
 
     def follow(self, states: Iterable, canvas: Canvas, settings: dict) -> Iterator:
         """Yields the states and writes a line for each. settings: what the header says of the run."""
@@ -79,6 +80,8 @@ class Recorder:
         if self.words is not None:
             sized = [i for i in new if i < len(self.words)]
             line["pieces"] = {str(i): self.words[i].decode("utf-8", ESCAPE) for i in sized}
+        if self.file is None:
+            self.file = self.path.open("w", encoding="utf-8")
         self.file.write(to_json(line) + "\n")
         self.file.flush()  # what an interrupted run has written can be read
 

@@ -51,7 +51,7 @@ def records(
     engine.wait_until_loaded()
     window = engine.settings.max_rows + min(engine.settings.max_waiting, (AHEAD - 1) * engine.settings.max_rows)
     ahead: deque[tuple[Text, Handle | Exception]] = deque()
-    region = [engine.pretrained.mask_id] * config.gen_length
+    region = [engine.pretrained.mask_id] * config.start_length
     for text in wanted:
         ahead.append((text, _submitted(engine, text, config, encode, region)))
         if len(ahead) >= window:

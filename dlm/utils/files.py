@@ -10,7 +10,7 @@ import platform
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,54 @@ MARKER = ".dlm.json"  # in a folder that dlm wrote whole: which files are its ow
 
 
 def write_json(path: Path, content: Any, indent: int | None = None) -> None:
-    """Write a JSON file that appears whole or not at all."""
+    """Write a JSON file that appears whole or not at all; into a pipe or a device, as it is."""
+    text = to_json(content, ascii_only=False, indent=indent) + "\n"
+    if path.exists() and not path.is_file():  # a device must not be replaced
+        path.write_text(text, encoding="utf-8")
+        return
+    path = Path(os.path.realpath(path))  # a link stays one
     temporary = path.with_name(f".{path.name}.partial")
     with temporary.open("w", encoding="utf-8") as file:
-        file.write(to_json(content, ascii_only=False, indent=indent) + "\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
     _sync_folder(path.parent)
+
+
+# Kinds of files that dlm writes, and how they begin.
+BEGINS = {
+    "json": (b"{", b"["),
+    "jsonl": (b"{",),
+    "html": (b"<!doctype html",),
+    "svg": (b"<svg",),
+    "recording": (b'{"format": "dlm-recording"',),
+}
+
+
+def check_file(name: str | os.PathLike, option: str, kind: str, reads: Iterable[str | os.PathLike] = ()) -> Path:
+    """The path of a file that will be written. Raises ValueError, before the work, where that cannot be, or would
+    replace what dlm did not write there.
+
+    option: what the user named it by. kind: of `BEGINS`; a file that begins otherwise is not replaced. reads: names of
+    files that the same command reads.
+    """
+    path = Path(name)
+    if path.is_dir():
+        raise ValueError(f"{option} is {name}, which is a folder: give the name of a file")
+    if not path.parent.is_dir():
+        raise ValueError(f"{option} is {name}, and there is no folder {path.parent}: make it, or give another name")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{option} is {name}, which cannot be written: give a place where you may write")
+    if not path.is_file():  # a new name, a pipe, a device
+        return path
+    if any(os.path.exists(other) and path.samefile(other) for other in reads):
+        raise ValueError(f"{option} is {name}, which this command reads: give another name")
+    with path.open("rb") as file:
+        head = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if head and not head.startswith(BEGINS[kind]):
+        raise ValueError(f"{option} is {name}, which dlm did not write: give another name, or move it away")
+    return path
 
 
 def _sync_folder(folder: Path) -> None:

@@ -81,9 +81,14 @@ class OptionParser(argparse.ArgumentParser):
 
     def __init__(self, prog: str, text: str, usage: str | None = None) -> None:
         super().__init__(prog=prog, usage=usage, description=text, allow_abbrev=False, formatter_class=_Help)
+        self.written: dict[str, str] = {}
 
     def error(self, message: str):
         raise ValueError(f"{shortened(message)} (see {self.prog} --help)")
+
+    def writes(self, **kinds: str) -> None:
+        """Says which options name a file that the command writes, and of which kind it is (`files.BEGINS`)."""
+        self.written |= kinds
 
     def options(self) -> list[str]:
         """All the options' names."""
@@ -100,7 +105,18 @@ class OptionParser(argparse.ArgumentParser):
                 raise ValueError(f"{word!r} belongs to no option (see {self.prog} --help)")
             near = nearest(name, self.options())
             raise ValueError(f"unknown option {name}: did you mean {near}? (see {self.prog} --help)")
+        self._check_written(args)
         return args
+
+    def _check_written(self, args: argparse.Namespace) -> None:
+        for name, kind in self.written.items():
+            if (value := getattr(args, name)) is not None:
+                from dlm.utils.files import check_file  # safetensors is for those who need it
+
+                others = [given for other, given in vars(args).items() if other != name]
+                words = [word for given in others for word in (given if isinstance(given, list) else [given])]
+                parts = [part for word in words if isinstance(word, str) for part in (word, *word.split(","))]
+                check_file(value, flag(name), kind, parts)
 
 
 def flag(field: str) -> str:

@@ -246,3 +246,17 @@ def test_answers_may_have_sampling_options_of_their_own(checkpoint, tmp_path):
             write({"chat": {"turns": wrong}}).chat_turns  # noqa: B018
     with pytest.raises(ValueError, match="gen_length '16'"):
         write({"chat": {"gen_length": "16"}}).chat_defaults  # noqa: B018
+
+
+def test_without_a_config_the_defaults_are_the_checkpoints(tmp_path, tokenizer):
+    """Fault: `dlm.generate(opened, texts)` took dlm's own defaults, and `dlm generate` those of the checkpoint."""
+    folder = make_checkpoint(tmp_path / "own", tokenizer)
+    own = {"gen_length": 5, "steps": 3, "method": "dual", "chat": {"gen_length": 7}}
+    (folder / "generation_config.json").write_text(json.dumps({"dlm": own}))
+    opened = dlm.load_pretrained(folder)
+    assert opened.sampling() == dlm.SamplingConfig(gen_length=5, steps=3, method="dual")
+    assert opened.sampling(gen_length=9).steps is None and opened.sampling("answers").gen_length == 7
+    want = dlm.generate(opened, ["The cat"], opened.sampling())
+    got = [dlm.generate(opened, ["The cat"]), dlm.generate(opened.model, ["The cat"], tokenizer=tokenizer)]
+    assert all(torch.equal(out.sequences, want.sequences) and int(out.nfe) == 3 for out in got)
+    assert dlm.infill(opened, "The ___{2} cat").nfe == 2

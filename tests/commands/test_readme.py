@@ -3,6 +3,7 @@
 import contextlib
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,13 @@ def test_files_exist():
         named = re.findall(r"`((?:dlm|train|tests|eval|benchmarks|docs)/[\w/.-]*)`", page)
         named += re.findall(r"\]\(((?!http)[\w/.-]+)\)", page)
         assert not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_extras_are_those_of_the_package():
+    """Fault: two extras, one of them for JSON and patterns, were not named."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    line = README[README.index("Extras, as in") : README.index('dlm generate "One sunny day"')]
+    assert set(re.findall(r"`(\w+)`", line)) == set(extras)
 
 
 def test_the_table_of_speed_stands_in_the_results():

@@ -56,6 +56,16 @@ def test_each_text_is_what_its_prompt_alone_gives(run, prompts, tmp_path):  # no
         assert alone["token_ids"][: len(record["token_ids"])] == record["token_ids"]
 
 
+def test_a_text_that_grows_begins_as_it_does_alone(run, prompts, tmp_path):  # noqa: F811
+    """Fault: with --out a text that grows began with all its masks."""
+    out, grow = tmp_path / "out.jsonl", ("--grow", "confidence", "--initial-length", 2, "--grow-by", 1)
+    words = (*OPTIONS[:6], *grow, "--gen-length", 12)
+    assert run("generate", "--prompts", prompts, "--out", out, *words, "--seed", 5)[0] == 0
+    record = lines(out)[3]
+    alone = json.loads(run("generate", record["prompt"], "--json", *words, "--seed", record["seed"])[1])
+    assert (alone["text"], alone["nfe"]) == (record["text"], record["nfe"])
+
+
 def test_a_prompt_that_does_not_fit_has_its_reason_in_its_line(run, tmp_path):  # noqa: F811
     path, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     texts = ["the cat", "a <|mdm_mask|> b", "the sea " * 300, "\ud800", "a fox"]

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from dlm.utils.files import LOCK, MARKER, check_replaceable, locked, whole_folder
+from dlm.utils.files import LOCK, MARKER, check_replaceable, locked, whole_folder, write_json
 
 
 def folder_of_ours(path):
@@ -106,3 +106,14 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path):
             pass
     finally:
         os.kill(child, signal.SIGKILL)
+
+
+def test_json_does_not_replace_a_device_or_a_link(tmp_path):
+    """Fault: `--json /dev/null` put a file in the place of the device."""
+    null, link = tmp_path / "null", tmp_path / "link.json"
+    null.symlink_to(os.devnull)
+    link.symlink_to(tmp_path / "real.json")
+    write_json(null, {"a": 1})
+    write_json(link, {"a": 1})
+    assert null.is_symlink() and null.is_char_device() and link.is_symlink()
+    assert (tmp_path / "real.json").read_text() == '{"a": 1}\n' and not list(tmp_path.glob(".*"))

@@ -139,3 +139,65 @@ def test_a_model_goes_on_with_its_own_tokenizer(tmp_path, arguments, capsys):
     assert main([*arguments("second"), "--model", str(first), "--objective", "autoregressive"]) == 0
     assert not torch.equal(weights(first), weights(tmp_path / "second" / "model"))
     assert not (tmp_path / "second" / "tokenizer").exists()  # none was trained
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_causal_run_samples_token_by_token(tmp_path, arguments, capsys):
+    """A regression test: with the default --sample-every every autoregressive run ended in an error at its first
+    sample, step 1000 or the last one, and lost the steps since its checkpoint."""
+    more = ["--objective=autoregressive", "--sample-every=3", "--sample-length=6", "--sample-prompts=The cat"]
+    assert main([*arguments("run"), *more]) == 0
+    samples = [record for record in records(tmp_path / "run") if record["kind"] == "sample"]
+    assert [record["step"] for record in samples] == [3, 4] and samples[0]["prompt"] == "The cat"
+    assert "step 3  sample: The cat" in capsys.readouterr().out
+
+
+def test_a_run_that_ended_keeps_its_validation_when_it_is_exported_again(tmp_path, arguments):
+    """A regression test: stopped between its last step and its export, a run's model card had no bound."""
+    valid = ["--valid-every", "2", "--valid-rows", "2"]
+    assert main([*arguments("run"), *valid]) == 0
+    before = json.loads((tmp_path / "run" / "model" / "training.json").read_text())
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main([*arguments("run"), *valid, "--resume"]) == 0
+    after = json.loads((tmp_path / "run" / "model" / "training.json").read_text())
+    assert after["validation"] == before["validation"]
+    assert (after["epochs"], after["tokens_seen"]) == (before["epochs"], before["tokens_seen"])
+
+
+def test_a_second_run_in_the_folder_of_one_that_left_no_checkpoint(tmp_path, arguments, capsys, monkeypatch):
+    """A regression test: the second run's log went behind the first one's, and its --vocab-size had no effect, since
+    the first one's tokenizer was there. A run with checkpoints is refused before its tokenizer is touched."""
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer.Run, "save", lambda self: exit(9))  # killed before its first checkpoint
+        with pytest.raises(SystemExit):
+            main([*arguments("run"), "--log-every", "1"])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main([*arguments("run"), "--vocab-size", "264", "--log-every", "1"]) == 0
+    assert "is now" in (out := capsys.readouterr().out) and "metrics-1.jsonl" in out
+    assert [record["step"] for record in records(tmp_path / "run")] == [1, 2, 3, 4]
+    config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert config["vocab_size"] == 264
+    words = (tmp_path / "run" / "tokenizer" / "tokenizer.json").read_bytes()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main([*arguments("run"), "--vocab-size", "280"]) == 2
+    assert "holds checkpoints of a run: --resume it" in capsys.readouterr().err
+    assert (tmp_path / "run" / "tokenizer" / "tokenizer.json").read_bytes() == words
+
+
+def test_rows_are_no_longer_than_the_model(tmp_path, arguments, capsys):
+    """A regression test: a model of 24 slots was trained on rows of 40, and said 24 afterwards."""
+    assert main([*arguments("run"), "--max-sequence-length", "16"]) == 2
+    assert "max_sequence_length is 16, below the rows of sequence_length 24" in capsys.readouterr().err
+    assert main(arguments("run")) == 0
+    AcceleratorState._reset_state(reset_partial_state=True)
+    capsys.readouterr()
+    assert main([*arguments("on"), "--model", str(tmp_path / "run" / "model"), "--sequence-length", "40"]) == 2
+    assert "sequence_length is 40, but the model was made for at most 24 tokens" in capsys.readouterr().err
+
+
+def test_a_warm_up_without_end_is_said(tmp_path, arguments, capsys):
+    assert main([*arguments("run"), "--warmup-steps", "4", "--max-steps", "2"]) == 0
+    assert "warning: warmup_steps 4 is all of max_steps 2: the learning rate never reaches" in capsys.readouterr().out

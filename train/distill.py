@@ -97,7 +97,7 @@ class Recipe(RecipeConfig):
             raise ValueError(f"teach {self.teach} needs objective diffusion, without complementary and decoding_share")
         if (
             min(self.steps, self.rounds, self.teacher_passes) < 1
-            or self.consistency < 0
+            or not self.consistency >= 0
             or not 0 <= self.teacher_ema < 1
         ):
             raise ValueError(
@@ -122,8 +122,14 @@ def prepare(settings: Recipe, accelerator) -> Prepared:
     from dlm.data.documents import load_documents
     from dlm.data.examples import Examples
     from dlm.data.sources import parse_sources
+    from dlm.training.checks import check_rows
     from dlm.training.recipe import Prepared, load_examples, open_model
 
+    sources, chats = parse_sources(settings.data), parse_sources(settings.chats)
+    if len({source.weight is None for source in [*sources, *chats]}) > 1:
+        raise ValueError(
+            "some sources of data and chats have weights and some have none: give path:weight for all, or for none"
+        )
     with accelerator.main_process_first():
         tokenizer = open_tokenizer(settings.tokenizer or settings.model)
         form = ChatFormat(bool(tokenizer.chat_template), settings.sequence_length, overlong="skip")
@@ -131,9 +137,7 @@ def prepare(settings: Recipe, accelerator) -> Prepared:
         def load(path):
             return load_documents(path, tokenizer, column=settings.text_column, split=settings.split)
 
-        sources = parse_sources(settings.data)
         data = [load(source.path) for source in sources]
-        chats = parse_sources(settings.chats)
         data += [load_chats(source.path, tokenizer, form, split=settings.split) for source in chats]
         made, passes = written(settings, data[: len(sources)], tokenizer) if settings.texts else (None, None)
         valid = load_examples(settings.valid, settings.sequence_length, load) if settings.valid else None
@@ -144,6 +148,7 @@ def prepare(settings: Recipe, accelerator) -> Prepared:
     train = Examples([part for part, _ in parts], settings.sequence_length, [weight for _, weight in parts])
     model = open_model(settings)
     check_fit(model.config, tokenizer)
+    check_rows(settings.sequence_length, model.config)
     return Prepared(model, tokenizer, train, valid, objective=objective_of(settings, model, tokenizer, passes))
 
 

@@ -79,13 +79,23 @@ def read_texts(path: Path, header: dict | None = None) -> list[Text]:
                 raise ValueError(
                     f"{path} was written with {name} {first.get(name)}, not {value}: give another --output"
                 )
-    if rest:  # the machine stopped in the middle of a line
+    if rest and header is not None:  # the machine stopped in the middle of a line of its own file
         path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     found = []
     for number, line in enumerate(lines[1:], start=2):
         row = parse_json(line, f"{path}: line {number}")
-        found.append(Text(row["ids"], row["passes"]))
+        ids, passes = (row.get(name) if isinstance(row, dict) else None for name in ("ids", "passes"))
+        if not _numbers(ids) or not _numbers(passes) or len(ids) != len(passes):
+            raise ValueError(
+                f"{path}: line {number} is no text with ids and passes: give the file as `dlm train distill` wrote it"
+            )
+        found.append(Text(ids, passes))
     return found
+
+
+def _numbers(value) -> bool:
+    """Whether a value is a list of whole numbers, one at least."""
+    return isinstance(value, list) and bool(value) and all(type(number) is int for number in value)
 
 
 def write_texts(writer: Pretrained, beginnings: Sequence[Sequence[int]], config: SamplingConfig, start: int = 0):

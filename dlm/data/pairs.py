@@ -14,7 +14,7 @@ from dlm.chat_template import ChatTemplate
 from dlm.data.conversations import ChatFormat, encode_conversation
 from dlm.data.documents import Documents, cached, join, token_type
 from dlm.data.examples import Examples, Stream
-from dlm.data.sources import columns_of, identity, read_rows
+from dlm.data.sources import checked, columns_of, identity, read_rows
 
 __all__ = ["Pairs", "load_pairs", "messages_of_pair"]
 
@@ -60,17 +60,25 @@ def _tokenize(path, tokenizer, form: ChatFormat, split: str) -> Documents:
     template = ChatTemplate.of(tokenizer, pinned=True) if form.chat else None
     counts = {"rows": 0, "too_long": 0, "bad_rows": 0}
     pieces, targets, size = [], [], 0
-    for where, row in read_rows(path, split):
+
+    def bad(error: ValueError) -> None:
+        if form.on_bad_row == "stop":
+            raise ValueError(f"{error} (or leave such rows out: --on-bad-row skip)") from error
+        counts["bad_rows"] += 1
+
+    for where, row in read_rows(path, split, on_bad=bad):
         counts["rows"] += 1
         try:
             pair = [
                 encode_conversation(tokenizer, messages, form, where, template, counts)
                 for messages in messages_of_pair(row, where)
             ]
+            if np.array_equal(pair[0][0], pair[1][0]):
+                raise ValueError(
+                    f"{where}: chosen and rejected have the same tokens, from which nothing can be learned"
+                )
         except ValueError as error:
-            if form.on_bad_row == "stop":
-                raise ValueError(f"{error} (or leave such rows out: --on-bad-row skip)") from error
-            counts["bad_rows"] += 1
+            bad(error)
             continue
         if max(len(ids) for ids, _ in pair) > form.length:  # a cut answer is not the one that was preferred
             counts["too_long"] += 1
@@ -109,10 +117,10 @@ def messages_of_pair(row: dict, where: str) -> tuple[list[dict], list[dict]]:
 
 def _messages(value, role: str, name: str, where: str) -> list[dict]:
     if isinstance(value, str):
-        return [{"role": role, "content": value, "loss": False}]
+        return [{"role": role, "content": checked(value, where), "loss": False}]
     if isinstance(value, list) and all(
         isinstance(one, dict) and isinstance(one.get("role"), str) and isinstance(one.get("content"), str)
         for one in value
     ):
-        return [{"role": one["role"], "content": one["content"], "loss": False} for one in value]
+        return [{"role": one["role"], "content": checked(one["content"], where), "loss": False} for one in value]
     raise ValueError(f"{where}: column {name!r} is a {type(value).__name__}: give text, or a list of messages")

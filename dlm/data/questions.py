@@ -69,15 +69,19 @@ def load_questions(
     """
     counts = {"rows": 0, "too_long": 0, "bad_rows": 0}
     pieces, prompts, rows, places = [], [], [], []
+
+    def bad(error: ValueError) -> None:
+        if form.on_bad_row == "stop":
+            raise ValueError(f"{error} (or leave such rows out: --on-bad-row skip)") from error
+        counts["bad_rows"] += 1
+
     for path in paths:
-        for where, row in read_rows(path, split):
+        for where, row in read_rows(path, split, on_bad=bad):
             counts["rows"] += 1
             try:
                 name, ids = _encode(row, tokenizer, form, mask, where)
             except ValueError as error:
-                if form.on_bad_row == "stop":
-                    raise ValueError(f"{error} (or leave such rows out: --on-bad-row skip)") from error
-                counts["bad_rows"] += 1
+                bad(error)
                 continue
             if len(ids) + region > form.length:
                 counts["too_long"] += 1

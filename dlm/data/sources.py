@@ -57,6 +57,21 @@ def parse_sources(value: str) -> list[Source]:
     return sources
 
 
+def plain_paths(value: str, what: str) -> list[str]:
+    """The paths of a list of sources of which all is taken. what: that is, for the message.
+
+    Raises ValueError for a source with a weight, and as `parse_sources`.
+    """
+    sources = parse_sources(value)
+    for source in sources:
+        if source.weight is not None:
+            raise ValueError(
+                f"{source.path} has weight {source.weight:g}, and {what} are taken once each in a pass over the data: "
+                f"leave the weight out"
+            )
+    return [source.path for source in sources]
+
+
 def identity(path: str | os.PathLike, split: str) -> tuple:
     """What tells a source from another, or from itself after a change: for the name of what is made from it.
 

@@ -105,7 +105,8 @@ def draw_count(
     step of 16 (stratified 5 times as much).
     u in [0, 1): use this place in the range of counts (a stratum) in place of drawing one. low, high: only counts with
     low <= l/L <= high, at least one. beta (a, b): draw counts with probability p(l) in proportion to the density of
-    Beta(a, b) at (l - 1/2) / L; the weight is then 1 / (l p(l)), so that the mean stays the bound.
+    Beta(a, b) at (l - 1/2) / L; the weight is then L / (n l p(l)) with n counts in the range, so that the mean stays
+    what it is without it: the bound, where all counts are in the range (n = L).
     """
     least = max(1, math.ceil(low * length))
     most = max(least, math.floor(high * length))
@@ -114,7 +115,7 @@ def draw_count(
         shares = count_shares(length, least, most, beta)
         place = np.searchsorted(shares.cumsum(), generator.random() if u is None else u, side="right")
         count = least + int(min(place, most - least))
-        weight = 1 / (count * shares[count - least])
+        weight = length / (len(shares) * count * shares[count - least])
     else:
         count = int(generator.integers(least, most + 1)) if u is None else least + int(u * (most - least + 1))
     masked = np.zeros(length, dtype=bool)

@@ -111,7 +111,7 @@ class Preference(Objective):
 
     def __init__(self, reference: nn.Module | None, *, beta: float = 0.1, draws: int = 8, sft: float = 0.0,
                  shared: bool = True):  # fmt: skip
-        if beta <= 0 or draws < 1 or sft < 0:
+        if not beta > 0 or draws < 1 or not sft >= 0:
             raise ValueError(f"beta is {beta}, draws {draws}, sft {sft}: give beta > 0, draws >= 1 and sft >= 0")
         self.reference, self.beta, self.draws, self.sft, self.shared = reference, beta, draws, sft, shared
 

@@ -10,6 +10,7 @@ from accelerate.state import AcceleratorState
 import dlm
 from dlm.training.state import checkpoints
 from tests.helpers.commandline import make_checkpoint, run, tokenizer  # noqa: F401
+from tests.helpers.ranks import ROOT, two
 from tests.helpers.recipes import weights
 from train import distill, pretrain
 
@@ -96,11 +97,11 @@ def test_texts_are_kept_with_their_order_and_learned_again(texts, tokenizer, cap
     whole = file.read_text()
     file.write_text("".join(whole.splitlines(keepends=True)[:3]) + '{"ids": [1, ')
     AcceleratorState._reset_state(reset_partial_state=True)
-    distill.main([*options, *writing])
+    distill.main([*options, *writing, "--resume"])
     assert len(read_texts(file)) == 5
     capsys.readouterr()
     AcceleratorState._reset_state(reset_partial_state=True)
-    assert distill.main([*options, *writing, "--temperature", "0.5"]) == 2
+    assert distill.main([*options, *writing, "--temperature", "0.5", "--resume"]) == 2
     assert "temperature 0.7, not 0.5" in capsys.readouterr().err
     own = texts / "own.jsonl"
     word = tokenizer("The cat sat on the mat and a dog ran by", add_special_tokens=False)["input_ids"]
@@ -129,3 +130,43 @@ def test_texts_that_double_words_are_left_out():
     assert reads_well(text, "A cat and a cat's cat")
     assert not reads_well(text, "the the cat")
     assert not reads_well(Text([1, 2, 3, 4] * 5, [0] * 20), "a cat")
+
+
+def test_weights_are_given_for_all_sources_or_none(texts, tokenizer, capsys):  # noqa: F811
+    """A regression test: a weight beside a source without one was compared with that one's number of rows."""
+    student = make_checkpoint(texts / "student", tokenizer)
+    options = [*SHORT, "--model", f"{student}", "--data", f"{texts / 'texts.jsonl'}:0.5"]
+    chats = ["--chats", f"{texts / 'chats.jsonl'}", "--output", f"{texts / 'run'}"]
+    assert distill.main([*options, *chats]) == 2
+    assert "some sources of data and chats have weights and some have none" in capsys.readouterr().err
+    assert not (texts / "run" / "texts.jsonl").exists()
+
+
+def test_a_file_of_texts_is_checked_and_never_written(tmp_path):
+    """Regression tests: --own rewrote a file whose last line was cut off, and ended in a traceback at a row without
+    ids."""
+    from train.texts import read_texts
+
+    file = tmp_path / "own.jsonl"
+    whole = '{"format": "dlm-texts"}\n{"ids": [1, 2], "passes": [-1, 1]}\n{"ids": [1'
+    file.write_text(whole)
+    assert [text.ids for text in read_texts(file)] == [[1, 2]] and file.read_text() == whole
+    for row in ("[1]", '{"ids": [1]}', '{"ids": [1], "passes": [1, 2]}', '{"ids": [], "passes": []}', '{"ids": ["a"]}'):
+        file.write_text('{"format": "dlm-texts"}\n' + row + "\n")
+        with pytest.raises(ValueError, match=r"own\.jsonl: line 2 is no text with ids and passes"):
+            read_texts(file)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("teach", [["sdtt", "--steps=4", "--rounds=2"], ["consistency", "--teacher-ema=0.9"]])
+def test_two_processes_have_the_same_run(texts, tokenizer, teach, measured):  # noqa: F811
+    """DDP by gloo, against one process, over the end of a round and with a teacher that follows."""
+    student = make_checkpoint(texts / "student", tokenizer)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    options = [*SHORT[2:], "--max-steps=4", f"--data={texts / 'texts.jsonl'}", "--learning-rate=1e-2",
+               "--warmup-steps=1", f"--model={student}", f"--teach={teach[0]}", *teach[1:]]  # fmt: skip
+    assert distill.main([*options, f"--output={texts / 'one'}"]) == 0
+    two([ROOT / "train" / "distill.py", *options, f"--output={texts / 'two'}"])
+    away = (weights(texts / "one" / "model") - weights(texts / "two" / "model")).abs().max()
+    measured(f"weights, 1 process and 2, distillation by {teach[0]}", away, 1e-5)
+    assert not torch.equal(weights(texts / "one" / "model"), weights(student))

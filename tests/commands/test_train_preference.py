@@ -10,10 +10,12 @@ from accelerate.state import AcceleratorState
 from dlm.data.pairs import messages_of_pair
 from dlm.training.state import checkpoints
 from tests.helpers.commandline import make_checkpoint, tokenizer  # noqa: F401
+from tests.helpers.ranks import ROOT, two
 from tests.helpers.recipes import fresh, records, weights
 from train import preference
 
 assert fresh  # a fixture for every test here
+SAME = {"role": "assistant", "content": "b"}
 
 
 @pytest.fixture
@@ -25,14 +27,18 @@ def start(tmp_path, tokenizer):  # noqa: F811
 
     def start(output, *more, data="pairs.jsonl"):
         AcceleratorState._reset_state(reset_partial_state=True)
-        options = {
-            "model": tmp_path / "model", "data": tmp_path / data, "output": tmp_path / output, "format": "plain",
-            "max-steps": 6, "batch-size": 4, "draws": 4, "precision": "no", "checkpoint-every": 3, "warmup-steps": 1,
-            "learning-rate": "5e-3", "log-every": 1, "tracker": "none", "schedule": "constant",
-        }  # fmt: skip
-        return preference.main([*(f"--{name}={value}" for name, value in options.items()), *more])
+        return preference.main([*argv(tmp_path, output, data), *more])
 
     return start
+
+
+def argv(folder, output, data="pairs.jsonl"):
+    options = {
+        "model": folder / "model", "data": folder / data, "output": folder / output, "format": "plain",
+        "max-steps": 6, "batch-size": 4, "draws": 4, "precision": "no", "checkpoint-every": 3, "warmup-steps": 1,
+        "learning-rate": "5e-3", "log-every": 1, "tracker": "none", "schedule": "constant",
+    }  # fmt: skip
+    return [f"--{name}={value}" for name, value in options.items()]
 
 
 def write(path, rows):
@@ -93,7 +99,10 @@ def test_adapters_are_their_own_reference(tmp_path, start):
         ([{"prompt": 3, "chosen": "b", "rejected": "c"}], [], "column 'prompt' is a int"),
         ([{"chosen": "b", "rejected": "c"}], [], "chosen is no answer to a prompt"),
         ([{"prompt": "a " * 400, "chosen": "b", "rejected": "c"}], [], "no pair in 1 rows (1 longer than 128 tokens"),
+        ([{"prompt": "a", "chosen": "b", "rejected": [SAME]}], [], "have the same tokens"),
+        ([{"prompt": "a", "chosen": "\ud800", "rejected": "c"}], [], "line 1: half of a character"),
         (None, ["--beta=0"], "beta is 0.0"),
+        (None, ["--beta=nan"], "beta is nan"),
         (None, ["--random-length=0.5"], "random_length is 0.5, and pairs are compared whole"),
         (None, ["--objective=autoregressive"], "need a diffusion objective"),
         (None, ["--repeat-share=0.5"], "repeat_share is 0.5, and this recipe has a loss of its own"),
@@ -141,3 +150,33 @@ def test_formats_of_trl():
     whole = messages_of_pair({"chosen": [user, one], "rejected": [user, two]}, "x")
     assert text == lists == whole
     assert [m["loss"] for m in text[0]] == [False, True] and text[1][-1]["content"] == "b"
+
+
+def test_a_line_that_is_no_json_is_a_bad_row(tmp_path, start, capsys):
+    """A regression test: --on-bad-row skip stopped at a line that does not parse. The card counts pairs, not tokens."""
+    with (tmp_path / "pairs.jsonl").open("a") as file:
+        file.write('{"prompt": "a", \n[1]\n')
+    assert start("run", "--max-steps=1") == 2
+    assert "line 9: not JSON" in (told := capsys.readouterr().err) and "--on-bad-row skip" in told
+    assert start("run", "--on-bad-row=skip", "--max-steps=4") == 0
+    assert "2 bad rows" in capsys.readouterr().out
+    notes = json.loads((tmp_path / "run" / "model" / "training.json").read_text())
+    assert (notes["pairs_seen"], notes["epochs"]) == (16, 2.0) and "tokens_seen" not in notes
+
+
+def test_weights_of_pairs_are_refused(tmp_path, start, capsys):
+    """A regression test: data with weights were taken, and the weights were not."""
+    assert start("run", data="pairs.jsonl:0.5") == 2
+    assert "has weight 0.5, and pairs are taken once each" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_same_run(tmp_path, start, measured):
+    """DDP by gloo, against one process: weights, losses, and what is logged beside them."""
+    assert start("one") == 0
+    two([ROOT / "train" / "preference.py", *argv(tmp_path, "two")])
+    measured("weights, 1 process and 2, preferences",
+             (weights(tmp_path / "one" / "model") - weights(tmp_path / "two" / "model")).abs().max(), 1e-5)  # fmt: skip
+    for mine, theirs in zip(records(tmp_path / "one"), records(tmp_path / "two"), strict=True):
+        for name in ("loss", "margin", "accuracy", "variance_shared", "variance_apart"):
+            assert theirs[name] == pytest.approx(mine[name], rel=1e-4, abs=1e-5), (name, mine, theirs)

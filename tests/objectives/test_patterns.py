@@ -163,3 +163,11 @@ def test_rows_without_blocks_are_trained_under_full_attention():
 def test_settings_that_do_not_fit(settings, words):
     with pytest.raises(ValueError, match=words):
         NoiseSettings(**settings)
+
+
+def test_in_a_range_of_rates_beta_has_the_mean_without_it():
+    """A regression test: with a range of rates the loss under a Beta was smaller by the share of counts."""
+    plain, beta = NoiseSettings(lowest_rate=0.5), NoiseSettings(lowest_rate=0.5, rate_alpha=2.0)
+    means = [float(cost(draw_noise(many(4, 4000), settings, seed=0)).mean()) for settings in (plain, beta)]
+    wanted = 4 / 3 * (4 + 9 + 16)  # counts 2, 3, 4: L / n times the sum over l of (1 / l) times l^3
+    assert means == [pytest.approx(wanted, rel=0.03)] * 2

@@ -74,10 +74,10 @@ class Recipe(TuningConfig):
                 f"group_size is {self.group_size}, inner {self.inner}, shrink {self.shrink}, rollout_rows "
                 f"{self.rollout_rows}: a group has 2 answers or more, and the others are 1 or more"
             )
-        if not 0 <= self.prompt_mask < 1 or self.kl < 0 or self.ratio_clip <= 0 or self.lora < 0:
+        if not 0 <= self.prompt_mask < 1 or not self.kl >= 0 or not self.ratio_clip > 0:
             raise ValueError(
-                f"prompt_mask is {self.prompt_mask}, kl {self.kl}, ratio_clip {self.ratio_clip}, lora {self.lora}: "
-                f"give a share below 1, a ratio_clip above 0, and the others not negative"
+                f"prompt_mask is {self.prompt_mask}, kl {self.kl}, ratio_clip {self.ratio_clip}: give a share below 1, "
+                f"a kl that is not negative and a ratio_clip above 0"
             )
         if self.batch_size % self.group_size:
             raise ValueError(
@@ -108,11 +108,25 @@ def weights_of(recipe: Recipe) -> list[float]:
         raise ValueError(f"reward_weights are {'|'.join(recipe.reward_weights)}: give numbers, such as 1|0.2") from None
 
 
+def beside_the_policy(settings: Recipe) -> str:
+    """A line on settings that change what is drawn, and not the probabilities that are learned from; "" without any."""
+    sampling = sampling_of(settings.sampling)
+    names = [name for name in ("top_k", "top_p", "cfg_scale") if getattr(sampling, name)]
+    names += ["revise"] if sampling.revise != "none" else []
+    if not names:
+        return ""
+    given = ", ".join(f"{name}={getattr(sampling, name)}" for name in names)
+    return (
+        f"warning: sampling has {given}, which changes what is drawn and not the probabilities that are learned from, "
+        f"so that the gradient is biased: temperature alone is part of both"
+    )
+
+
 def prepare(settings: Recipe, accelerator) -> Prepared:
     """Model, tokenizer, prompts, rewards and the reference."""
     from dlm.checkpoints.pretrained import check_fit, open_tokenizer
     from dlm.data.questions import load_questions
-    from dlm.data.sources import parse_sources
+    from dlm.data.sources import plain_paths
     from dlm.objectives.policy import Policy
     from dlm.objectives.reference import frozen
     from dlm.sampling.methods import visibility
@@ -120,6 +134,8 @@ def prepare(settings: Recipe, accelerator) -> Prepared:
     from dlm.training.recipe import Prepared, chat_format, open_beside, open_model
     from dlm.training.rollouts import Plan
 
+    if (line := beside_the_policy(settings)) and accelerator.is_main_process:
+        print(line, flush=True)
     rewards = open_rewards(settings.rewards, weights_of(settings))
     sampling = sampling_of(settings.sampling)
     model = open_model(settings)
@@ -127,7 +143,7 @@ def prepare(settings: Recipe, accelerator) -> Prepared:
     check_fit(model.config, tokenizer)
     form = chat_format(settings, tokenizer, model.config.max_sequence_length)
     questions = load_questions(
-        [source.path for source in parse_sources(settings.data)], tokenizer, form,
+        plain_paths(settings.data, "prompts"), tokenizer, form,
         mask=mask_id(tokenizer, model.config), region=sampling.gen_length,
         answers=settings.group_size * settings.inner, split=settings.split,
     )  # fmt: skip

@@ -49,10 +49,10 @@ class Recipe(TuningConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.beta <= 0 or self.draws < 1 or self.sft_weight < 0 or self.lora < 0:
+        if not self.beta > 0 or self.draws < 1 or not self.sft_weight >= 0:
             raise ValueError(
-                f"beta is {self.beta}, draws {self.draws}, sft_weight {self.sft_weight}, lora {self.lora}: give a beta "
-                f"above 0, 1 or more draws, and the others not negative"
+                f"beta is {self.beta}, draws {self.draws}, sft_weight {self.sft_weight}: give a beta above 0, 1 or "
+                f"more draws, and a weight that is not negative"
             )
         self.refuse(NOT_OF_PAIRS, "pairs are compared whole")
         if self.objective == "autoregressive" or self.estimator == "stratified" or self.eos_padding != "none":
@@ -67,7 +67,7 @@ def prepare(settings: Recipe, accelerator) -> Prepared:
     """Model, tokenizer, pairs and the reference; the first process tokenizes, the others wait for it."""
     from dlm.checkpoints.pretrained import check_fit, open_tokenizer
     from dlm.data.pairs import Pairs, load_pairs
-    from dlm.data.sources import parse_sources
+    from dlm.data.sources import plain_paths
     from dlm.objectives.preference import Preference
     from dlm.objectives.reference import frozen
     from dlm.training.recipe import Prepared, chat_format, open_beside, open_model
@@ -77,8 +77,8 @@ def prepare(settings: Recipe, accelerator) -> Prepared:
     check_fit(model.config, tokenizer)
     form = chat_format(settings, tokenizer, model.config.max_sequence_length)
     with accelerator.main_process_first():
-        sources = parse_sources(settings.data)
-        pairs = Pairs([load_pairs(source.path, tokenizer, form, split=settings.split) for source in sources])
+        paths = plain_paths(settings.data, "pairs")
+        pairs = Pairs([load_pairs(path, tokenizer, form, split=settings.split) for path in paths])
     options = {"beta": settings.beta, "draws": settings.draws, "sft": settings.sft_weight}
     if settings.reference:
         reference = frozen(open_beside(settings.reference, model, tokenizer, "reference"))

@@ -57,6 +57,11 @@ class Recipe(RecipeConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.max_sequence_length is not None and self.max_sequence_length < self.sequence_length:
+            raise ValueError(
+                f"max_sequence_length is {self.max_sequence_length}, below the rows of sequence_length "
+                f"{self.sequence_length}: give at least as many, or leave it out"
+            )
         if self.chats and self.streaming:
             raise ValueError("chats are read whole, and streaming reads while it trains: leave one of them out")
 
@@ -69,14 +74,14 @@ def prepare(settings: Recipe, accelerator) -> Prepared:
     from dlm.data.documents import load_documents
     from dlm.data.streaming import text_source
     from dlm.models.transformer import LLaDAModelLM
-    from dlm.training.checks import check_new_model
+    from dlm.training.checks import check_new_model, check_rows
     from dlm.training.recipe import Prepared, load_examples, open_model, stream_examples
 
     if not settings.model:
         shape = {name: getattr(settings, name) for name in ("d_model", "n_layers", "n_heads", "mlp_hidden_size")}
         check_new_model(shape, settings.vocab_size if not settings.tokenizer else 0)
     with accelerator.main_process_first():
-        tokenizer = _tokenizer(settings)
+        tokenizer = _tokenizer(settings, made=settings.resume or not accelerator.is_main_process)
 
         def load(path):
             return load_documents(path, tokenizer, column=settings.text_column, split=settings.split)
@@ -90,6 +95,7 @@ def prepare(settings: Recipe, accelerator) -> Prepared:
     torch.manual_seed(settings.seed)  # the weights that a new model starts from
     model = open_model(settings) if settings.model else LLaDAModelLM(_config(settings, tokenizer))
     check_fit(model.config, tokenizer)
+    check_rows(settings.sequence_length, model.config)
     return Prepared(model, tokenizer, train, valid)
 
 
@@ -112,12 +118,13 @@ def _examples(settings: Recipe, tokenizer, load) -> Examples:
     return Examples(documents, settings.sequence_length, None if None in weights else weights)
 
 
-def _tokenizer(settings: Recipe):
+def _tokenizer(settings: Recipe, made: bool):
+    """The tokenizer of a run. made: take the one that this run has made already, where there is one."""
     from dlm.checkpoints.pretrained import open_tokenizer
     from dlm.tokenizer import train_tokenizer
 
     kept = Path(settings.output) / "tokenizer"
-    source = settings.tokenizer or settings.model or (kept if kept.is_dir() else None)
+    source = settings.tokenizer or settings.model or (kept if made and kept.is_dir() else None)
     if source is not None:
         return open_tokenizer(source)
     if settings.streaming:

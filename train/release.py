@@ -137,7 +137,7 @@ def main(argv: list[str]) -> int:
         **bound,
         **{f"before_{key}": value for key, value in before.items()},
         "minutes": (notes["seconds"] + before.get("seconds", 0)) / 60,
-        "all_tokens": notes["tokens_seen"] + before.get("tokens_seen", 0),
+        "all_tokens": notes.get("tokens_seen", 0) + before.get("tokens_seen", 0),
         "sampling": ", ".join(f"`{key}` {value}" for key, value in defaults.items()),
         "samples": numbered(texts),
         **{f"{name}_samples": numbered(written) for name, written in further.items()},

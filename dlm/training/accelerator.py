@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from dlm.training.optim import build_optimizers
 from dlm.training.sharding import check_sharding, keep_sums_exact, tables_in_root
 
 Config = TypeVar("Config", bound=TrainingConfig)
+WAITING = timedelta(hours=12)  # for the first process, which tokenizes or has a teacher write; NCCL's own: 10 minutes
 
 
 def with_precision(config: Config) -> Config:
@@ -36,12 +38,13 @@ def with_precision(config: Config) -> Config:
 def make_accelerator(config: TrainingConfig):
     """The Accelerator for a config; a recipe makes it early to know which process it is."""
     from accelerate import Accelerator
-    from accelerate.utils import ProjectConfiguration
+    from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
     return Accelerator(
         cpu=not torch.accelerator.is_available(),  # otherwise processes on CPUs would not join, and each train alone
         mixed_precision=with_precision(config).precision,
         log_with=tracker_of(config),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=WAITING)],
         project_config=ProjectConfiguration(project_dir=config.output, logging_dir=config.output),
     )
 

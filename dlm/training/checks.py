@@ -99,6 +99,16 @@ def check_batch(config: TrainingConfig, length: int, model, world: int) -> None:
     )
 
 
+def check_rows(length: int, shape) -> None:
+    """Errors: rows longer than the model that goes on (its configuration `shape`) was made for."""
+    limit = getattr(shape, "max_sequence_length", None)
+    if limit is not None and length > limit:
+        raise ValueError(
+            f"sequence_length is {length}, but the model was made for at most {limit} tokens: give --sequence-length "
+            f"{limit}, or raise max_sequence_length in its config.json first"
+        )
+
+
 def check_targets(train, objective) -> None:
     """Errors: data in which no token carries loss."""
     from dlm.data.examples import Examples, pack

@@ -104,7 +104,7 @@ class TrainingConfig:
         positive = ("max_steps", "batch_size", "accumulation", "learning_rate", "clip", "keep_last", "log_every",
                     "checkpoint_every", "valid_rows", "sample_length")  # fmt: skip
         for name in positive:
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0")
         for name in (
             "ema",
@@ -125,8 +125,12 @@ class TrainingConfig:
                 "decay_fraction is 0 under schedule wsd: give a share of the run, or use schedule constant"
             )
         for name in ("warmup_steps", "valid_every", "sample_every", "weight_decay", "seed", "max_seconds"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must not be negative")
+        for name in ("learning_rate", "muon_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name} is {value}: give a number above 0, such as 1e-3")
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"batch_size {self.batch_size} cannot be cut into accumulation {self.accumulation} equal parts"

@@ -129,6 +129,16 @@ class Metrics:
         numbers = {f"{record['kind']}/{k}": v for k, v in record.items() if isinstance(v, float)}
         self.accelerator.log(numbers, step=record["step"])
 
+    def begin_anew(self) -> Path | None:
+        """Set aside the log of an earlier run in the folder, which left no checkpoint to go on from; its new name."""
+        if not (self.accelerator.is_main_process and self.path.is_file() and self.path.stat().st_size):
+            return None
+        number = 1
+        while (target := self.path.with_name(f"metrics-{number}.jsonl")).exists():
+            number += 1
+        os.rename(self.path, target)
+        return target
+
     def forget_after(self, step: int) -> int:
         """Drop the records of steps that will be done again, and damaged lines; returns how many lines were damaged."""
         if not (self.accelerator.is_main_process and self.path.is_file()):

@@ -1,4 +1,4 @@
-"""Low-rank adapters through PEFT: add them to a model, and merge them into it for the checkpoint that is exported."""
+"""Low-rank adapters through PEFT: put on a model, and added to its weights for the checkpoint that is exported."""
 
 from __future__ import annotations
 
@@ -35,13 +35,23 @@ def add_lora(model, rank: int, alpha: float, targets: tuple[str, ...], seed: int
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, lora_dropout=0.0))
 
 
-def merge_lora(model, weights: dict[str, Tensor] | None):
-    """The plain model with the adapters added to its weights; `weights` (a moving average) replace adapters by name."""
-    import torch
+def merged(model, state: dict[str, Tensor], weights: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """The state of the plain model with the adapters of a PeftModel added to its weights, in their own number type.
 
-    with torch.no_grad():
-        if weights is not None:
-            parameters = dict(model.named_parameters())
-            for name, weight in weights.items():
-                parameters[name].copy_(weight)
-        return model.merge_and_unload()
+    state: the PeftModel's, whole (of a sharded model: `sharding.whole_state`). weights: those that replace adapters by
+    name (their moving average).
+    """
+    state, adapter = state | (weights or {}), model.active_adapter
+    made = {_plain(name): tensor for name, tensor in state.items() if ".lora_" not in name}
+    for name, layer in model.named_modules():
+        if not hasattr(layer, "base_layer"):
+            continue
+        low, high = (state[f"{name}.lora_{side}.{adapter}.weight"].float() for side in "AB")
+        weight = made[key := _plain(f"{name}.weight")]
+        made[key] = (weight.float() + layer.scaling[adapter] * (high @ low).to(weight.device)).to(weight.dtype)
+    return made
+
+
+def _plain(name: str) -> str:
+    """The name in the plain model of a tensor of a PeftModel."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")

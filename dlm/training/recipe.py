@@ -30,6 +30,7 @@ from dlm.training.checks import MANY_EPOCHS, check_batch, check_folders, check_l
 from dlm.training.config import RecipeConfig, as_trained, lost_visibility
 from dlm.training.rollouts import Plan
 from dlm.training.sharding import whole_state
+from dlm.training.state import check_unused
 from dlm.training.trainer import Result, fit
 from dlm.utils.files import locked
 from dlm.utils.hardware import commit, hardware
@@ -106,9 +107,16 @@ def summary(
     valid: Examples | None,
     result: Result,
     argv: list[str],
+    unit: str = "tokens",
 ) -> dict:
-    """What a model card needs to say about the run; sizes in tokens, times in seconds, bounds in nats per token."""
+    """What a model card needs to say about the run; sizes in tokens, times in seconds, bounds in nats per token.
+
+    unit: what the objective counts (`Objective.unit`): `tokens_seen` is the tokens that carried loss, of pairs and
+    answers it is `pairs_seen` and `answers_seen`.
+    """
     bound = result.validation
+    streamed = isinstance(train, StreamedExamples)
+    rows = 0 if streamed else train.rows_in_epoch(recipe.seed, recipe.packing)
     notes = {
         "name": recipe.name,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
@@ -119,9 +127,9 @@ def summary(
         "parameters": parameters,
         "steps": result.step,
         "seconds": round(result.seconds, 1),
-        "tokens_seen": result.tokens,
+        f"{unit}_seen": result.tokens,
         "tokens_in_data": train.tokens,
-        "epochs": round(result.tokens / train.tokens, 3) if train.tokens else None,  # not known of streamed data
+        "epochs": round(result.step * recipe.batch_size / rows, 3) if rows else None,  # not known of streamed data
         "recipe": dataclasses.asdict(recipe),
     }
     if bound is not None:
@@ -140,14 +148,15 @@ def summary(
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a recipe trains, and on what. finish(model, weights) -> (model, weights): what is exported. objective: in
-    place of the one that the settings name. rollouts: how answers are written, where they are learned from."""
+    """What a recipe trains, and on what. finish(model, state, weights) -> the same: what is exported, of a model, its
+    whole state and its moving average (None without one). objective: in place of the one that the settings name.
+    rollouts: how answers are written, where they are learned from."""
 
     model: torch.nn.Module
     tokenizer: object
     train: Examples | StreamedExamples
     valid: Examples | None
-    finish: Callable = lambda model, weights: (model, weights)
+    finish: Callable = lambda model, state, weights: (model, state, weights)
     objective: Objective | None = None
     rollouts: Plan | None = None
 
@@ -158,6 +167,7 @@ def run(recipe: RecipeConfig, argv: list[str], prog: str, prepare: Callable[...,
         raise ValueError("no data: give --data with one or more sources, comma separated")
     check_length(argv)
     check_folders(recipe)
+    check_unused(recipe.output, recipe.resume)  # before anything of the folder is made anew
     recipe = with_precision(recipe)
     accelerator = make_accelerator(recipe)
     report = print if accelerator.is_main_process else (lambda line: None)
@@ -187,6 +197,11 @@ def _run(recipe, argv, prog, prepare, accelerator, report) -> int:
     if not recipe.streaming:
         _report_counts(report, train.documents)
     recipe = with_epochs(recipe, train, report)
+    if recipe.warmup_steps >= recipe.max_steps:
+        report(
+            f"warning: warmup_steps {recipe.warmup_steps} is all of max_steps {recipe.max_steps}: the learning rate "
+            f"never reaches {recipe.learning_rate:g}; give --warmup-steps {recipe.max_steps // 10}"
+        )
     result = fit(
         model,
         ready.tokenizer,
@@ -217,16 +232,16 @@ def _export(recipe, argv, prog, ready: Prepared, result: Result, size: int, acce
     state = whole_state(plain, accelerator.is_main_process)
     if not accelerator.is_main_process:
         return
-    notes = summary(recipe, prog, size, ready.train, ready.valid, result, argv)
-    made, weights = ready.finish(plain, result.ema)
+    unit = "tokens" if ready.objective is None else ready.objective.unit
+    notes = summary(recipe, prog, size, ready.train, ready.valid, result, argv, unit)
+    made, state, weights = ready.finish(plain, state, result.ema)
     targets = [(Path(recipe.output) / "model", None)]
     if recipe.export:
         targets.append((Path(recipe.export), getattr(torch, recipe.export_dtype)))
     for folder, dtype in targets:
-        own = state if made is plain else None  # not of merged adapters
-        save.save_model(made, folder, ready.tokenizer, state=own, weights=weights, dtype=dtype, notes=finite(notes))
+        save.save_model(made, folder, ready.tokenizer, state=state, weights=weights, dtype=dtype, notes=finite(notes))
         report(f"wrote {folder}")
-    report(to_json({key: notes[key] for key in ("steps", "seconds", "tokens_seen", "epochs")}))
+    report(to_json({key: notes[key] for key in ("steps", "seconds", f"{unit}_seen", "epochs")}))
 
 
 def processes_line(accelerator) -> str:

@@ -130,6 +130,16 @@ def answer_text(row: dict, tokenizer) -> str:
     return tokenizer.decode(answer.tolist(), skip_special_tokens=True)
 
 
+def prompt_sums(values: Sequence[float | None], group: int) -> tuple[float, float, int]:
+    """Sum and sum of squares of the means of each prompt's answers, and the number of prompts: of what applies.
+
+    values (P G,): a reward of each answer, None where it does not apply.
+    """
+    groups = ([v for v in values[start : start + group] if v is not None] for start in range(0, len(values), group))
+    means = [sum(some) / len(some) for some in groups if some]
+    return sum(means), sum(mean * mean for mean in means), len(means)
+
+
 def _processes_of(folder) -> int:
     """How many processes' rollouts a checkpoint keeps."""
     return len(list(Path(folder).glob(ROLLOUT_FILE.format("*"))))
@@ -331,11 +341,7 @@ class RolloutBatches:
         plan, run = self.plan, self.run
         groups = totals.view(-1, plan.group)
         equal = (groups.amax(1) - groups.amin(1) < 1e-12).sum()
-        parts = [groups.mean(1)] + [
-            torch.tensor([0.0 if value is None else value for value in row]).view(-1, plan.group).double().mean(1)
-            for row in scores
-        ]
-        sums = [x for part in parts for x in (float(part.sum()), float((part**2).sum()))]
+        sums = [x for values in [totals.tolist(), *scores] for x in prompt_sums(values, plan.group)]
         lengths = sum(int(row["target"].sum()) for row in made)
         ended = sum(bool(row["ended"].any()) for row in made)
         more = [len(groups), int(equal), lengths, ended, passes, committed]
@@ -344,7 +350,8 @@ class RolloutBatches:
         )
         answers, record = count * plan.group, {"kind": "rollouts", "step": step}
         for number, name in enumerate(["reward", *(f"reward {reward.name}" for reward in plan.rewards)]):
-            mean, error = mean_and_error(sums[2 * number], sums[2 * number + 1], count)
+            total, squares, applied = sums[3 * number : 3 * number + 3]
+            mean, error = mean_and_error(total, squares, applied) if applied else (None, None)
             record |= {name: mean, f"{name} error": error}
         record |= {
             "equal_groups": equal / count, "length": lengths / answers, "ended": ended / answers,
@@ -359,8 +366,9 @@ class RolloutBatches:
                 f"average): nothing is learned from them; other prompts or a higher temperature would tell them apart"
             )
         if (step - 1) // plan.inner % max(1, self.config.log_every // plan.inner) == 0:
+            error = record["reward error"]  # of one prompt alone there is none
             run.report(
-                f"step {step}  reward {record['reward']:.3f} ± {record['reward error']:.3f}  length "
+                f"step {step}  reward {record['reward']:.3f}{'' if error is None else f' ± {error:.3f}'}  length "
                 f"{record['length']:.1f}  equal groups {record['equal_groups']:.0%}  {record['tokens_per_pass']:.2f} "
                 f"tokens a pass"
             )

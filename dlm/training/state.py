@@ -47,6 +47,12 @@ def checkpoints(output: str | os.PathLike) -> list[tuple[int, Path]]:
     return sorted((int(match.group(1)), child) for match, child in matches if match and child.is_dir())
 
 
+def check_unused(output: str | os.PathLike, resume: bool) -> None:
+    """Errors: an output folder with checkpoints, of a run that is not to be resumed."""
+    if not resume and checkpoints(output):
+        raise ValueError(f"{output} holds checkpoints of a run: --resume it, or choose another --output folder")
+
+
 # -------------------------------------------------------------------------------------------------------- writing
 
 

@@ -38,7 +38,7 @@ from dlm.training.optim import schedule_factor, set_learning_rates
 from dlm.training.resume import identify, load_newest, plain_settings
 from dlm.training.rollouts import ROLLOUT_FILE, Plan, RolloutBatches
 from dlm.training.sharding import is_sharded, whole_average
-from dlm.training.state import OBJECTIVE_FILE, checkpoints, save_state
+from dlm.training.state import OBJECTIVE_FILE, check_unused, save_state
 from dlm.training.stop import StopSignal
 from dlm.training.validation import Validation, check_in
 from dlm.utils.files import locked
@@ -103,8 +103,7 @@ def fit(
             f"batch_size {config.batch_size} is not a multiple of {accelerator.num_processes} processes x "
             f"accumulation {config.accumulation}: a step must cut into equal micro-batches"
         )
-    if not resume and checkpoints(config.output):
-        raise ValueError(f"{config.output} holds checkpoints of a run: resume it, or choose another output folder")
+    check_unused(config.output, resume)
     if objective is not None and config.repeat_share:
         raise ValueError(
             f"repeat_share is {config.repeat_share:g}, and this recipe has a loss of its own: leave it out; it is of "
@@ -120,6 +119,8 @@ def fit(
             report(plan(config.block_growth, config.block_length, config.max_steps))
         if resume:
             load_newest(run, skip_damaged)
+        elif earlier := run.metrics.begin_anew():
+            report(f"the log of an earlier run, which left no checkpoint, is now {earlier}")
         return run.loop()
 
 
@@ -192,6 +193,8 @@ class Run:
         try:
             ahead = Ahead(self.batches, self.step, workers)
             self.since = time.perf_counter()
+            if ended and self.valid is not None and config.valid_every:  # stopped between the last step and the export
+                self.validation = check_in(self, None)
             while not (ended or stopped):
                 self.waiting.append(self.train_step(self._next(ahead)))
                 self.step += 1

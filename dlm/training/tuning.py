@@ -9,7 +9,7 @@ from dlm.checkpoints.files import SHIPPED
 from dlm.data.choices import ON_BAD_ROW
 from dlm.objectives.config import AS_MODEL
 from dlm.training.config import RecipeConfig
-from dlm.training.lora import TARGETS, add_lora, merge_lora
+from dlm.training.lora import TARGETS, add_lora, merged
 from dlm.training.options import FORMATS
 from dlm.utils.names import check_name
 
@@ -44,6 +44,8 @@ class TuningConfig(RecipeConfig):
         check_name("on_bad_row", self.on_bad_row, ON_BAD_ROW)
         if self.lora < 0:
             raise ValueError(f"lora is {self.lora}: it is a rank, 0 or more")
+        if not 0 < self.lora_alpha < float("inf"):
+            raise ValueError(f"lora_alpha is {self.lora_alpha}: it scales the adapters, a number above 0")
 
     def refuse(self, names: tuple[str, ...], why: str) -> None:
         """Raises ValueError for the first of these settings that is on. why: what it cannot go with."""
@@ -55,6 +57,6 @@ class TuningConfig(RecipeConfig):
 def adapted(model, settings: TuningConfig) -> tuple[object, Callable]:
     """(the model with adapters where the settings ask for them, what is exported of it in the end)."""
     if not settings.lora:
-        return model, lambda trained, weights: (trained, weights)
+        return model, lambda trained, state, weights: (trained, state, weights)
     made = add_lora(model, settings.lora, settings.lora_alpha, settings.lora_targets, settings.seed)
-    return made, lambda trained, weights: (merge_lora(trained, weights), None)
+    return made, lambda trained, state, weights: (trained.get_base_model(), merged(trained, state, weights), None)

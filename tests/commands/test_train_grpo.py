@@ -208,3 +208,41 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bits(tmp_path, start,
         os.waitpid(child, 0)
     assert start("parts", *more, "--resume") == 0
     assert away(tmp_path, "whole", "parts") == 0
+
+
+def test_one_prompt_a_step_and_rewards_that_do_not_apply(tmp_path, start, capsys):
+    """Regression tests: a mean of one prompt has no error, which ended the run in a traceback; answers to which a
+    reward does not apply (None) counted as 0 in its mean."""
+    (tmp_path / "some.py").write_text(
+        "def some(prompts, completions, bonus, **columns):\n"
+        "    return [0.5 if more < 0.4 else None for more in bonus]\n"
+    )
+    assert start("run", "--batch-size=4", "--max-steps=2", "--inner=1") == 0
+    assert "±" not in (out := capsys.readouterr().out) and "step 1  reward" in out
+    assert start("some", "--rewards=some:some|regex:.*", "--batch-size=32", "--max-steps=1", "--inner=1") == 0
+    [record] = [r for r in records(tmp_path / "some") if r["kind"] == "rollouts"]
+    assert record["reward some:some"] == 0.5 and record["reward some:some error"] == 0
+    assert start("none", "--rewards=some:some|regex:.*", "--batch-size=4", "--max-steps=8", "--inner=1") == 0
+    means = {r["reward some:some"] for r in records(tmp_path / "none") if r["kind"] == "rollouts"}
+    assert means == {0.5, None}  # a round without a prompt to which it applies has no mean
+
+
+def test_what_the_policy_does_not_know_of_is_said():
+    common = ["--rewards=countdown", "--data=a.jsonl"]
+    assert grpo.beside_the_policy(grpo.parse(common)) == ""
+    told = grpo.beside_the_policy(grpo.parse([*common, "--sampling=gen_length=8|temperature=1|top_p=0.9|cfg_scale=1"]))
+    assert told.startswith("warning: sampling has top_p=0.9, cfg_scale=1.0, which changes what is drawn")
+
+
+def test_a_line_that_is_no_json_is_a_bad_row(tmp_path, start, capsys):
+    """A regression test: --on-bad-row skip stopped at a line that does not parse. Weights of prompts are refused."""
+    with (tmp_path / "prompts.jsonl").open("a") as file:
+        file.write('{"prompt": "a", \n')
+    assert start("run", "--max-steps=1") == 2
+    assert "line 9: not JSON" in (told := capsys.readouterr().err) and "--on-bad-row skip" in told
+    assert start("run", "--on-bad-row=skip", "--max-steps=4") == 0
+    assert "1 bad rows" in capsys.readouterr().out
+    notes = json.loads((tmp_path / "run" / "model" / "training.json").read_text())
+    assert (notes["answers_seen"], notes["epochs"]) == (32, 0.5)  # eight prompts, of which a step with two took two
+    assert start("bad", f"--data={tmp_path / 'prompts.jsonl'}:2") == 2
+    assert "has weight 2, and prompts are taken once each" in capsys.readouterr().err

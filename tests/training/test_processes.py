@@ -133,6 +133,23 @@ def test_two_processes_fine_tune_as_one(tmp_path, measured):
     assert_same_run(tmp_path / "one", tmp_path / "two", measured, "1 process and 2, fine-tuned")
 
 
+def test_sharded_processes_export_merged_adapters(tmp_path, measured):
+    """A regression test: under FSDP2 the first process merged adapters of which it held a part."""
+    assert pretrain.main(options(tmp_path, "base")) == 0
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"{n}?", "response": "one " * (n % 4)}) + "\n" for n in range(1, 17)))
+    common = ["--model", tmp_path / "base" / "model", "--data", data, "--format", "plain", "--precision", "no",
+              "--max-steps", "3", "--batch-size", "4", "--lora", "2", "--learning-rate", "1e-2", "--warmup-steps", "1",
+              "--ema", "0.5", "--sequence-length", "24"]  # fmt: skip
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert sft.main([*map(str, common), f"--output={tmp_path / 'one'}"]) == 0
+    script = Path(__file__).parents[1] / "helpers" / "sharded.py"
+    two([script, "sft", *common, f"--output={tmp_path / 'two'}"])
+    one, other = (weights(tmp_path / name / "model") for name in ("one", "two"))
+    measured("weights, 1 process and 2 under FSDP2, merged adapters", (one - other).abs().max(), 1e-5)
+    assert not torch.equal(one, weights(tmp_path / "base" / "model"))
+
+
 def test_a_conversion_to_block_diffusion_goes_on_with_two_processes(tmp_path, measured):
     """A full-attention checkpoint trained block by block under clipped rates; the second half on two processes."""
     assert pretrain.main(options(tmp_path, "full")) == 0

@@ -163,6 +163,10 @@ def test_each_parameter_has_one_optimizer_and_decay(tying):
     [
         ({"schedule": "cosin"}, "did you mean 'cosine'"),
         ({"max_steps": 0}, "max_steps is 0"),
+        ({"learning_rate": math.nan}, "learning_rate is nan"),
+        ({"learning_rate": math.inf}, "learning_rate is inf"),
+        ({"muon_learning_rate": -1.0}, "muon_learning_rate is -1.0"),
+        ({"weight_decay": math.nan}, "weight_decay is nan"),
         ({"ema": 1.5}, "between 0 and 1"),
         ({"batch_size": 6, "accumulation": 4}, "cannot be cut into"),
     ],

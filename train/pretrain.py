@@ -78,7 +78,8 @@ def prepare(settings: Recipe, accelerator) -> Prepared:
     from dlm.training.recipe import Prepared, load_examples, open_model, stream_examples
 
     if not settings.model:
-        shape = {name: getattr(settings, name) for name in ("d_model", "n_layers", "n_heads", "mlp_hidden_size")}
+        names = ("d_model", "n_layers", "n_heads", "n_kv_heads", "mlp_hidden_size", "rope_theta", "init_std")
+        shape = {name: getattr(settings, name) for name in names}
         check_new_model(shape, settings.vocab_size if not settings.tokenizer else 0)
     with accelerator.main_process_first():
         tokenizer = _tokenizer(settings, made=settings.resume or not accelerator.is_main_process)

@@ -93,7 +93,8 @@ def prepare(settings: Recipe, accelerator) -> Prepared:
 
     tokenizer = sudoku.make_tokenizer()
     if not settings.model:
-        shape = {name: getattr(settings, name) for name in ("d_model", "n_layers", "n_heads", "mlp_hidden_size")}
+        names = ("d_model", "n_layers", "n_heads", "mlp_hidden_size", "rope_theta")
+        shape = {name: getattr(settings, name) for name in names}
         check_new_model(shape, len(tokenizer))
     count = settings.examples + settings.valid_examples
     check_memory(8.0 * sudoku.LENGTH * count, f"{count:,} examples take at least", "give fewer")

@@ -29,6 +29,9 @@ def check_length(argv: Sequence[str]) -> None:
 def check_folders(recipe: RecipeConfig) -> None:
     """Errors: a folder that the run would replace at its end, and that holds what is not its own."""
     output = Path(recipe.output).resolve()
+    for place in (output, *output.parents):
+        if place.exists() and not place.is_dir():
+            raise ValueError(f"output is {recipe.output}, and {place} is a file: give the name of a folder")
     check_replaceable(output / "model")
     if not recipe.export:
         return
@@ -67,11 +70,15 @@ def _bytes(size: float) -> str:
 def check_new_model(shape: dict, vocabulary: int) -> None:
     """Errors: the shape of a new model whose weights, gradients and optimizer state this machine cannot hold.
 
-    shape: d_model, n_layers, mlp_hidden_size and, where they are given, n_heads and n_kv_heads.
+    shape: d_model, n_layers, mlp_hidden_size and, where they are given, n_heads, n_kv_heads, rope_theta and init_std.
     """
     width, layers = shape["d_model"], shape["n_layers"]
+    for name in ("rope_theta", "init_std"):
+        value = shape.get(name, 1.0)
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{name} is {value}: give a number above 0")
     for name, value in shape.items():
-        if value is not None and value < 1:
+        if name not in ("rope_theta", "init_std") and value is not None and value < 1:
             raise ValueError(f"{name} is {value}: give 1 or more")
     size = layers * (2 * width * width + 3 * width * (shape.get("mlp_hidden_size") or width)) + vocabulary * width
     check_memory(

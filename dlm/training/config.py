@@ -127,6 +127,11 @@ class TrainingConfig:
         for name in ("warmup_steps", "valid_every", "sample_every", "weight_decay", "seed", "max_seconds"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must not be negative")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed is {self.seed}: give a number below 2^63")
+        for name in ("beta1", "beta2", "momentum"):
+            if getattr(self, name) == 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: no gradient would ever count; give less than 1")
         for name in ("learning_rate", "muon_learning_rate"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):

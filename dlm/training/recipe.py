@@ -163,7 +163,7 @@ class Prepared:
 
 def run(recipe: RecipeConfig, argv: list[str], prog: str, prepare: Callable[..., Prepared]) -> int:
     """Train, and export on request. Returns the exit code: 130 where it was interrupted."""
-    if not recipe.data:
+    if not parse_sources(recipe.data):
         raise ValueError("no data: give --data with one or more sources, comma separated")
     check_length(argv)
     check_folders(recipe)

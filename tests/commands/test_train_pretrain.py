@@ -57,10 +57,14 @@ def weights(folder):
         (["--skip-damaged"], "give --resume with it"),
         ([], "no data: give --data"),
         (["--data", "nowhere.txt"], "nowhere.txt: no such file"),
+        (["--data", ","], "no data: give --data"),
+        (["--data", "x.txt", "--init-std", "-1"], "init_std is -1.0: give a number above 0"),
+        (["--data", "x.txt", "--rope-theta", "nan"], "rope_theta is nan: give a number above 0"),
+        (["--data", "x.txt", "--output", __file__], "test_train_pretrain.py is a file: give the name of a folder"),
     ],
 )
 def test_a_wrong_option_is_one_line_with_the_nearest_name(tmp_path, capsys, argv, message):
-    assert main([*argv, "--output", str(tmp_path / "run")]) == 2
+    assert main(["--output", str(tmp_path / "run"), *argv]) == 2
     told = capsys.readouterr().err
     assert message in told and told.count("\n") == 1 and "Traceback" not in told
 

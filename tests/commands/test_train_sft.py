@@ -324,7 +324,7 @@ def test_a_fine_tune_keeps_the_visibilities_of_its_model(base, tmp_path, capsys,
     after = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
     names = ("objective", "block_length", "full_attention")
     assert [after.get(name) for name in names] == [(plain | shape | kind).get(name) for name in names]
-    assert "warning" not in capsys.readouterr().out
+    assert "trains and exports it without" not in capsys.readouterr().out
     if shape:
         assert run(start, tmp_path, "full", "--objective", "diffusion", "--max-steps", "1") == 0
         assert "knows blocks of 4, and this run trains and exports it without: --objective model" in (

@@ -167,6 +167,8 @@ def test_each_parameter_has_one_optimizer_and_decay(tying):
         ({"learning_rate": math.inf}, "learning_rate is inf"),
         ({"muon_learning_rate": -1.0}, "muon_learning_rate is -1.0"),
         ({"weight_decay": math.nan}, "weight_decay is nan"),
+        ({"beta2": 1.0}, "beta2 is 1.0: no gradient"),
+        ({"seed": 2**64}, "give a number below 2"),
         ({"ema": 1.5}, "between 0 and 1"),
         ({"batch_size": 6, "accumulation": 4}, "cannot be cut into"),
     ],

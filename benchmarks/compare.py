@@ -55,7 +55,8 @@ def differences(first: Grid, second: Grid) -> list[str]:
     judged = [(a.perplexity, b.perplexity) for a, b in pairs if a.perplexity and b.perplexity]
     if judged:
         ratio = geometric_mean([b / a for a, b in judged])
-        said.append(f"Its perplexity is {ratio:.2f} times as high.")
+        reason = unlike((first, second))
+        said.append(f"Its perplexity is {ratio:.2f} times as high{f', but {reason}' if reason else ''}.")
     gains = [speedups(grid.settings()) for grid in (first, second)]
     for method in first.methods:
         both = [key for key in gains[0] if key[0] == method and key in gains[1]]
@@ -68,15 +69,18 @@ def differences(first: Grid, second: Grid) -> list[str]:
     return said
 
 
-def judges(grids: Sequence[Grid]) -> str:
-    """A warning where the perplexities are not known to be of one judge and the same questions."""
+def unlike(grids: Sequence[Grid]) -> str:
+    """Why the perplexities are not known to be of one judge and the same questions; "" where they are."""
     told = [grid.meta.get("settings", {}) for grid in grids]
-    if all(told) and all(told[0][name] == told[1][name] for name in ("judge", "questions")):
+    if not all(told):
+        return "the files do not say which judge read the answers to which questions"
+    if told[0]["questions"] != told[1]["questions"]:
+        return "the questions are other ones"
+    judges = [one["judge"] for one in told]
+    if judges[0] == judges[1]:
         return ""
-    return quiet(
-        "These perplexities cannot be compared with each other: the files do not show that one judge read answers to "
-        "the same questions."
-    )
+    shown = [f"{Path(str(one.get('id'))).name} ({one.get('revision')})" if one else "none" for one in judges]
+    return f"the files do not show that it is one judge: {' and '.join(shown)}"
 
 
 def slowest(grid: Grid) -> float:
@@ -132,7 +136,9 @@ def main(argv: Sequence[str]) -> int:
     if shared(first, second):
         sections.append(("Settings of both", side_by_side(first, second)))
     data = [tip | {"head": f"{grid.name}: {tip['head']}"} for grid in grids for tip in tips(grid)]
-    lead = quiet(f"{args.first} (dots) and {args.second} (rings).") + judges(grids)
+    lead = quiet(f"{args.first} (dots) and {args.second} (rings).")
+    if reason := unlike(grids):
+        lead += quiet(f"Perplexities: {reason}.")
     out = Path(args.out)
     out.write_text(page(f"{first.name} and {second.name}", lead, sections, data), encoding="utf-8")
     print("\n".join(said))

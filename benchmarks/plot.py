@@ -32,7 +32,8 @@ def facts(grid: Grid) -> str:
     said.append(f"{questions} question{'s' if questions > 1 else ''}")
     if settings := grid.meta.get("settings"):
         said.insert(0, f"{settings['model']} in {settings['dtype']}")
-        said.append(f"median of {settings['repeats']} repeats")
+        repeats = settings["repeats"]
+        said.append("one run a cell" if repeats == 1 else f"median of {repeats} runs a cell")
         judge = settings["judge"]
         said.append(f"judge {Path(str(judge.get('id'))).name} ({judge.get('revision')})" if judge else "no judge")
     for launch in grid.meta.get("launches", [])[:1]:

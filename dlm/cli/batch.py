@@ -73,7 +73,8 @@ def run_jobs(opened: Pretrained, jobs: Iterable[Job], config, args, show: Callab
 
 def _run(opened, jobs, config, args, show, recorder) -> int:
     for number, batch in enumerate(batches(jobs, args.batch_size)):
-        results = denoise(opened, batch, config, args, recorder=recorder)
+        asked = getattr(args, "chat", False)  # the words of a chat template are not for people
+        results = denoise(opened, batch, config, args, show_given=not asked, recorder=recorder)
         for index, result in enumerate(results):
             if not args.json and (number or index):
                 print()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import importlib.util
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -83,7 +85,8 @@ def show(recording: Recording, speed: float, step: bool) -> None:
     )
     state = None
     if live.is_live(sys.stdout):
-        with live.LiveView(sys.stdout, rows, passes=len(recording.passes)) as view:
+        quiet = without_echo() if step else contextlib.nullcontext()
+        with quiet, live.LiveView(sys.stdout, rows, passes=len(recording.passes)) as view:
             for state in states(recording):
                 view.last_frame = float("-inf")  # every pass is shown
                 view.show(state)
@@ -114,9 +117,25 @@ def waited_for_enter() -> bool:
         input()
     except (EOFError, RuntimeError):  # RuntimeError: standard input is closed
         return False
-    if sys.stdin.isatty():
-        sys.stdout.write("\x1b[A")  # Enter has moved the cursor down, out of what the live view drew
     return True
+
+
+@contextlib.contextmanager
+def without_echo() -> Iterator[None]:
+    """Typed keys are not shown: Enter would move the cursor out of what the live view drew."""
+    if sys.stdin is None or not sys.stdin.isatty() or importlib.util.find_spec("termios") is None:
+        yield  # a pipe, a closed stream, Windows
+        return
+    import termios
+
+    before = termios.tcgetattr(sys.stdin)
+    quiet = [*before]
+    quiet[3] &= ~termios.ECHO  # the local modes
+    try:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
 def states(recording: Recording) -> Iterator:

@@ -33,9 +33,10 @@ def run(command: str, argv: Sequence[str], more: str = "") -> int:
     files = scripts(command)
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: dlm {command} NAME [options]      (dlm {command} NAME --help lists them)\n{more}")
+        wide = max(map(len, files), default=0)
         for name, file in files.items():
             text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
-            print(f"  {name:<12} {text.splitlines()[0] if text else ''}")
+            print(f"  {name:<{wide}}  {text.splitlines()[0] if text else ''}")
         return 0
     name, rest = argv[0], list(argv[1:])
     if name not in files:

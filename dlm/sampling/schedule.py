@@ -54,7 +54,7 @@ def apportion(total: int, sizes: Sequence[int]) -> list[int]:
     if total < len(sizes):
         raise ValueError(
             f"steps is {total} but there are {len(sizes)} blocks, and each needs a pass: "
-            f"give steps >= {len(sizes)}, or a larger block_length"
+            f"give {len(sizes)} or more, or a larger block_length"
         )
     ideal = [total * size / sum(sizes) for size in sizes]
     shares = [max(1, int(share)) for share in ideal]

@@ -4,10 +4,12 @@ import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
 
+from benchmarks import compare
 from dlm.benchmarking import charts
 from dlm.benchmarking.charts import Axis, Point, Series, Shade, Tile, about_one, heat_map, scatter, significant, ticks
 from dlm.benchmarking.findings import LEAST_R2, front, pass_fit, quality, sentences, speedups
@@ -152,7 +154,12 @@ def test_compare_two_grids_and_the_reference(run, grid, tmp_path):
     assert code == 0 and "reference takes 9.31 times the seconds of grid over 4 settings" in out
     assert "dual over none: 2.00 times as fast in grid, 2.31 times in reference" in out
     page = (tmp_path / "both.html").read_text()
-    assert page.count("<svg") == 2 and "cannot be compared with each other" in page
+    assert page.count("<svg") == 2 and "do not say which judge" in page
+    asked = {"questions": ["A"], "judge": {"id": "x/twin", "revision": "r1"}}
+    pairs = [({}, asked), (asked, asked | {"questions": ["B"]}), (asked, asked), (asked, asked | {"judge": None})]
+    said = [compare.unlike([SimpleNamespace(meta={"settings": one}) for one in pair]) for pair in pairs]
+    assert ["which judge" in said[0], "questions" in said[1], said[2]] == [True, True, ""]
+    assert said[3].endswith("one judge: twin (r1) and none")
     longer = tmp_path / "longer.csv"
     longer.write_text(CSV.replace(",8,4,", ",16,4,"))
     assert "no setting is the same" in run("bench", "compare", grid, longer, "--out", tmp_path / "c.html")[1]

@@ -2,11 +2,13 @@
 
 import io
 import json
+import re
 import sys
 
 import pytest
 
-from dlm.cli.replay import waited_for_enter
+from dlm.cli import batch
+from dlm.cli.replay import waited_for_enter, without_echo
 from dlm.utils import settings
 from tests.helpers import commandline
 
@@ -113,3 +115,33 @@ def test_defaults_in_force_are_those_of_the_family(run, tmp_path, tokenizer, cap
     with pytest.raises(SystemExit):
         main.main(["generate", "--model", str(tmp_path / "dream"), "--help"])
     assert "(default: 0.2)" in capsys.readouterr().out.split("--temperature")[1].split("--")[0]
+
+
+def test_stepping_shows_no_typed_keys(monkeypatch):
+    """Fault: each Enter moved the cursor, and a line of every frame stayed on the screen."""
+    pty, termios = pytest.importorskip("pty"), pytest.importorskip("termios")
+    master, slave = pty.openpty()
+    with open(master, "rb"), open(slave) as typed:
+        monkeypatch.setattr(sys, "stdin", typed)
+        modes = [termios.tcgetattr(slave)[3] & termios.ECHO]
+        with without_echo():
+            modes.append(termios.tcgetattr(slave)[3] & termios.ECHO)
+        modes.append(termios.tcgetattr(slave)[3] & termios.ECHO)
+    assert modes == [termios.ECHO, 0, termios.ECHO]
+    monkeypatch.setattr(sys, "stdin", None)
+    with without_echo():
+        pass
+
+
+def test_the_live_view_of_a_chat_shows_the_answer_alone(run, monkeypatch):
+    """Fault: `dlm generate --chat`, and so `make demo`, showed "a girl who paints.assistant" while it wrote."""
+    seen, kept = [], batch.denoise
+    monkeypatch.setattr(batch, "denoise", lambda *words, **more: seen.append(more) or kept(*words, **more))
+    assert run("generate", "--chat", "The cat", "--gen-length", 2)[0] == run("generate", "x", "--gen-length", 2)[0] == 0
+    assert [more["show_given"] for more in seen] == [False, True]
+
+
+def test_names_of_scripts_stand_in_a_column(run):
+    """Fault: the longest name had no space behind it, and its text stood elsewhere than the others'."""
+    rows = [line for line in run("train")[1].splitlines() if re.match(r"  \w", line)]
+    assert len({len(line) - len(line[2:].split(" ", 1)[1].lstrip()) for line in rows}) == 1

@@ -98,7 +98,8 @@ class Whole:
             own = None if cache is not None else torch.arange(len(laid.queries))
             runs = laid.attention.runs(), laid.last_attention.runs()
             rows = laid.cache.rows if isinstance(laid.cache, Stored) else None
-            few = self._passed(tokens.flatten()[laid.queries], laid.slots, rows, own, runs, laid.asked_of, cache, 1)
+            of = laid.asked_of, laid.slots[laid.asked_of]
+            few = self._passed(tokens.flatten()[laid.queries], laid.slots, rows, own, runs, *of, cache, 1)
             logits = few.new_zeros(asked.numel(), few.shape[1])
             logits[laid.asked] = few
             return logits.unflatten(0, asked.shape)
@@ -118,22 +119,28 @@ class Whole:
 
         runs = runs_of(every, mask)
         if asked is None:
-            asked, few_runs = torch.arange(queries).expand(batch, -1), runs
+            asked, asked_slots, few_runs = torch.arange(queries).expand(batch, -1), every, runs
         else:
+            asked_slots = every.gather(1, asked)
             if mask is not None:
                 mask = mask.expand(batch, -1, -1, -1).take_along_dim(asked[:, None, :, None], dim=2)
-            few_runs = runs_of(every.gather(1, asked), mask)
-        asked_of = (queries * torch.arange(batch)[:, None] + asked).flatten()
-        rows = None if where is None else torch.tensor(where).repeat_interleave(queries)
-        own = torch.arange(queries).repeat(batch) if cache is None else None
-        few = self._passed(tokens.flatten(), every.flatten(), rows, own, (runs, few_runs), asked_of, cache, batch)
+            few_runs = runs_of(asked_slots, mask)
+        among = asked if batch == 1 else queries * torch.arange(batch)[:, None] + asked
+        rows = None
+        if where is not None and where != list(range(batch)):
+            rows = torch.tensor(where).repeat_interleave(queries)
+        own = torch.arange(queries).repeat(batch) if cache is None and positions is not None else None
+        of = among.flatten(), asked_slots.flatten()
+        few = self._passed(tokens.flatten(), every.flatten(), rows, own, (runs, few_runs), *of, cache, batch)
         return few.unflatten(0, asked.shape)
 
-    def _passed(self, tokens, slots, rows, own, runs, asked_of, cache, batch: int) -> Tensor:
-        """Logits (M, V) at the tokens asked_of (M,). tokens, slots, rows (N,): of each, its id, its slot and its row of
-        the cache; own (N,): without a cache, where among the keys of one of `batch` rows its own lie; runs: what the
-        tokens see, and those asked about."""
+    def _passed(self, tokens, slots, rows, own, runs, asked_of, asked_slots, cache, batch: int) -> Tensor:
+        """Logits (M, V) at the tokens asked_of (M,), which stand at asked_slots (M,). Of each token (N,): tokens, its
+        id; slots, its slot; rows, its row of the cache, None where every row of the pass has its own; own, without a
+        cache, where among the keys of its row of the pass its own lie, None for its slot. runs: what the tokens see,
+        and those asked about."""
         packed = self.packed
+        slots, asked_of, asked_slots = (x.contiguous() for x in (slots, asked_of, asked_slots))
         count, asking, width = len(tokens), len(asked_of), packed.embedding.shape[1]
         heads, size, length = packed.heads, packed.size, count // batch if cache is None else cache.base.length
         x = F.embedding(tokens, packed.embedding)
@@ -154,8 +161,6 @@ class Whole:
         for part in parts:
             at.append(at[-1] + 4 * part)
         logits = x.new_empty(asking, packed.head.outputs)
-        slots, asked_of = slots.contiguous(), asked_of.contiguous()
-        asked_slots = slots[asked_of]
         indices = [None if index is None else index.data_ptr() for index in (slots, rows, own, asked_of, asked_slots)]
         pointers = [(POINTER * len(stored))(*(pair[i].data_ptr() for pair in stored)) for i in (0, 1)]
         assert all(part.is_contiguous() for pair in stored for part in pair) and packed.turns.is_contiguous()

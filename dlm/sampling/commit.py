@@ -16,11 +16,12 @@ __all__ = ["COMMITS", "Step", "by_blocks", "choose", "coarse_block"]
 
 @dataclass(frozen=True)
 class Step:
-    """What a commit rule may know of the pass: the rows' quotas (B,), the rule's own parameter, drawn (B, M): the
-    places that an ancestral step draws, and stable (B, M): those whose prediction has settled. spacing: fewest slots
-    between two places, or none from spacing_threshold on; slots (B, M): where the places are."""
+    """What a commit rule may know of the pass: the rows' quotas (B,), for `quota` also None, one place in each row; the
+    rule's own parameter, drawn (B, M): the places that an ancestral step draws, and stable (B, M): those whose
+    prediction has settled. spacing: fewest slots between two places, or none from spacing_threshold on; slots (B, M):
+    where the places are."""
 
-    quota: Tensor
+    quota: Tensor | None
     threshold: float = 0.9
     factor: float = 1.0
     entropy_bound: float = 0.1
@@ -31,8 +32,8 @@ class Step:
     slots: Tensor | None = None
 
 
-def _sorted(confidence: Tensor, eligible: Tensor) -> tuple[Tensor, Tensor]:
-    """Confidence from high to low and the places it belongs to; eligible places first, ties by place.
+def _ranked(confidence: Tensor, eligible: Tensor) -> tuple[Tensor, Tensor]:
+    """Confidence, -inf where a place is not eligible, and a key of the same order.
 
     Places that differ by rounding alone are ties. A row of masks without a prompt has equal confidences everywhere, and
     the rounding of a product depends on the batch: without this the same row committed in another order elsewhere.
@@ -41,10 +42,23 @@ def _sorted(confidence: Tensor, eligible: Tensor) -> tuple[Tensor, Tensor]:
     floor = torch.finfo(confidence.dtype).min
     ranked = confidence.clamp_min(floor).masked_fill(~eligible, -torch.inf)
     unit = 4 * torch.finfo(ranked.dtype).eps if ranked.dtype != torch.float64 else 2.0**-40
+    if confidence.device.type == "cpu" and all(-1 <= float(end) <= 1 for end in confidence.aminmax()):
+        return ranked, (ranked / unit).round()  # the same order in a third of the operations
     grid = torch.ldexp(torch.full_like(ranked, unit), ranked.clamp(-(2**20), 2**20).frexp().exponent.clamp_min(0))
-    key = torch.where(ranked.abs() < 2**20, (ranked / grid).round() * grid, ranked)
+    return ranked, torch.where(ranked.abs() < 2**20, (ranked / grid).round() * grid, ranked)
+
+
+def _sorted(confidence: Tensor, eligible: Tensor) -> tuple[Tensor, Tensor]:
+    """Confidence from high to low and the places it belongs to; eligible places first, ties by place."""
+    ranked, key = _ranked(confidence, eligible)
     order = key.sort(dim=-1, descending=True, stable=True).indices
     return ranked.gather(-1, order), order
+
+
+def _best(confidence: Tensor, eligible: Tensor) -> Tensor:
+    """bool (B, M): the most confident eligible place of each row."""
+    best = _ranked(confidence, eligible)[1].argmax(dim=-1, keepdim=True)  # the first of several
+    return torch.zeros_like(eligible).scatter(-1, best, True) & eligible
 
 
 def _first(count: Tensor, order: Tensor, eligible: Tensor) -> Tensor:
@@ -55,6 +69,8 @@ def _first(count: Tensor, order: Tensor, eligible: Tensor) -> Tensor:
 
 def by_quota(confidence: Tensor, eligible: Tensor, step: Step) -> Tensor:
     """The `quota` most confident places (LLaDA, arXiv:2502.09992, alg. 5)."""
+    if step.quota is None:
+        return _best(confidence, eligible)
     _, order = _sorted(confidence, eligible)
     return _first(step.quota, order, eligible)
 
@@ -65,8 +81,7 @@ def by_threshold(confidence: Tensor, eligible: Tensor, step: Step) -> Tensor:
 
 
 def _sure_or_best(confidence: Tensor, eligible: Tensor, sure: Tensor) -> Tensor:
-    _, order = _sorted(confidence, eligible)
-    return torch.where(sure.any(dim=-1, keepdim=True), sure, _first(sure.sum(dim=-1), order, eligible))
+    return torch.where(sure.any(dim=-1, keepdim=True), sure, _best(confidence, eligible))
 
 
 def by_factor(confidence: Tensor, eligible: Tensor, step: Step) -> Tensor:

@@ -89,7 +89,7 @@ def turn(batch: Batch) -> DenoiseState:
     batch.turns += 1
     batch.make_room()
     active, before = batch.active, batch.canvas
-    blocks = torch.tensor([0 if row is None else row.block for row in batch.rows])
+    blocks = [0 if row is None else row.block for row in batch.rows]
     pages = Pages.of(before)
     rows = active
     while rows:
@@ -98,9 +98,8 @@ def turn(batch: Batch) -> DenoiseState:
         if step is not pages:
             pages.add(step)
         rows = [row for row in active if row.config.draft and is_known(batch, row)]
-    nfe, computed = (
-        torch.tensor([0 if row is None else getattr(row, name) for row in batch.rows]) for name in ("nfe", "computed")
-    )
+    spent = ([0 if row is None else getattr(row, name) for row in batch.rows] for name in ("nfe", "computed"))
+    blocks, nfe, computed = torch.tensor([blocks, *spent])
     likely = pages.likely if batch.likely else None
     written = pages.committed, pages.confidence, pages.revised
     if batch.extra is not None:

@@ -56,6 +56,25 @@ class Pages:
         self.confidence.add_(step.confidence)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """The places that a pass asks about, in what is (B, T): slots (R, M) of rows (R,), None for all rows in order."""
+
+    rows: Tensor | None
+    slots: Tensor
+
+    def of(self, x: Tensor) -> Tensor:
+        """x at these places, (R, M)."""
+        return x.gather(1, self.slots) if self.rows is None else x[self.rows[:, None], self.slots]
+
+    def put(self, x: Tensor, values: Tensor) -> None:
+        """Writes values (R, M) there."""
+        if self.rows is None:  # quicker than an index of two tensors
+            x.scatter_(1, self.slots, values)
+        else:
+            x[self.rows[:, None], self.slots] = values
+
+
 def commit(
     batch: Batch,
     rows: list[Row],
@@ -67,7 +86,7 @@ def commit(
     pages: Pages,
 ) -> None:
     """Proposes tokens from logits (R, M, V) for rows of the same settings, commits what the rule says, revises."""
-    config, where = rows[0].config, (plan.index[:, None], request.slots)
+    config, where = rows[0].config, Asked(request.rows, request.slots)
     written = [row.written for row in rows]
     bound = any(constraint is not None for constraint in written)
     suppressed = suppressed_of(batch, rows[0])
@@ -102,14 +121,16 @@ def commit(
         batch.layout[plan.index] = batch.layout[plan.index].scatter_add(1, request.slots, eligible * (plan.block + 1))
     if config.order_temperature > 0:
         certain = drawn_order(certain, config.order_temperature, request.counts, generators)
-    quota = torch.stack([row.share for row in rows])
-    held = pages.tokens[where]
-    revisable = request.eligible & (held != batch.canvas.mask_id)
-    drawn = None
+    held = where.of(pages.tokens)
+    revisable = drawn = quota = None
+    if config.commit != "quota" or any((row.quota or 2) > 1 for row in rows):
+        quota = torch.stack([row.share for row in rows])
+    if config.commit == "ancestral" or config.revise != "none":
+        revisable = request.eligible & (held != batch.canvas.mask_id)
     if config.commit == "ancestral" or config.revise == "remask":
-        drawn = draw_steps(rows, eligible, revisable, batch.certain[where])
+        drawn = draw_steps(rows, eligible, revisable, where.of(batch.certain))
     take = None if drawn is None else drawn.take
-    choosing = commit_rule(batch, rows, request.slots, eligible, where, logits, quota, take)
+    choosing = commit_rule(batch, rows, where, eligible, logits, quota, take)
     chosen = choosing(certain)
     if batch.telemetry is not None:
         batch.telemetry.note(batch, rows, request, visible_to(rows), logits, certain, chosen, choosing, allowed)
@@ -140,13 +161,13 @@ def commit(
         token, revised = revision.rule(slate)
         if bound:
             revised = change_in_order(written, request.slots, token, revised, batch.canvas.mask_id)
-        pages.revised[where] = revised
+        where.put(pages.revised, revised)
     new = chosen if revision is None else chosen | revised
-    pages.tokens[where] = torch.where(new, token, held)
+    where.put(pages.tokens, torch.where(new, token, held))
     if revision is not None:
-        batch.certain[where] = torch.where(chosen, confidence.float(), batch.certain[where])
-    pages.committed[where] = chosen
-    pages.confidence[where] = confidence.float().masked_fill(~chosen, 0.0)  # torch.where copies its 0.0 to a GPU
+        where.put(batch.certain, torch.where(chosen, confidence.float(), where.of(batch.certain)))
+    where.put(pages.committed, chosen)
+    where.put(pages.confidence, confidence.float().masked_fill(~chosen, 0.0))  # torch.where copies its 0.0 to a GPU
 
 
 def suppressed_of(batch: Batch, row: Row) -> tuple[int, ...]:
@@ -159,17 +180,17 @@ def suppressed_of(batch: Batch, row: Row) -> tuple[int, ...]:
 
 
 def commit_rule(
-    batch: Batch, rows: list[Row], slots: Tensor, eligible: Tensor, where, logits: Tensor, quota: Tensor, take
+    batch: Batch, rows: list[Row], where: Asked, eligible: Tensor, logits: Tensor, quota: Tensor | None, take
 ) -> Callable[[Tensor], Tensor]:
     """The commit rule of a pass: confidence (R, M) -> which places are committed."""
     config, stable = rows[0].config, None
     if config.commit == "stable":
-        stable = stable_places(rows, slots, eligible, prediction(logits, config), config)
-    apart = config.spacing, config.spacing_threshold, slots
+        stable = stable_places(rows, where.slots, eligible, prediction(logits, config), config)
+    apart = config.spacing, config.spacing_threshold, where.slots
     rule = Step(quota, config.threshold, config.factor, config.entropy_bound, take, stable, *apart)
     if not rows[0].method.several:
         return partial(choose, config.commit, eligible=eligible, step=rule)
-    block = batch.layout[where]
+    block = where.of(batch.layout)
     forced = torch.stack([torch.isin(b, b.new_tensor(row.forced)) for b, row in zip(block, rows, strict=True)])
     return partial(by_blocks, eligible=eligible, step=rule, block=block, forced=forced, rule=config.commit)
 

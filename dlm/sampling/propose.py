@@ -93,21 +93,19 @@ def draw(scores: Tensor, uniform: Tensor) -> Tensor:
     cuts the tails (Zheng et al., arXiv:2409.02908): cumulative sums are in fp64. The search goes by blocks, then
     inside of one.
     """
-    weights = F.pad(scores.exp(), (0, -scores.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    weights, missing = scores.exp(), -scores.shape[-1] % BLOCK
+    weights = (F.pad(weights, (0, missing)) if missing else weights).unflatten(-1, (-1, BLOCK))
     sums = weights.sum(dim=-1).to(uniform.dtype).cumsum(dim=-1)  # (..., V / BLOCK)
-    place = _below(uniform[..., None] * sums[..., -1:], sums)
+    below_one = uniform.clamp_max(1 - torch.finfo(uniform.dtype).eps / 2)  # times a number it is rounded to less
+    place = below_one[..., None] * sums[..., -1:]
     block = torch.searchsorted(sums, place, right=True)  # (..., 1); never one without weight
     block = block.clamp_max(sums.shape[-1] - 1)  # of weights that are no numbers, which are refused after the pass
     place = place - F.pad(sums, (1, 0)).gather(-1, block)
     inside = weights.take_along_dim(block[..., None], dim=-2)[..., 0, :].to(sums.dtype).cumsum(dim=-1)
-    token = block * BLOCK + torch.searchsorted(inside, _below(place, inside), right=True)
+    last = inside[..., -1:]  # which a place may reach by rounding
+    place = torch.minimum(place, last.nextafter(torch.zeros_like(last)))
+    token = block * BLOCK + torch.searchsorted(inside, place, right=True)
     return token[..., 0].clamp_max(scores.shape[-1] - 1)
-
-
-def _below(place: Tensor, sums: Tensor) -> Tensor:
-    """`place` (..., 1), less than the last of the cumulative sums, whatever was rounded."""
-    last = sums[..., -1:]
-    return torch.minimum(place, last.nextafter(torch.zeros_like(last)))
 
 
 def largest(x: Tensor) -> Tensor:
@@ -137,7 +135,7 @@ def sampled_from(
         return open_logits
     sampled = open_logits if tempered else filter_logits(open_logits, top_k, top_p)
     if temperature > 0:  # the largest is moved to 0, so that no temperature overflows
-        sampled = (sampled - sampled.amax(dim=-1, keepdim=True)) / temperature
+        sampled = (sampled - sampled.amax(dim=-1, keepdim=True)).div_(temperature)
     if tempered:  # Dream cuts what was tempered, by mass and then by rank
         sampled = filter_logits(filter_logits(sampled, None, top_p), top_k, None)
     return sampled

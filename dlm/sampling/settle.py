@@ -57,8 +57,11 @@ def stop_ended(batch: Batch, rows: list[Row]) -> None:
     if not rows:
         return
     canvas, tokens = batch.canvas, batch.canvas.tokens
-    slots = torch.arange(tokens.shape[1], device=tokens.device)
+    may_end = canvas.editable & canvas.valid
     for eos in {row.eos: None for row in rows}:
+        if not bool((may_end & is_any(canvas.tokens, eos)).any()):
+            continue  # as after most passes
+        slots = torch.arange(tokens.shape[1], device=tokens.device)
         ours = [row for row in rows if row.eos == eos]
         index = torch.tensor([row.index for row in ours], device=tokens.device)
         part = canvas.rows(index)
@@ -90,8 +93,8 @@ def refuse_nan(batch: Batch, before: int) -> None:
 
 def is_any(tokens: Tensor, ids: Sequence[int]) -> Tensor:
     """bool, the tokens' shape: whether each is one of `ids`."""
-    matches = torch.zeros_like(tokens, dtype=torch.bool)
-    for token in ids:
+    matches = torch.zeros_like(tokens, dtype=torch.bool) if not ids else tokens == ids[0]
+    for token in ids[1:]:
         matches |= tokens == token
     return matches
 

@@ -5,7 +5,7 @@ Shapes: T slots of the canvas, R rows of this pass, Q slots it computes, M maske
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -167,7 +167,8 @@ def decide_all(
         decide(part, other, request.counts, config, suppressed, forbidden, generators, kernels, mask)
         for part, other, mask in _parts(logits, config, allowed)
     ]
-    token, confidence, largest = (torch.cat(x, dim=1).view(request.slots.shape) for x in zip(*decided, strict=True))
+    parts = decided[0] if len(decided) == 1 else (torch.cat(x, dim=1) for x in zip(*decided, strict=True))
+    token, confidence, largest = (x.view(request.slots.shape) for x in parts)
     return token, confidence, largest
 
 
@@ -262,13 +263,20 @@ class Check:
 
     def __init__(self, largest: Tensor, request: Request):
         self.largest, self.request, self.done = largest, request, None
-        self.bad = request.eligible & ~(largest < torch.inf)
+        if largest.device.type == "cpu" and bool(largest.amax() < torch.inf):  # places that only fill rows up too
+            self.any = False
+            return
         self.any = self.bad.any()
         if largest.is_cuda:
             found, self.any = self.any, torch.empty((), dtype=torch.bool, pin_memory=True)
             self.any.copy_(found, non_blocking=True)
             self.done = torch.cuda.Event()
             self.done.record()
+
+    @cached_property
+    def bad(self) -> Tensor:
+        """(R, M) bool: the places asked about that have one that is not."""
+        return self.request.eligible & ~(self.largest < torch.inf)
 
     @property
     def bad_rows(self) -> list[int]:

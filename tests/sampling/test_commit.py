@@ -7,7 +7,7 @@ import torch
 
 import dlm
 from dlm import SamplingConfig, generate
-from dlm.sampling.commit import Step, by_quota, choose
+from dlm.sampling.commit import Step, _sorted, by_quota, choose
 from tests.helpers.tables import MASK, best, run, steps, table
 from tests.helpers.toys import Table, tiny_model, trace
 
@@ -276,6 +276,25 @@ def test_what_does_not_go_together_is_refused_with_a_reason(commit, confidence):
     else:
         with pytest.raises(ValueError, match=f"{commit}.*{confidence}"):
             dlm.SamplingConfig(commit=commit, confidence=confidence)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_place_and_scores_within_one_are_ordered_as_many_places_and_any_scores(dtype):
+    """A CPU orders scores within one by fewer operations, and one place needs no sorting: ties, -inf, NaN and scores
+    above one are what they were."""
+    generator = torch.Generator().manual_seed(0)
+    for number in range(300):
+        scores = torch.rand(3, 9, generator=generator, dtype=dtype)
+        scores = (8 * scores).round() / 8 if number % 3 == 0 else scores * (1, 6, -6)[number // 3 % 3]
+        scores += torch.rand(3, 9, generator=generator, dtype=dtype) * 2 * torch.finfo(dtype).eps
+        if number % 5 == 0:
+            scores[torch.rand(3, 9, generator=generator) < 0.2] = (-torch.inf, torch.nan)[number % 2]
+        eligible = torch.rand(3, 9, generator=generator) < 0.6
+        ones = Step(torch.ones(3, dtype=torch.int64))
+        assert torch.equal(by_quota(scores, eligible, Step(None)), by_quota(scores, eligible, ones))
+        far = torch.nn.functional.pad(scores, (0, 1), value=2.0)  # a place above one, that is not eligible
+        order = _sorted(far, torch.nn.functional.pad(eligible, (0, 1)))[1]
+        assert torch.equal(_sorted(scores, eligible)[1], order[order < 9].view(3, 9))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

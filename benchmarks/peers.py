@@ -48,7 +48,7 @@ Sampler = Callable[["torch.Tensor", int, int, int], "torch.Tensor"]  # prompt (1
 
 
 @contextmanager
-def _imports(path: Path, packages: Sequence[str] = ()):
+def imports(path: Path, packages: Sequence[str] = ()):
     """`path` first in the import path, `packages` entered without their __init__; modules of theirs, which have names
     as general as `model` and `generate`, are forgotten afterwards."""
     before = dict(sys.modules)
@@ -84,7 +84,7 @@ def _built(modelling: ModuleType, name: str, configuration, ours) -> torch.nn.Mo
 
 
 def _fast_dllm(path: Path, ours) -> tuple[dict[str, Sampler], torch.nn.Module]:
-    with _imports(path / "llada"):
+    with imports(path / "llada"):
         configuration = importlib.import_module("model.configuration_llada").LLaDAConfig
         model = _built(importlib.import_module("model.modeling_llada"), "LLaDAModelLM", configuration, ours)
         theirs = importlib.import_module("generate")
@@ -105,7 +105,7 @@ def _fast_dllm(path: Path, ours) -> tuple[dict[str, Sampler], torch.nn.Module]:
 def _dllm(path: Path, ours) -> tuple[dict[str, Sampler], torch.nn.Module]:
     inside = ("core", "pipelines", "pipelines.llada", "pipelines.llada.models", "pipelines.fastdllm")
     llada, cached = "dllm.pipelines.llada.models", "dllm.pipelines.fastdllm.llada"
-    with _imports(path, ("dllm", *(f"dllm.{name}" for name in inside))):
+    with imports(path, ("dllm", *(f"dllm.{name}" for name in inside))):
         configuration = importlib.import_module(f"{llada}.configuration_llada").LLaDAConfig
         model = _built(importlib.import_module(f"{llada}.modeling_llada"), "LLaDAModelLM", configuration, ours)
         configuration = importlib.import_module(f"{cached}.models.configuration_llada").FastdLLMLLaDAConfig
@@ -129,7 +129,7 @@ def _dllm(path: Path, ours) -> tuple[dict[str, Sampler], torch.nn.Module]:
     }, model
 
 
-class _OursForThem:
+class OursForThem:
     """Our model with the signature that LLaDA's sampler calls."""
 
     def __init__(self, model):
@@ -140,9 +140,9 @@ class _OursForThem:
 
 
 def _llada(path: Path, ours, model=None) -> tuple[dict[str, Sampler], torch.nn.Module | None]:
-    with _imports(path):
+    with imports(path):
         theirs = importlib.import_module("generate")
-    model = model or _OursForThem(ours)
+    model = model or OursForThem(ours)
 
     def sample(prompt, length, block, steps):
         settings = {"steps": steps, "gen_length": length, "block_length": block}

@@ -31,7 +31,6 @@ from dlm.evaluation.rules import fields_of
 from dlm.sampling.config import METHOD_NAMES
 from dlm.utils.files import write_json
 from dlm.utils.names import check_name
-from dlm.utils.progress import counted
 
 ORDERS = {  # name: fields of SamplingConfig. One block holds the whole grid, but for the last two.
     "margin": {"confidence": "margin"},
@@ -181,14 +180,6 @@ def solve_often(model, puzzles: np.ndarray, config, batch: int, tries: Tries):
     return answers, passes, computed
 
 
-def test_puzzles(count: int, clues: tuple[int, int], seed: int) -> np.ndarray:
-    """Puzzles (P, 81) with one solution and a number of givens even over `clues`, both ends included."""
-    made = list(counted(sudoku.random_puzzles(count, seed), count, "puzzles"))
-    puzzles, grids = np.array([p for p, _ in made]), np.array([g for _, g in made])
-    rng = np.random.default_rng([seed, 1])
-    return sudoku.add_givens(puzzles, grids, rng.integers(clues[0], clues[1] + 1, size=count), rng)
-
-
 def accuracy(right: np.ndarray) -> str:
     """Share of the right ones in percent ± its standard error (of the Wald form), or a dash."""
     if not len(right):
@@ -309,15 +300,13 @@ def parse(argv: list[str]):
         check_name("--methods", name, METHOD_NAMES)
     for rule in args.rules:
         fields_of(rule)
+    args.clues = sudoku.parse_clues(args.clues)
     try:
-        args.clues = tuple(int(word) for word in args.clues.split("-"))
         args.steps = [int(word) for word in args.steps.split(",") if word]
         args.thresholds = [float(word) for word in args.thresholds.split(",") if word]
-        assert len(args.clues) == 2 and 17 <= args.clues[0] <= args.clues[1] <= 80 and all(s > 0 for s in args.steps)
+        assert all(count > 0 for count in args.steps)
     except (ValueError, AssertionError):
-        raise ValueError(
-            "--clues is A-B with 17 <= A <= B <= 80; --steps and --thresholds are numbers with commas between them"
-        ) from None
+        raise ValueError("--steps and --thresholds are numbers with commas between them") from None
     if not args.orders + args.rules + args.thresholds:
         raise ValueError("--orders, --rules and --thresholds are all empty: name at least one")
     return args
@@ -329,8 +318,7 @@ def run(argv: list[str]) -> int:
     import dlm
 
     model, tokenizer = dlm.load(args.model)
-    if tokenizer is None or tokenizer.get_vocab() != sudoku.make_tokenizer().get_vocab():
-        raise ValueError(f"{args.model} does not read Sudokus: give a model that dlm train sudoku wrote")
+    sudoku.check_model(args.model, tokenizer)
     tries = Tries(args.tries, args.try_temperature, args.accept, args.judge, args.forms)
     if args.repeats and not hasattr(model.config, "layer_repeats"):
         raise ValueError(f"--repeats is {args.repeats}, and {args.model} has no layers to repeat: leave it out")
@@ -343,7 +331,7 @@ def run(argv: list[str]) -> int:
         model = MeanOverForms(packed(model), args.mean_over)
     if args.puzzle:
         return solve_one(model, args.puzzle, args.order, tries)
-    puzzles = test_puzzles(args.puzzles, args.clues, args.seed)
+    puzzles = sudoku.test_puzzles(args.puzzles, args.clues, args.seed)
     print_head(len(puzzles))
     rows = settings(args.orders, args.steps, args.thresholds, args.methods, args.rules)
     records = table(model, puzzles, rows, args.batch_size, print_row, tries)

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from dlm.utils.progress import counted
+
 EMPTY = "."
 _ROW, _COLUMN = np.divmod(np.arange(81), 9)
 _BOX = _ROW // 3 * 3 + _COLUMN // 3
@@ -225,3 +227,28 @@ def to_ids(grids: np.ndarray) -> np.ndarray:
     ids = np.tile(np.repeat(np.arange(10, 19), 10), (len(grids), 1))
     ids[:, CELLS] = grids
     return ids
+
+
+# ------------------------------------------------------------------------------------------------ what a model is asked
+
+
+def check_model(name: str, tokenizer) -> None:
+    """Raises ValueError where the model of this name does not read Sudokus; tokenizer: its own, or None."""
+    if tokenizer is None or tokenizer.get_vocab() != make_tokenizer().get_vocab():
+        raise ValueError(f"{name} does not read Sudokus: give a model that dlm train sudoku wrote")
+
+
+def parse_clues(text: str) -> tuple[int, int]:
+    """`17-26` -> (17, 26): numbers of givens. Raises ValueError for anything else."""
+    first, _, last = text.partition("-")
+    if not (first.isdigit() and last.isdigit() and 17 <= int(first) <= int(last) <= 80):
+        raise ValueError(f"--clues is A-B with 17 <= A <= B <= 80, not {text!r}")
+    return int(first), int(last)
+
+
+def test_puzzles(count: int, clues: tuple[int, int], seed: int) -> np.ndarray:
+    """Puzzles (P, 81) with one solution and a number of givens even over `clues`, both ends included."""
+    made = list(counted(random_puzzles(count, seed), count, "puzzles"))
+    puzzles, grids = np.array([p for p, _ in made]), np.array([g for _, g in made])
+    rng = np.random.default_rng([seed, 1])
+    return add_givens(puzzles, grids, rng.integers(clues[0], clues[1] + 1, size=count), rng)

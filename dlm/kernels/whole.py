@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +60,7 @@ class Whole:
             struct.out, struct.gate_up, struct.down = layer.out.struct, layer.gate_up.struct, layer.down.struct
         held = packed.kv_heads * packed.size
         self.widest = max(packed.width + 2 * held, layers[0].gate_up.outputs)
+        self._kept = WeakKeyDictionary()  # of a cache's keys and values, layer by layer
 
     @staticmethod
     def can_be(packed: Packed) -> bool:
@@ -148,10 +150,10 @@ class Whole:
             x = x * packed.scale_in
         if cache is None:
             shape = (batch, packed.kv_heads, length, size)
-            stored = [(x.new_empty(shape), x.new_empty(shape))] * len(packed.layers)
+            pair = x.new_empty(shape), x.new_empty(shape)
+            keys, values = _addresses([pair] * len(packed.layers))
         else:
-            like = x.new_empty(0, packed.kv_heads, size)
-            stored = [cache.base.stored(number, like) for number in range(len(packed.layers))]
+            keys, values = self._stored(cache.base)
         first, last = (Runs(packed.small, some) for some in runs)
         team = Team.of(14 * len(packed.layers) + 4)
         each = packed.small.attention_room(max(first.most, last.most), size)
@@ -162,14 +164,28 @@ class Whole:
             at.append(at[-1] + 4 * part)
         logits = x.new_empty(asking, packed.head.outputs)
         indices = [None if index is None else index.data_ptr() for index in (slots, rows, own, asked_of, asked_slots)]
-        pointers = [(POINTER * len(stored))(*(pair[i].data_ptr() for pair in stored)) for i in (0, 1)]
-        assert all(part.is_contiguous() for pair in stored for part in pair) and packed.turns.is_contiguous()
+        assert packed.turns.is_contiguous()
         asks = _Pass(
             team, ctypes.addressof(self.layers), packed.last_norm.data_ptr(), packed.turns.data_ptr(),
-            packed.head.struct, len(stored), heads, packed.kv_heads, size, width, count, asking,
+            packed.head.struct, len(packed.layers), heads, packed.kv_heads, size, width, count, asking,
             max(count // batch, 1), length, len(first.pieces), len(last.pieces), each, packed.eps,
-            x.data_ptr(), *at, logits.data_ptr(), *indices, *(ctypes.addressof(each) for each in pointers),
+            x.data_ptr(), *at, logits.data_ptr(), *indices, ctypes.addressof(keys), ctypes.addressof(values),
             ctypes.addressof(first.pieces), ctypes.addressof(last.pieces),
         )  # fmt: skip
         packed.small.passed(asks)
         return logits if packed.scale_out is None else logits.mul_(packed.scale_out)
+
+    def _stored(self, cache: KVCache) -> tuple[ctypes.Array, ctypes.Array]:
+        """Where the keys and the values of each layer lie in a cache, whose memory stays where it is."""
+        if (found := self._kept.get(cache)) is None:
+            packed = self.packed
+            like = packed.embedding.new_empty(0, packed.kv_heads, packed.size)
+            found = _addresses([cache.stored(number, like) for number in range(len(packed.layers))])
+            self._kept[cache] = found
+        return found
+
+
+def _addresses(stored: list[tuple[Tensor, Tensor]]) -> tuple[ctypes.Array, ctypes.Array]:
+    """Of the keys, and of the values, of each layer."""
+    assert all(part.is_contiguous() for pair in stored for part in pair)
+    return tuple((POINTER * len(stored))(*(pair[i].data_ptr() for pair in stored)) for i in (0, 1))

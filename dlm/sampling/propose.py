@@ -101,7 +101,7 @@ def draw(scores: Tensor, uniform: Tensor) -> Tensor:
     block = torch.searchsorted(sums, place, right=True)  # (..., 1); never one without weight
     block = block.clamp_max(sums.shape[-1] - 1)  # of weights that are no numbers, which are refused after the pass
     place = place - F.pad(sums, (1, 0)).gather(-1, block)
-    inside = weights.take_along_dim(block[..., None], dim=-2)[..., 0, :].to(sums.dtype).cumsum(dim=-1)
+    inside = weights.gather(-2, block[..., None].expand(*block.shape, BLOCK))[..., 0, :].to(sums.dtype).cumsum(dim=-1)
     last = inside[..., -1:]  # which a place may reach by rounding
     place = torch.minimum(place, last.nextafter(torch.zeros_like(last)))
     token = block * BLOCK + torch.searchsorted(inside, place, right=True)

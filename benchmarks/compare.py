@@ -128,10 +128,9 @@ def main(argv: Sequence[str]) -> int:
     shares = front_chart(
         grids, "Both relative to their slowest setting of none", starts, relative, "latency / slowest setting of none"
     )
-    sections = [
-        ("In short", listed(said)),
-        ("Latency against quality", f'<div class="charts">{absolute}{shares}</div>'),
-    ]
+    sections = [("In short", listed(said))]
+    if absolute and shares:
+        sections.append(("Latency against quality", f'<div class="charts">{absolute}{shares}</div>'))
     sections += [(grid.name, listed(sentences(grid))) for grid in grids]
     if shared(first, second):
         sections.append(("Settings of both", side_by_side(first, second)))

@@ -75,8 +75,9 @@ def aup_list(curves: Sequence[dict]) -> str:
 
 def pictures(grid: Grid) -> list[tuple[str, str, list[tuple[str, str]]]]:
     """(heading, remark, [(name, drawing)]) of everything that a grid can show."""
-    sections = [("Latency against quality", "", [("front", front_chart([grid], "Latency against quality", [0]))])]
-    sections += maps(grid)
+    sections = maps(grid)
+    if drawn := front_chart([grid], "Latency against quality", [0]):
+        sections.insert(0, ("Latency against quality", "", [("front", drawn)]))
     if drawn := pass_chart(grid):
         sections.append(("What a pass costs", "", [("passes", drawn)]))
     return sections

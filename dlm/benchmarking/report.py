@@ -124,12 +124,15 @@ def front_chart(
     first: Sequence[int],
     latency: Callable[[Grid, Setting], float] = lambda grid, setting: setting.latency,
     across: str = "seconds an answer",
-) -> str:
+) -> str | None:
     """Latency against quality of every setting, and each grid's front; the second grid's points are rings.
 
+    None where no setting has a quality.
     first: the number of each grid's first setting in the page's data. latency, across: what the x axis shows.
     """
     by = quality(*grids)
+    if all(by.of(setting) is None for grid in grids for setting in grid.settings()):
+        return None
     axis = Axis("accuracy (%)", log=False) if by is ACCURACY else Axis("perplexity under the judge")
     scale = 100.0 if by is ACCURACY else 1.0
     series = []

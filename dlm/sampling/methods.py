@@ -130,7 +130,7 @@ def visibility(model, name: str, block_length: int | None) -> tuple[int, Visible
         kind, other = ("full-attention", "block-causal") if trained else ("block-causal", "full-attention")
         raise ValueError(
             f"method {name!r} is for {kind} models, and this is a {other} one"
-            f"{f' (block_length {trained})' if trained else ''}: use {', '.join(methods_for(settings))}"
+            f"{f' (blocks of {trained})' if trained else ''}: use {', '.join(methods_for(settings))}"
         )
     if trained is not None and (METHODS[name].block_causal or not getattr(settings, "full_attention", False)):
         length, kind = block_length or trained, getattr(settings, "block_lengths", "own")

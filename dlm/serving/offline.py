@@ -81,7 +81,7 @@ def _record(text: Text, handle: Handle | Exception) -> dict[str, Any]:
     except PassFailed:
         raise  # it says nothing about this prompt
     except (ValueError, RowFailed) as error:
-        return head | {"error": str(error)}
+        return head | {"error": str(error).replace("max_tokens", "gen_length")}  # the protocol's word
     return head | {
         "text": result.text,
         "token_ids": list(result.ids),

@@ -86,9 +86,10 @@ class Output:
         self.done += 1
 
     def _begin(self, settings: dict[str, Any]) -> None:
-        if meta_path(self.out).exists():
+        written = os.fstat(self.file.fileno()).st_size
+        if meta_path(self.out).exists() and (written or self.size > 1):  # without a line nothing would be mixed
             check_settings(self.out, settings)
-        elif os.fstat(self.file.fileno()).st_size or (self.size > 1 and self.out.exists()):
+        elif written or (self.size > 1 and self.out.exists()):
             raise ValueError(f"{self.out} is there, and this command did not begin it: give another --out")
         else:
             write_json(meta_path(self.out), {"format": FORMAT, **settings}, indent=1)
@@ -122,11 +123,17 @@ def index_of(line: bytes) -> int | None:
 
 def check_settings(out: Path, settings: dict[str, Any]) -> None:
     """Raises ValueError where a file was begun with other settings, naming them."""
-    before, now = read_object(meta_path(out)), json.loads(json.dumps({"format": FORMAT, **settings}))
+    before, now = _flat(read_object(meta_path(out))), _flat(json.loads(json.dumps({"format": FORMAT, **settings})))
     changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if changed:
         said = "; ".join(f"{name} was {_short(before.get(name))} and is {_short(now.get(name))}" for name in changed)
         raise ValueError(f"{out} was begun with other settings ({said}): give those, or another --out")
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with those of sampling one by one."""
+    sampling = settings.get("sampling")
+    return settings | (sampling | {"sampling": None} if isinstance(sampling, dict) else {})
 
 
 def _short(value: Any) -> str:

@@ -82,6 +82,12 @@ def test_an_error_of_the_first_prompt_stops_the_run(run, tmp_path):  # noqa: F81
     path.write_text("the sea " * 300 + "\nthe cat\n")
     code, _, error = run("generate", "--prompts", path, "--out", out, *OPTIONS)
     assert code == 2 and "the first prompt: " in error and out.read_text() == ""
+    assert "shorten the prompt or --gen-length" in error  # Fault: it named max_tokens, a field of the server
+    path.write_text("the cat\n")
+    assert run("generate", "--prompts", path, "--out", out, *OPTIONS)[0] == 0  # Fault: "begun with other settings"
+    longer = ("--gen-length", 7, *OPTIONS[2:])
+    code, _, error = run("generate", "--prompts", path, "--out", out, *longer)
+    assert code == 2 and "other settings (gen_length was 6 and is 7)" in error
 
 
 # ---------------------------------------------------------------- after a stop
@@ -104,7 +110,7 @@ def test_a_run_goes_on_from_any_place_and_mends_a_torn_line(run, prompts, tmp_pa
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (("--seed", 6), 'was begun with other settings (sampling was {"gen_length"'),
+        (("--seed", 6), "was begun with other settings (seed was 5 and is 6)"),
         (("--num-samples", 2), "num_samples was 1 and is 2"),
         ("prompts", "prompts was "),
         ("damage", "line 2 is not the text 1 of these prompts"),

@@ -111,6 +111,11 @@ class Recipe(RecipeConfig):
             raise ValueError(f"max_steps {self.max_steps} is below rounds {self.rounds}: a round has 1 step or more")
         if not self.model:
             raise ValueError("no model: name the diffusion model that learns with --model")
+        if self.texts and not self.own and self.sequence_length <= LAST:
+            raise ValueError(
+                f"sequence_length is {self.sequence_length}, and a text begins with up to {LAST} tokens that are "
+                f"given: give at least {LAST + 1}"
+            )
         if self.streaming:
             raise ValueError("streaming reads data while it trains, and beginnings come from all of it: leave it out")
 

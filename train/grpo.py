@@ -20,6 +20,7 @@ if __package__ in (None, ""):  # `accelerate launch train/grpo.py` from a clone:
 
 from dlm.objectives.config import POLICY_NAMES
 from dlm.rewards.table import check_columns, open_rewards
+from dlm.sampling.config import SamplingConfig
 from dlm.sampling.settings import sampling_of
 from dlm.training.tuning import TuningConfig, adapted
 from dlm.utils import settings
@@ -93,6 +94,8 @@ class Recipe(TuningConfig):
             raise ValueError(
                 "sampling has align=prompt, and answers are learned from in blocks of the row: leave it out"
             )
+        if sampling_of(self.sampling).seed != SamplingConfig.seed:
+            raise ValueError("sampling has a seed, and each answer has one of its own: leave it out, or give --seed")
         if not sampling_of(self.sampling).temperature > 0:
             raise ValueError(
                 "sampling has temperature 0, so that the answers to a prompt are all the same and nothing can be "

@@ -49,7 +49,7 @@ class Recipe(TuningConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.beta > 0 or self.draws < 1 or not self.sft_weight >= 0:
+        if not 0 < self.beta < float("inf") or self.draws < 1 or not self.sft_weight >= 0:
             raise ValueError(
                 f"beta is {self.beta}, draws {self.draws}, sft_weight {self.sft_weight}: give a beta above 0, 1 or "
                 f"more draws, and a weight that is not negative"

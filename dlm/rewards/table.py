@@ -10,7 +10,7 @@ import inspect
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 
@@ -106,10 +106,15 @@ def score(reward: Reward, prompts: Sequence, completions: Sequence, columns: dic
     given = _accepted(reward.function, {"prompts": list(prompts), "completions": list(completions), **columns})
     try:
         values = reward.function(**given)
-        values = values.tolist() if hasattr(values, "tolist") else list(values)
     except Exception as error:
         what = f"raised {type(error).__name__}: {one_line(error)}"
         raise _error(reward, what, _culprit(reward, given, len(completions)), completions, places) from error
+    if not isinstance(values, Iterable):
+        what = f"returned a {type(values).__name__} and not a list of numbers,"
+        if inspect.iscoroutine(values):
+            values.close()
+        raise _error(reward, what, 0, completions, places)
+    values = [value.item() if getattr(value, "shape", None) == () else value for value in values]
     if len(values) != len(completions):
         what = f"returned {len(values)} values for {len(completions)} completions"
         raise _error(reward, what, 0, completions, places)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -32,7 +33,9 @@ def add_lora(model, rank: int, alpha: float, targets: tuple[str, ...], seed: int
     torch.manual_seed(seed)
     # not the output projection, which is called ff_out too
     pattern = rf".*\.blocks\.\d+\.(moe\.shared\.)?({'|'.join(targets)})"
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, lora_dropout=0.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for what has another name by now
+        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, lora_dropout=0.0))
 
 
 def merged(model, state: dict[str, Tensor], weights: dict[str, Tensor] | None) -> dict[str, Tensor]:

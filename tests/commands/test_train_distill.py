@@ -42,6 +42,8 @@ def test_distill(texts, tokenizer, teacher, capsys):  # noqa: F811
 def test_distill_needs_a_model_and_a_diffusion_objective(capsys):
     assert distill.main(["--data", "a.jsonl"]) == 2 and "--model" in capsys.readouterr().err
     assert distill.main(["--data", "a", "--model", "m", "--objective", "autoregressive"]) == 2
+    assert distill.main(["--data", "a", "--model", "m", "--sequence-length", "16"]) == 2
+    assert "a text begins with up to 16 tokens that are given: give at least 17" in capsys.readouterr().err
 
 
 def test_requests_are_mixed_into_pretraining(texts, tokenizer, capsys):  # noqa: F811

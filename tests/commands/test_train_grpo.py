@@ -173,6 +173,10 @@ def test_equal_rewards_are_counted_and_said(tmp_path, start, capsys):
         (["--batch-size=6"], "is not a multiple of group_size 4"),
         (["--sampling=gen_length=6"], "sampling has temperature 0"),
         (["--sampling=gen_length=6|temperature=1|align=prompt"], "in blocks of the row: leave it out"),
+        (
+            ["--sampling=gen_length=6|temperature=1|seed=4"],
+            "each answer has one of its own: leave it out, or give --seed",
+        ),
         (["--sampling=gen_lenght=6|temperature=1"], "the nearest name is 'gen_length'"),
         (["--sampling=gen_length=six"], "gen_length=six: it must be a whole number"),
         (["--sampling=temperature=1|gen_length=400"], "8 leave no room for 400 tokens in 128"),

@@ -103,6 +103,7 @@ def test_adapters_are_their_own_reference(tmp_path, start):
         ([{"prompt": "a", "chosen": "\ud800", "rejected": "c"}], [], "line 1: half of a character"),
         (None, ["--beta=0"], "beta is 0.0"),
         (None, ["--beta=nan"], "beta is nan"),
+        (None, ["--beta=inf"], "beta is inf"),
         (None, ["--random-length=0.5"], "random_length is 0.5, and pairs are compared whole"),
         (None, ["--objective=autoregressive"], "need a diffusion objective"),
         (None, ["--repeat-share=0.5"], "repeat_share is 0.5, and this recipe has a loss of its own"),

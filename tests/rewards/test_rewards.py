@@ -57,6 +57,9 @@ def mine(tmp_path, monkeypatch):
         "def length(completions):\n    return [len(text) for text in completions]\n"
         "def bad(prompts, completions, **columns):\n    return [1 / len(text) for text in completions]\n"
         "def short(completions, **columns):\n    return [1.0]\n"
+        "def one(completions, **columns):\n    return 1.0\n"
+        "async def later(completions, **columns):\n    return [1.0]\n"
+        "def tensors(completions, **columns):\n    import torch\n\n    return list(torch.arange(len(completions)))\n"
         "def none(completions, **columns):\n    return [float('nan') if 'b' in t else None for t in completions]\n"
         "number = 3\n"
     )
@@ -72,6 +75,8 @@ def mine(tmp_path, monkeypatch):
 def test_a_function_of_the_users_gets_what_it_takes(mine):
     [reward] = open_rewards(["mine:length"])
     assert score(reward, ["p", "q"], ["a", "bb"], {"extra": [1, 2]}, ["x", "y"]) == [1, 2]
+    [reward] = open_rewards(["mine:tensors"])  # a list of tensors without a dimension is one of numbers
+    assert score(reward, ["p", "q"], ["a", "bb"], {}, ["x", "y"]) == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -79,6 +84,8 @@ def test_a_function_of_the_users_gets_what_it_takes(mine):
     [
         ("mine:bad", "reward mine:bad raised ZeroDivisionError: .* at line 2, completion '': mend the function"),
         ("mine:short", "reward mine:short returned 1 values for 3 completions at line 1"),
+        ("mine:one", "reward mine:one returned a float and not a list of numbers, at line 1"),
+        ("mine:later", "reward mine:later returned a coroutine and not a list of numbers, at line 1"),
         ("mine:none", "reward mine:none returned nan, which is no finite number, at line 3, completion 'b'"),
     ],
 )

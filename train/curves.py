@@ -53,8 +53,12 @@ PANELS = (
     Panel("Validation: bound, nats a token", "valid", "bound", "error", varies=False),
     Panel("Reward", "rollouts", "reward"),
     Panel("KL to the reference", "train", "kl", zero=True),
+    Panel("Entropy of the answers, nats a token", "train", "entropy"),
+    Panel("Share of tokens whose ratio is clipped", "train", "clip_share", zero=True),
     Panel("Tokens a pass of the answers", "rollouts", "tokens_per_pass"),
     Panel("Pairs in the right order (accuracy)", "train", "accuracy"),
+    Panel("Margin of the pairs (beta times delta)", "train", "margin"),
+    Panel("Gradient norm, before it is clipped", "train", "grad_norm"),
     Panel("Learning rate", "train", "learning_rate", varies=False, zero=True),
 )
 

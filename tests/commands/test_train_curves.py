@@ -15,7 +15,8 @@ def log(folder, records, tail=""):
     return str(folder)
 
 
-TRAIN = [{"kind": "train", "step": s, "loss": 4.0 - s / 10, "learning_rate": 1e-3} for s in (10, 20, 30)]
+SAME = {"kind": "train", "learning_rate": 1e-3, "grad_norm": 1.0}
+TRAIN = [{**SAME, "step": step, "loss": 4.0 - step / 10} for step in (10, 20, 30)]
 VALID = [{"kind": "valid", "step": 20, "bound": 2.5, "error": 0.5}]
 
 
@@ -38,7 +39,8 @@ def test_panels_are_those_that_the_runs_log(tmp_path, capsys):
     tree, space = ET.fromstring(out.read_text()), "{http://www.w3.org/2000/svg}"
     panels = {panel.get("aria-label"): panel for panel in tree.findall(f"{space}svg")}
     assert list(panels) == [
-        "Loss", "Validation: bound, nats a token", "Reward", "Tokens a pass of the answers", "Learning rate",
+        "Loss", "Validation: bound, nats a token", "Reward", "Tokens a pass of the answers",
+        "Gradient norm, before it is clipped", "Learning rate",
     ]  # fmt: skip
     legends = {name: [t.text for t in panel.iter(f"{space}title")] for name, panel in panels.items()}
     assert legends["Loss"] == ["a"] and legends["Reward"] == ["b"]

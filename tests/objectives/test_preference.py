@@ -98,7 +98,7 @@ def test_of_one_token_answers_it_is_exact_dpo():
     assert float(loss.notes["variance_shared"]) == pytest.approx(0, abs=1e-12)
 
 
-def test_delta_of_longer_answers_is_that_of_the_enumerated_bounds():
+def test_delta_of_longer_answers_is_that_of_the_enumerated_bounds(measured):
     """The mean of delta over many draws, against bounds summed over every mask; sharing noise lowers its variance."""
     policy, reference = models(0.005)  # as after a few steps of training
     chosen, rejected = [7, 8, 5], [9, 2]
@@ -117,7 +117,7 @@ def test_delta_of_longer_answers_is_that_of_the_enumerated_bounds():
         assert abs(float(notes["margin"]) - delta) < 4 * error, (shared, draws)
         if shared:
             assert float(notes["variance_apart"]) > 5 * variances[True]  # what it would be without sharing
-    assert variances[False] > 5 * variances[True]
+    measured("variance of delta with shared noise, over that without", variances[True] / variances[False], 0.2)
 
 
 @pytest.mark.parametrize("chunk", [None, 2])

@@ -20,7 +20,7 @@ from dlm.training.estimate import (
     estimate,
     work_of,
 )
-from dlm.utils.jsonio import read_json, to_json
+from dlm.utils.jsonio import to_json
 from dlm.utils.settings import OptionParser, flag
 
 MOST_GPUS, MOST_ROWS = 4096, 4096
@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs the command. Raises ValueError for an unknown option or device, and for a folder without a config."""
     args = options().parse(argv)
     for name in ("tokens", "sequence_length", "rows", "gpus", "draws", "steps", "passes", "inner"):
-        if getattr(args, name) <= 0:
+        if not 0 < getattr(args, name) < float("inf"):
             raise ValueError(f"{flag(name)} is {getattr(args, name)}: it must be above 0")
     for name in ("lora", "teacher_passes"):
         if getattr(args, name) < 0:
@@ -140,13 +140,22 @@ def what_fits(run: Callable[..., Estimate], args, memory: float) -> tuple[bool, 
 
 def read_shape(args):
     """The configuration of --model or LLaDA-8B with the changes of the options. Raises ValueError as `main`."""
+    from dlm.checkpoints.load import read_config
     from dlm.models.configuration import LLaDAConfig
 
-    shape = dict(LLADA_8B)
-    if args.model:
-        shape = read_json(Path(args.model) / "config.json")
+    if args.model and not (Path(args.model) / "config.json").is_file():
+        raise ValueError(f"--model {args.model} is no folder with a config.json: give one, or a shape (LLaDA-8B's)")
+    config = read_config(Path(args.model)) if args.model else None
+    shape = dict(LLADA_8B) if config is None else config.to_dict()
     names = (*LLADA_8B, "n_kv_heads", "weight_tying")
     changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if config is not None and type(config) is not LLaDAConfig:
+        if changes:
+            raise ValueError(
+                f"{flag(next(iter(changes)))} changes a shape of dlm's own kind, and {args.model} is "
+                f"{config.model_type}: edit a copy of its config.json"
+            )
+        return config
     if "n_heads" in changes:
         shape.pop("n_kv_heads", None)
     if "vocab_size" in changes:

@@ -81,6 +81,15 @@ class Estimate:
         return self.weights + self.gradients + self.optimizer + self.average + self.copies + self.activations
 
 
+def mlp_width(config) -> float:
+    """Columns of the MLP that a token passes through, in the mean over the layers: of a mixture the experts chosen."""
+    experts = config.experts
+    if experts is None:
+        return config.mlp_hidden_size
+    chosen = experts.chosen * experts.width + experts.shared
+    return sum(chosen if some else config.mlp_hidden_size for some in experts.layers) / config.n_layers
+
+
 def activation_bytes(config, tokens: int, predicted: int, *, checkpointing: bool, chunk: int | None = None) -> float:
     """What a forward pass in bf16 keeps for the backward pass of `tokens` tokens, with logits at `predicted` of them.
 
@@ -89,7 +98,7 @@ def activation_bytes(config, tokens: int, predicted: int, *, checkpointing: bool
     time the rest. Logits: bf16, fp32 and their softmax; where the loss takes a chunk of places at a time, of that
     chunk, and the softmax in place of the fp32 ones.
     """
-    layer = 30 * config.d_model + 4 * config.n_kv_heads * config.head_dim + 8 * config.mlp_hidden_size
+    layer = 30 * config.d_model + 4 * config.n_kv_heads * config.head_dim + 8 * mlp_width(config)
     kept = 4 * config.d_model * config.layers_applied + layer if checkpointing else layer * config.layers_applied
     logits = predicted * (2 + 4 + 4) if chunk is None else min(predicted, chunk) * (2 + 4)
     return tokens * kept + logits * config.embedding_size

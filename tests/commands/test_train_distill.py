@@ -165,10 +165,10 @@ def test_two_processes_have_the_same_run(texts, tokenizer, teach, measured):  # 
     """DDP by gloo, against one process, over the end of a round and with a teacher that follows."""
     student = make_checkpoint(texts / "student", tokenizer)
     AcceleratorState._reset_state(reset_partial_state=True)
-    options = [*SHORT[2:], "--max-steps=4", f"--data={texts / 'texts.jsonl'}", "--learning-rate=1e-2",
-               "--warmup-steps=1", f"--model={student}", f"--teach={teach[0]}", *teach[1:]]  # fmt: skip
+    options = [*SHORT[2:], "--max-steps=4", f"--data={texts / 'texts.jsonl'}", f"--model={student}",
+               f"--teach={teach[0]}", *teach[1:]]  # fmt: skip
     assert distill.main([*options, f"--output={texts / 'one'}"]) == 0
     two([ROOT / "train" / "distill.py", *options, f"--output={texts / 'two'}"])
     away = (weights(texts / "one" / "model") - weights(texts / "two" / "model")).abs().max()
-    measured(f"weights, 1 process and 2, distillation by {teach[0]}", away, 1e-5)
+    measured(f"weights, 1 process and 2, distillation by {teach[0]}", away, 5e-6)
     assert not torch.equal(weights(texts / "one" / "model"), weights(student))

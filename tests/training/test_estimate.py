@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
 
 from dlm.cli.main import main as dlm_main
@@ -27,6 +28,7 @@ from tests.helpers.ranks import settings, tiny_data
 from tests.helpers.training import fresh_accelerate, train, weights
 
 CONFIGS = Path("train/configs")
+FAMILIES = Path(__file__).parents[1] / "fixtures" / "families"
 assert fresh_accelerate  # a fixture for every test here
 
 
@@ -206,6 +208,19 @@ def test_the_command_prints_a_table_or_json(capsys, tmp_path):
     assert "GPU hours" in told and "memory on each GPU" in told
 
 
+@pytest.mark.parametrize("family", sorted(path.name for path in FAMILIES.iterdir()))
+def test_every_family_is_estimated_from_its_own_configuration(family, capsys):
+    """A regression test: every config.json was read as LLaDA's, so that SDAR, LLaDA2 and converted models ended in a
+    traceback and a mixture of experts was estimated as a dense model."""
+    assert dlm_main(["train", "--estimate", "--model", str(FAMILIES / family), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    with safe_open(FAMILIES / family / "model.safetensors", "pt") as file:
+        shapes = [file.get_slice(name).get_shape() for name in file.keys() if not name.endswith("bias")]  # noqa: SIM118
+    assert found["parameters"] == sum(math.prod(shape) for shape in shapes)
+    assert dlm_main(["train", "--estimate", "--model", str(FAMILIES / family), "--n-layers", "3"]) == 2
+    assert "edit a copy of its config.json" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -213,7 +228,8 @@ def test_the_command_prints_a_table_or_json(capsys, tmp_path):
         (["--tokenz", "2"], "did you mean --tokens"),
         (["--gpus", "0"], "--gpus is 0: it must be above 0"),
         (["--mfu", "40"], "a share, above 0 and at most 1"),
-        (["--model", "nowhere"], "No such file"),
+        (["--model", "nowhere"], "nowhere is no folder with a config.json: give one"),
+        (["--tokens", "nan"], "--tokens is nan: it must be above 0"),
         (["--rows", "many"], "invalid int value: 'many'"),
     ],
 )

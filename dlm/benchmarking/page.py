@@ -49,6 +49,8 @@ document.addEventListener("mousemove", event => {
 for (const table of document.querySelectorAll("table.sortable")) {
   const heads = [...table.querySelectorAll("th")], body = table.tBodies[0];
   const value = (row, k) => { const v = row.cells[k].dataset.v; return v === "" ? null : isNaN(v) ? v : +v; };
+  heads.forEach(head => head.addEventListener("keydown", event => {
+    if (event.key === "Enter" || event.key === " ") { event.preventDefault(); head.click(); } }));
   heads.forEach((head, k) => head.addEventListener("click", () => {
     const up = head.getAttribute("aria-sort") !== "ascending";
     heads.forEach(other => other.removeAttribute("aria-sort"));
@@ -86,7 +88,7 @@ def listed(sentences: Sequence[str]) -> str:
 def table(headings: Sequence[str], rows: Sequence[tuple[Sequence[tuple[object, str]], bool, int]]) -> str:
     """A table that sorts where a heading is clicked. A row: its (value to sort by, words), whether it is marked, and
     its number in the page's data."""
-    head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
+    head = "".join(f'<th tabindex="0">{escape(heading)}</th>' for heading in headings)
     body = []
     for cells, marked, number in rows:
         kind = ' class="degenerate"' if marked else ""

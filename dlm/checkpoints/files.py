@@ -8,6 +8,7 @@ from typing import Any
 
 from dlm.sampling.config import SAMPLING, SamplingConfig
 from dlm.utils.jsonio import read_object
+from dlm.utils.names import check_name
 
 __all__ = ["SHIPPED", "TWIN", "cached_defaults", "defaults_for", "read_defaults", "sampling_with"]
 
@@ -23,6 +24,7 @@ def defaults_for(use: str, own: dict[str, Any], full_attention: bool) -> dict[st
     `blanks` so that the text after a blank counts: a network that knows both visibilities (full_attention) uses the
     one that sees it, and a text of variable length does not grow.
     """
+    check_name("use", use, ("text", "answers", "blanks"))
     if use == "answers":
         answers = own["chat"] if isinstance(own.get("chat"), dict) else {}
         return own | {name: value for name, value in answers.items() if name != "turns"}

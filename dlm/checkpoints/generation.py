@@ -60,7 +60,9 @@ def generate(
     """
     if isinstance(model, Pretrained):
         tokenizer = model.optional_tokenizer if tokenizer is None else tokenizer
-    config = config or own_settings(model, "blanks" if isinstance(inputs, Canvas) else "text")
+    if config is None:
+        config = own_settings(model, "blanks" if isinstance(inputs, Canvas) else "text")
+    _check_config(config)
     return whole.generate(_predictor(model), inputs, config, tokenizer=tokenizer, telemetry=telemetry)
 
 
@@ -144,7 +146,8 @@ def infill(
     """
     tokenizer, predictor = _tokenizer_of(model, tokenizer), _predictor(model)
     settings = predictor.config
-    config, eos = config or own_settings(model, "blanks"), as_ids(settings.eos_token_id)
+    config, eos = own_settings(model, "blanks") if config is None else config, as_ids(settings.eos_token_id)
+    _check_config(config)
     config = replace(config, suppress_eos=bool(config.eos_ids or eos))
     known = {"tokenizer": tokenizer, "mask_id": mask_id(tokenizer, settings), "eos": config.eos_ids or eos}
     return fill_lengths(predictor, text, config, blank_length=blank_length, draws=draws, **known)
@@ -169,6 +172,14 @@ def denoise(
     known = {"vocab_size": vocab_size, "eos_token_ids": eos_token_ids, "constraints": constraints}
     known |= {"growth_tokens": growth_tokens, "telemetry": telemetry, "likely": likely}
     return loop.denoise(_predictor(model), canvas, config, **known)
+
+
+def _check_config(config) -> None:
+    if not isinstance(config, SamplingConfig):
+        raise ValueError(
+            f"config is of type {type(config).__name__}: give a dlm.SamplingConfig, or of an open checkpoint its "
+            "`sampling(gen_length=64)`"
+        )
 
 
 def _tokenizer_of(model, tokenizer):

@@ -38,7 +38,7 @@ __all__ = ["Pretrained", "check_fit", "load", "load_pretrained", "number_type", 
 SLOW = 1e9  # bytes of weights from which packing takes seconds
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Pretrained:
     """A checkpoint: its configuration, and its parts as they are asked for.
 
@@ -56,6 +56,9 @@ class Pretrained:
     variant: str | None
     progress: Callable[[str], None]
     adapter: str | None = None
+
+    def __repr__(self) -> str:
+        return f"<Pretrained {self.path}: {self.family}, {self.objective}, {self.tensors.parameters:,} parameters>"
 
     # ------------------------------------------------------------ what it is
 

@@ -24,7 +24,7 @@ COMMANDS = {  # name: (where its function is, one line for the help)
     "infill": ("dlm.cli.infill:infill", "fill the blanks ___ of a text"),
     "chat": ("dlm.cli.chat:chat", "talk with an instruct checkpoint"),
     "choose": ("dlm.cli.choose:choose", "say how probable each option of a blank ___{a|b} is"),
-    "replay": ("dlm.cli.replay:replay", "show a recorded run again, or make a page of it"),
+    "replay": ("dlm.cli.replay:replay", "show a recorded run again, or make a page or a film of it"),
     "serve": ("dlm.cli.serve:serve", "an OpenAI-compatible server, with a page on which text denoises"),
     "info": ("dlm.cli.info:info", "say what a checkpoint is, and which methods suit it"),
     "train": ("dlm.cli.scripts:train", "run a training recipe, or estimate what it takes"),

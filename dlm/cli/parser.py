@@ -40,7 +40,7 @@ class Parser(OptionParser):
         group.add_argument(
             "--compile",
             action="store_true",
-            help="on a CPU, in float32: compile a layer's operations once (needs a C compiler)",
+            help="on a CPU, in float32: compile whole passes once for this machine (needs a C compiler)",
         )
         return group
 

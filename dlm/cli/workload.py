@@ -43,7 +43,7 @@ def model_options(parser: Parser) -> None:
     add("--dtype", default="float32", type=float_name, choices=DTYPES[1:], help="(default: float32)")
     add("--device", metavar="NAME", help="(default: a GPU where there is one)")
     add("--cuda-graphs", action="store_true", help="replay passes on a GPU")
-    add("--compile", action="store_true", help="float32 on a CPU: compile a layer's operations once")
+    add("--compile", action="store_true", help="float32 on a CPU: compile whole passes once")
     add("--threads", type=int, metavar="N", help="of torch on a CPU")
     add("--seed", type=int, default=0, metavar="N", help="of the weights and of the given tokens")
     add("--clock", default="wall", choices=("wall", "cpu"), help="cpu: the process's own time, for a machine in use")

@@ -112,6 +112,7 @@ class Canvas:
         return self.valid & ~self.editable
 
     def to(self, device) -> "Canvas":
+        """The canvas on a device; None leaves it where it is."""
         if device is None:
             return self
         tokens, editable, valid = (x.to(device) for x in (self.tokens, self.editable, self.valid))

@@ -50,6 +50,7 @@ class Chosen:
 
     @property
     def best(self) -> tuple[str, ...]:
+        """The options of the most probable filling."""
         return self.ranked[0].options
 
     def of_blank(self, blank: int) -> dict[str, float]:

@@ -84,9 +84,9 @@ MAYBE = ("steps", "steps_per_block", "block_length", "sub_block_length", "top_k"
 # Field of SamplingConfig: (type, help). The one place where the options of sampling are written.
 SAMPLING: dict[str, tuple[Callable, str]] = {
     "gen_length": (int, "tokens to generate"),
-    "steps": (int, "forward passes in all; not given: one a token"),
+    "steps": (int, "forward passes in all, for --commit quota and those that share tokens out; not given: one a token"),
     "steps_per_block": (int, "forward passes for a whole block, in place of steps"),
-    "block_length": (int, "tokens in a block; blocks are written left to right"),
+    "block_length": (int, "tokens in a block, written left to right; not given: the model's own, or 32"),
     "sub_block_length": (int, "tokens of a block that are written before its next ones"),
     "sub_block_cache": (bool, "compute a sub-block alone while its first place is written"),
     "whole_blocks": (bool, "fill the last block up with masks, and cut the text"),
@@ -114,12 +114,12 @@ SAMPLING: dict[str, tuple[Callable, str]] = {
     "noise_schedule": (str, "for --commit ancestral and --revise remask: linear, cosine, polynomial or geometric"),
     "split": (str, "remainder_first, rounded, floored or time: how a block's tokens are shared over its passes"),
     "time_eps": (float, "for --split time and --commit origin: the smallest time, at which the last pass ends"),
-    "confidence": (str, "probability, margin, entropy or random: which tokens come first"),
+    "confidence": (str, "probability, margin, entropy or random: which come first; not given: by the commit rule"),
     "temperature": (float, "above 0: draws from the sharpened or flattened prediction; 0: the most probable token"),
     "order_temperature": (float, "above 0: places are drawn by softmax(confidence / T) in place of the best (Dream)"),
     "tempered_confidence": (bool, "confidence from the tempered probabilities, as Dream does"),
-    "top_k": (int, "only the K most probable tokens"),
-    "top_p": (float, "only the most probable tokens, whose probabilities add up to P"),
+    "top_k": (int, "only the N most probable tokens"),
+    "top_p": (float, "only the most probable tokens, whose probabilities add up to X"),
     "cfg_scale": (float, "strength of classifier-free guidance"),
     "grow": (
         str,

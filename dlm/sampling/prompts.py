@@ -78,8 +78,8 @@ def rows_of(inputs: Any, tokenizer=None, config=None) -> list[Any]:
         return inputs
     if not isinstance(inputs, str | Sequence):
         raise ValueError(
-            f"the prompts are a {type(inputs).__name__}: give a text or several, lists of token ids, a tensor of ids, "
-            "or what a tokenizer returned"
+            f"the prompts are of type {type(inputs).__name__}: give a text or several, lists of token ids, a tensor of "
+            "ids, or what a tokenizer returned"
         )
     if isinstance(inputs, str) or (len(inputs) and isinstance(inputs[0], int | float)):
         inputs = [inputs]

@@ -260,3 +260,14 @@ def test_without_a_config_the_defaults_are_the_checkpoints(tmp_path, tokenizer):
     got = [dlm.generate(opened, ["The cat"]), dlm.generate(opened.model, ["The cat"], tokenizer=tokenizer)]
     assert all(torch.equal(out.sequences, want.sequences) and int(out.nfe) == 3 for out in got)
     assert dlm.infill(opened, "The ___{2} cat").nfe == 2
+
+
+def test_what_is_no_setting_is_said_in_one_line(checkpoint):
+    """Faults: a dict ended in an AttributeError; an unknown use was taken for text; the repr named every tensor."""
+    opened = load_pretrained(checkpoint)
+    for call in (dlm.generate, dlm.infill):
+        with pytest.raises(ValueError, match=r"config is of type dict: give a dlm.SamplingConfig"):
+            call(opened, "The ___ cat", {"gen_length": 4})
+    with pytest.raises(ValueError, match="use is 'chat', which is not known"):
+        opened.sampling("chat")
+    assert repr(opened).endswith(f"tiny-fox: llada, diffusion, {opened.tensors.parameters:,} parameters>")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from benchmarks.peers import _built, _imports
+from benchmarks.peers import _built, imports
 from dlm.utils.hardware import synchronise
 from dlm.utils.names import check_name
 
@@ -69,7 +69,7 @@ def dllm_trainer(model, rows: Tensor, batch: int, steps: int, bf16: bool, path: 
         "dllm.pipelines.llada",
         "dllm.pipelines.llada.models",
     )
-    with _imports(path, packages):
+    with imports(path, packages):
         configuration = importlib.import_module("dllm.pipelines.llada.models.configuration_llada").LLaDAConfig
         modelling = importlib.import_module("dllm.pipelines.llada.models.modeling_llada")
         theirs = _built(modelling, "LLaDAModelLM", configuration, model)

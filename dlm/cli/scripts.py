@@ -44,6 +44,9 @@ def run(command: str, argv: Sequence[str], more: str = "") -> int:
         raise ValueError(f"no {name!r} in dlm {command}{near} (see dlm {command} --help)")
     label = f"dlm.recipes.{FOLDERS[command]}.{name}"
     spec = importlib.util.spec_from_file_location(label, files[name])
+    beside = str(files[name].parents[1])  # a script may import what stands beside it: benchmarks.peers, train.texts
+    if beside not in sys.path:
+        sys.path.insert(0, beside)
     module = importlib.util.module_from_spec(spec)
     sys.modules[label] = module
     spec.loader.exec_module(module)

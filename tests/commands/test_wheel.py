@@ -61,6 +61,7 @@ def test_the_installed_package_is_the_one_that_runs(installed):
 def test_recipes_run_from_the_wheel(installed):
     assert "pretrain" in installed(installed.site / "bin" / "dlm", "train")
     assert "usage" in installed(installed.site / "bin" / "dlm", "train", "pretrain", "--help").lower()
+    assert "usage" in installed(installed.site / "bin" / "dlm", "bench", "training", "--help").lower()
 
 
 @pytest.mark.skipif(not SHIPPED.is_dir(), reason="there is no shipped model in this tree")

@@ -17,6 +17,7 @@ SHOW   := awk -v live="$$(test -t 1 && echo 1)" '/^ *(Collecting|Downloading|Ins
 .PHONY: demo test test-all test-fast lint clean
 
 demo: $(VENV)/.ready
+	@printf '%s\n\n' '$$ dlm generate --chat "Tell me a story about a girl who paints." --seed 1'
 	@$(RUN) -m dlm generate --chat "Tell me a story about a girl who paints." --seed 1 --delay 0.02
 	@printf '\nNext:\n%s\n%s\n%s\n%s\n' '  $(VENV)/bin/dlm generate "The old house" --seed 3' \
 	  '  $(VENV)/bin/dlm infill "The fox was ___{2}, so he went ___{6}."' '  $(VENV)/bin/dlm generate --chat "Tell me a story about a lost kitten."' \

@@ -124,6 +124,7 @@ def parse(argv: Sequence[str]):
     parser.add_argument("--threads", type=int, metavar="N", help="of torch on a CPU")
     parser.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: the process's own time")
     parser.add_argument("--json", metavar="FILE", help="write the records")
+    parser.writes(json="json")
     args = parser.parse(list(argv))
     if not args.model:
         raise ValueError("no model: give --model a folder that dlm train sudoku wrote")

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from dlm.cli import batch
+from dlm.cli import batch, scripts
 from dlm.cli.replay import waited_for_enter, without_echo
 from dlm.utils import settings
 from tests.helpers import commandline
@@ -145,3 +145,11 @@ def test_names_of_scripts_stand_in_a_column(run):
     """Fault: the longest name had no space behind it, and its text stood elsewhere than the others'."""
     rows = [line for line in run("train")[1].splitlines() if re.match(r"  \w", line)]
     assert len({len(line) - len(line[2:].split(" ", 1)[1].lstrip()) for line in rows}) == 1
+
+
+@pytest.mark.parametrize("command", scripts.FOLDERS)
+def test_every_script_that_writes_a_file_says_which(command):
+    for name, file in scripts.scripts(command).items():
+        text = file.read_text(encoding="utf-8")
+        if re.search(r"Path\(args\.(out|json|plot|output)\)", text) and name not in ("stories", "release"):  # folders
+            assert ".writes(" in text or "check_output(" in text, file

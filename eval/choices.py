@@ -1,6 +1,6 @@
 """How good and how honest a model's choices are: accuracy, calibration error, Brier score, a reliability diagram.
 
-dlm eval choices questions.jsonl --out choices.json        (or: python -m eval.choices ...)
+dlm eval choices questions.jsonl --out choices.json
 
 Each line of the file is {"text": "The sky is ___{blue|green}.", "answer": "blue"}. A part of the questions, --held-out,
 chooses the temperature that calibrates; all numbers with it are of the others. --also-dtype judges all of them once

@@ -1,7 +1,7 @@
 """A diffusion model against its autoregressive twin: likelihood, text, speed, infilling, and the line before.
 
 dlm eval compare --data a.txt b.txt --stories a.txt --out compare.json      (the models that ship)
-dlm eval compare --model my-model --twin my-twin --data …                   (or: python -m eval.compare …)
+dlm eval compare --model my-model --twin my-twin --data …
 
 --data: held-out texts for bits per byte. --stories: held-out text of sentences, for everything else. Each part is
 written to --out as it ends, and the same command goes on after a kill; a table in Markdown is printed at the end.

@@ -1,7 +1,7 @@
 """Text that models write, judged: perplexity beside entropy, distinct n-grams, repetition and length.
 
 dlm eval generative                                                   (the model that ships, 64 texts a temperature)
-python -m eval.generative --model a b --judge gpt2 --temperatures 0.5,0.7,0.9,1.0 --reference held-out.txt --out g.json
+dlm eval generative --model a b --judge gpt2 --temperatures 0.5,0.7,0.9,1.0 --reference held-out.txt --out g.json
 
 A judge likes repetition, so models are compared where their texts are as varied: --reference measures held-out text
 of the same length, and every model's frontier is read off at its entropy. With --out a run that was stopped goes on.

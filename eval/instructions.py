@@ -1,6 +1,6 @@
 """How well a fine-tuned model follows instructions: the share of requested names, words and endings that it writes.
 
-python -m eval.instructions --model my-instruct --data held_out.jsonl     (rows of `dlm train instructions`)
+dlm eval instructions --model my-instruct --data held_out.jsonl     (rows of `dlm train instructions`)
 
 Beside it the same shares against the demands of another row, which is what an answer meets by chance.
 """

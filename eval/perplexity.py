@@ -1,7 +1,7 @@
 """Perplexity and bits per byte of texts, each with its error: bounds of diffusion models, exact of autoregressive ones.
 
 dlm eval perplexity --data wikitext2.txt                              (the model that ships)
-python -m eval.perplexity --data a.txt b.jsonl --model mine gpt2 --wrap --detokenizer wikitext --out ppl.json
+dlm eval perplexity --data a.txt b.jsonl --model mine gpt2 --wrap --detokenizer wikitext --out ppl.json
 accelerate launch eval/perplexity.py …                                (any number of processes: the same numbers)
 
 With --out what is done is kept beside it, and the same command goes on after a kill.

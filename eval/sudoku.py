@@ -1,6 +1,6 @@
 """How many Sudokus a model solves by infilling, by the order it writes in, the passes it takes and the givens.
 
-python -m eval.sudoku --model my-sudoku                 (a model of `dlm train sudoku`)
+dlm eval sudoku --model my-sudoku                 (a model of `dlm train sudoku`)
 dlm eval sudoku --model my-sudoku --puzzle TEXT         (81 cells, empty ones as dots)
 dlm eval sudoku --model my-sudoku --tries 16            (several answers, one chosen by the model's own likelihood)
 dlm eval sudoku --model my-sudoku --tries 16 --judge rules --forms         (until one obeys the rules, turned each time)

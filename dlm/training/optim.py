@@ -81,25 +81,27 @@ def build_optimizers(
     betas: tuple[float, float],
     momentum: float,
 ) -> list[torch.optim.Optimizer]:
-    """AdamW for everything (`adamw`), or Muon for the hidden matrices and AdamW for the rest (`muon`).
+    """AdamW for everything (`adamw`), or Muon for the hidden matrices and AdamW for the rest (`muon`), among them the
+    experts of a mixture, which share one tensor of three dimensions.
 
     Muon's update is scaled to AdamW's size (arXiv 2502.16982), so one learning rate can serve both;
     `muon_learning_rate` sets its own. Each group remembers its rate as `base_lr` for the schedule.
     """
     groups = parameter_groups(model)
     muon = optimizer == "muon"
-    decayed = groups["head"] + ([] if muon else groups["matrices"])
+    matrices = [one for one in groups["matrices"] if muon and one.ndim == 2]
+    decayed = groups["head"] + [one for one in groups["matrices"] if not muon or one.ndim > 2]
     sets = [(decayed, weight_decay), (groups["plain"], 0.0)]
     adam_groups = [{"params": params, "weight_decay": decay} for params, decay in sets if params]
     built: list[torch.optim.Optimizer] = []
     if adam_groups:
         fused = all(p.device.type in ("cpu", "cuda") for g in adam_groups for p in g["params"])
         built.append(torch.optim.AdamW(adam_groups, lr=learning_rate, betas=betas, eps=1e-8, fused=fused))
-    if muon and groups["matrices"]:
+    if matrices:
         rate = learning_rate if muon_learning_rate is None else muon_learning_rate
         built.append(
             Muon(
-                groups["matrices"],
+                matrices,
                 lr=rate,
                 weight_decay=weight_decay,
                 momentum=momentum,

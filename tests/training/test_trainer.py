@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import dlm
 from dlm.data.documents import Documents
 from dlm.data.examples import Examples
 from dlm.models.configuration import LLaDAConfig
@@ -20,6 +21,7 @@ from dlm.training.optim import build_optimizers, parameter_groups, schedule_fact
 from dlm.training.state import checkpoints
 from dlm.training.trainer import fit
 from dlm.utils.stats import ratio
+from tests.conftest import FIXTURES
 from tests.helpers.ranks import MASK, settings, tiny_data, tiny_model
 from tests.helpers.training import fresh_accelerate, train, weights  # noqa: F401
 
@@ -156,6 +158,23 @@ def test_each_parameter_has_one_optimizer_and_decay(tying):
     assert {id(p) for p in held} == {id(p) for p in model.parameters()} and len(held) == len(set(map(id, held)))
     assert id(model.model.transformer.wte.weight) in {id(p) for p in adamw.param_groups[-1]["params"]}
     assert adamw.param_groups[-1]["weight_decay"] == 0
+
+
+def test_experts_are_moved_by_adamw_under_muon():
+    """A regression test: pretraining a mixture of experts with the default optimizer ended in Muon's own refusal."""
+    model, _ = dlm.load(FIXTURES / "families" / "llada2", device="cpu", dtype="float32")
+    rates = {
+        "learning_rate": 1e-3,
+        "muon_learning_rate": None,
+        "weight_decay": 0.1,
+        "betas": (0.9, 0.95),
+        "momentum": 0.9,
+    }
+    adamw, muon = build_optimizers(model, "muon", **rates)
+    decayed, plain = (group["params"] for group in adamw.param_groups)
+    assert {one.ndim for one in muon.param_groups[0]["params"]} == {2} and 3 in {one.ndim for one in decayed}
+    held = [*decayed, *plain, *muon.param_groups[0]["params"]]
+    assert len(held) == len(set(map(id, held))) == len([one for one in model.parameters() if one.requires_grad])
 
 
 @pytest.mark.parametrize(

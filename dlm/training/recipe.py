@@ -167,12 +167,12 @@ def run(recipe: RecipeConfig, argv: list[str], prog: str, prepare: Callable[...,
         raise ValueError("no data: give --data with one or more sources, comma separated")
     check_length(argv)
     check_folders(recipe)
-    check_unused(recipe.output, recipe.resume)  # before anything of the folder is made anew
     recipe = with_precision(recipe)
     accelerator = make_accelerator(recipe)
     report = print if accelerator.is_main_process else (lambda line: None)
     report(processes_line(accelerator))
     with locked(recipe.output) if accelerator.is_main_process else nullcontext():
+        check_unused(recipe.output, recipe.resume)  # before anything of the folder is made anew
         return _run(recipe, argv, prog, prepare, accelerator, report)
 
 

@@ -59,4 +59,4 @@ $(VENV)/bin/python:
 	its venv module (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
 
 clean:
-	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache .schemathesis

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import sys
@@ -22,11 +23,14 @@ from dlm.serving.server import ServerSettings, build_app
 __all__ = ["serve"]
 
 log = logging.getLogger("dlm.serving")
+PROGRAMS = 512  # that oneDNN and ideep may keep each, of products for as many numbers of rows: up to 0.3 GB
 PLACING = ("dtype", "device", "attn_implementation", "cuda_graphs", "compile", "tensor_parallel")
 
 
 def serve(args) -> int:
     """Serves until a signal ends it; 0 where all that was accepted is done. Raises ValueError, OSError."""
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # read at the first product
+        os.environ.setdefault(name, str(PROGRAMS))
     options = {name: getattr(args, name) for name in PLACING}
     opened = load_pretrained(args.model, revision=args.revision, **options)
     if args.max_length is not None and opened.max_length is not None and args.max_length > opened.max_length:

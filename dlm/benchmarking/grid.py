@@ -17,9 +17,10 @@ import torch
 from dlm.checkpoints.generation import generate
 from dlm.evaluation.tasks import Question
 from dlm.sampling.canvas import Canvas
-from dlm.sampling.config import COMMIT_NAMES, NEEDS, SamplingConfig, as_ids
+from dlm.sampling.config import COMMIT_NAMES, SamplingConfig, as_ids
 from dlm.sampling.generate import GenerationOutput
 from dlm.sampling.methods import METHODS, visibility
+from dlm.sampling.options import NEEDS
 from dlm.sampling.schedule import lay_out, schedule
 from dlm.sampling.telemetry import Telemetry
 from dlm.tokenizer import EOT, mask_id

@@ -6,7 +6,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dlm.sampling.config import SAMPLING, SamplingConfig
+from dlm.sampling.config import SamplingConfig
+from dlm.sampling.options import SAMPLING
 from dlm.utils.jsonio import read_object
 from dlm.utils.names import check_name
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from dlm.cli.chat import check_chat
 from dlm.cli.session import announce, as_options, check_region, settings
 from dlm.data.prompts import PromptFile, iter_prompts
-from dlm.sampling.config import SAMPLING
+from dlm.sampling.options import SAMPLING
 from dlm.utils.progress import counted, duration
 
 __all__ = ["run_offline"]

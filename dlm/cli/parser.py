@@ -8,7 +8,8 @@ from typing import Any
 
 from dlm.checkpoints.files import SHIPPED, cached_defaults
 from dlm.models.choices import ATTENTION, DTYPES, float_name
-from dlm.sampling.config import SAMPLING, SamplingConfig
+from dlm.sampling.config import SamplingConfig
+from dlm.sampling.options import SAMPLING
 from dlm.utils.settings import OptionParser, flag, shown_default
 
 __all__ = ["Parser", "check_least", "flag", "shown_defaults"]

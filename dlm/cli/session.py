@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from dlm.checkpoints.files import sampling_with
 from dlm.cli import live
 from dlm.cli.lines import PROMPT, QUIET, Glyphs, Piece, RowText, fit, paint
-from dlm.sampling.config import NEEDS, SAMPLING
+from dlm.sampling.options import NEEDS, SAMPLING
 from dlm.utils.jsonio import to_json
 from dlm.utils.printable import safe
 from dlm.utils.settings import flag, refuse_idle

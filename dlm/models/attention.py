@@ -9,7 +9,7 @@ a GPU and a dense mask for SDPA on a CPU.
 
 import math
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ def causal(b: Tensor, q: Tensor, k: Tensor) -> Tensor:
     return k <= q
 
 
-@cache
+@lru_cache(maxsize=256)  # a server is asked for any length of blocks
 def block_causal(block_length: int) -> Visible:
     """Slots see their own block of `block_length` slots, counted from slot 0, and every earlier one (BD3-LM)."""
     if block_length < 1:

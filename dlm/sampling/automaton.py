@@ -10,7 +10,7 @@ follows. A word of N places is thus a match and then end-of-text.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -19,8 +19,11 @@ from torch import Tensor
 
 from dlm.sampling.patterns import bytes_dfa, check_pattern
 from dlm.tokenizer import token_bytes
+from dlm.utils.kept import kept
 
-__all__ = ["Automaton", "compile_pattern", "read_vocabulary"]
+__all__ = ["MEMORY", "Automaton", "compile_pattern", "read_vocabulary"]
+
+MEMORY = 2**24  # bytes of sets of states that an automaton remembers, about
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +48,12 @@ class Automaton:
     @property
     def states(self) -> int:
         return len(self.accepting)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes, with what it may come to remember."""
+        arrays = (self.classes, self.delta, self.follow, self.source, self.target, self.kind, self.sets)
+        return sum(array.nbytes for array in arrays) + MEMORY
 
     @cached_property
     def holds(self) -> np.ndarray | None:
@@ -103,7 +112,7 @@ def read_vocabulary(tokenizer) -> _Tokens:
     return _VOCABULARIES[tokenizer]
 
 
-@lru_cache(maxsize=64)
+@kept(2**30, lambda automaton: automaton.nbytes)
 def _compile(tokens: _Tokens, pattern: str, eos: tuple[int, ...]) -> Automaton:
     check_pattern("the pattern", pattern)
     table, accepting = bytes_dfa(pattern)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -250,7 +250,7 @@ def _advanced(ghost: Row, tokens: np.ndarray, left: int, layout: np.ndarray, mas
     return following, following.done or (ghost.config.stop_at_eos and bool(np.isin(ours, ghost.eos).any()))
 
 
-@cache
+@lru_cache(maxsize=64)
 def _changes(count: int) -> np.ndarray:
     """(S, M, 2) normal numbers, always the same, none in the first way."""
     table = np.random.default_rng(count).standard_normal((WAYS, count, 2))

@@ -18,6 +18,7 @@ from itertools import count
 import numpy as np
 
 from dlm.sampling.pattern_worker import TooLarge, automaton_of
+from dlm.utils.kept import kept
 
 __all__ = ["bytes_dfa", "check_pattern", "choice_pattern", "region_choice", "schema_pattern"]
 
@@ -46,7 +47,7 @@ def check_pattern(name: str, pattern: str) -> None:
         raise ValueError(f"{name} is {pattern[:60]!r}: {error}") from None
 
 
-@lru_cache(maxsize=64)
+@kept(2**28, lambda found: found[0].nbytes)  # one of 20,000 states takes 41 MB
 def bytes_dfa(pattern: str) -> tuple[np.ndarray, np.ndarray]:
     """(S, 256) the next state of a pattern's DFA over bytes, -1 for none, state 0 first; and which accept.
 

@@ -13,11 +13,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from dlm.sampling.automaton import Automaton
+from dlm.sampling.automaton import MEMORY, Automaton
 
 __all__ = ["Places"]
-
-MOST = 2**24  # bytes of sets that are remembered, about
 
 
 def _states(sets: bytes) -> np.ndarray:
@@ -161,7 +159,7 @@ class Places:
 
 def _keep(automaton: Automaton, key: tuple, value) -> None:
     """Remembers what a step gave."""
-    if len(automaton.memo) * automaton.states >= MOST:
+    if len(automaton.memo) * automaton.states >= MEMORY:
         automaton.memo.clear()
     automaton.memo[key] = value
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dlm.sampling.config import NEEDS, SAMPLING, SamplingConfig
+from dlm.sampling.config import SamplingConfig
+from dlm.sampling.options import NEEDS, SAMPLING
 from dlm.utils.names import nearest
 from dlm.utils.settings import refuse_idle
 

@@ -134,7 +134,10 @@ class Engine:
 
     def close(self) -> None:
         """Ends the thread at the next pass; requests that are not done end with Closing."""
-        self._abandon = True
+        with self._ready_to_work:  # nothing joins the queue after the thread has emptied it for the last time
+            self._abandon = True
+            if self.state in ("loading", "ready"):
+                self.state = "draining"
         self.drain()
 
     @cached_property
@@ -193,7 +196,9 @@ class Engine:
             self.state = "closed"
             if self._lead is not None:
                 self._lead.tell(stop=True)
-        except RanksLost as error:
+        except Exception as error:  # of other processes, or of the engine itself: nobody is left to wait for it
+            if not isinstance(error, RanksLost):
+                log.exception("the engine failed")
             self.failure, self.state = one_line(error), "failed"
             self._end_all(Closing(self.failure))
         finally:
@@ -247,6 +252,11 @@ class Engine:
                 self._join(item)
             except ValueError as error:  # settings that do not fit the model, or no text that matches fits
                 self._finish(item.handle, error=error)
+            except Exception as error:  # it is in the queue no more, and in no batch
+                self._finish(item.handle, error=RowFailed(f"the request could not begin: {one_line(error)}"))
+                if self._lead is not None:
+                    raise
+                log.exception("a row could not join")
             self.stats.joining += time.monotonic() - began
 
     def _fits(self, item: Waiting) -> bool:
@@ -312,11 +322,17 @@ class Engine:
                 self._leave(running)
                 self._finish(running.handle, error=RowFailed(row.fault))
                 continue
-            running.follow(state, tokens[row.index], written[row.index])
-            if row.done or running.ended:
-                result = running.result(state, tokens[row.index])
+            result = error = None
+            try:
+                running.follow(state, tokens[row.index], written[row.index])
+                if row.done or running.ended:
+                    result = running.result(state, tokens[row.index])
+            except Exception as wrong:  # of this text alone, such as one that cannot be decoded
+                log.exception("a text failed")
+                error = RowFailed(f"the text cannot be told: {one_line(wrong)}")
+            if result is not None or error is not None:
                 self._leave(running)
-                self._finish(running.handle, result=result)
+                self._finish(running.handle, result, error)
         self.stats.passed(count, sum(written), time.monotonic() - before)
 
     def _leave(self, running: Running) -> None:

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, create_model, model_validator
 
-from dlm.sampling.config import CHOICES, SAMPLING, SamplingConfig
+from dlm.sampling.config import CHOICES, SamplingConfig
+from dlm.sampling.options import SAMPLING
 from dlm.utils.names import nearest
 
 __all__ = ["ApiError", "ChatBody", "CompletionBody", "error_body", "message_of"]

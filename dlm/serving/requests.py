@@ -6,13 +6,14 @@ Shapes: T slots of the request's canvas.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from dlm.sampling.config import SamplingConfig
+from dlm.sampling.config import SamplingConfig, as_config
 
 __all__ = [
     "Cancelled",
@@ -77,6 +78,11 @@ class Request:
     likely: int | None = None
     trim: bool = False
     timeout: float | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "config", as_config(self.config))  # raises TypeError for a dict
+        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+            raise TypeError(f"stop is {self.stop!r}: give a tuple of texts, none of them empty")
 
 
 @dataclass(frozen=True)
@@ -178,7 +184,8 @@ class Handle:
     def _tell(self) -> None:
         self._changed.notify_all()
         for listener in self._listeners:
-            listener()
+            with contextlib.suppress(RuntimeError):  # its event loop is closed: nobody listens there any more
+                listener()
 
     # ------------------------------------------------------------ the caller's side
 

@@ -17,7 +17,7 @@ import dlm
 from dlm.chat_template import chat_ids
 from dlm.checkpoints.files import SHIPPED
 from dlm.cli import main, scripts
-from dlm.sampling.config import SAMPLING
+from dlm.sampling.options import SAMPLING
 from dlm.tokenizer import template
 from tests.helpers import commandline
 from tests.helpers.commandline import ENVIRONMENT, make_checkpoint

@@ -32,7 +32,7 @@ def opened(folder):
 @pytest.fixture(scope="session")
 def engine(opened):
     """An engine that all tests share which change nothing in it."""
-    engine = Engine(opened, EngineSettings(max_rows=8, max_waiting=400))
+    engine = Engine(opened, EngineSettings(max_rows=8, max_waiting=400, timeout=None))
     engine.wait_until_loaded(60)
     yield engine
     engine.close()

@@ -1,5 +1,6 @@
 """The engine: what a request gets is what it gets alone, and one request's trouble is not another's."""
 
+import asyncio
 import dataclasses
 import random
 import threading
@@ -10,8 +11,10 @@ import torch
 
 import dlm
 from dlm.sampling.growth import DELETE, EXPAND
+from dlm.sampling.rows import Batch
 from dlm.serving.engine import Engine
 from dlm.serving.requests import Cancelled, Closing, Expired, QueueFull, Request, RowFailed
+from dlm.serving.text import FinalText
 from dlm.tokenizer import EOT, train_tokenizer
 from tests.helpers.commandline import STORY, make_checkpoint
 
@@ -93,7 +96,7 @@ def test_random_requests_at_once_are_what_they_are_alone(engine, opened, count):
         thread.start()
     for thread in threads:
         thread.join()
-    results = [handle.result(120) for handle in handles]
+    results = [handle.result(1800) for handle in handles]  # beside other programs it took more than the 120 s of before
     before, exact = torch.get_num_threads(), getattr(opened.predictor, "exact_rows", False)
     torch.set_num_threads(engine._threads)
     try:
@@ -159,6 +162,81 @@ def test_a_pass_that_raises_loses_its_rows_and_not_the_engine(make_engine, opene
         with pytest.raises(RowFailed, match="division by zero"):
             engine.submit(request(opened)).result(30)
     assert engine.submit(request(opened)).result(30).written == 8
+
+
+def test_a_row_that_cannot_join_is_lost_alone(slow, opened, monkeypatch):
+    """Was: taken from the queue and in no batch, such a request was never answered, and all others ended with it."""
+    engine = slow(0.01)
+    other = engine.submit(request(opened, length=30))
+    join = Batch.join
+
+    def broken(self, canvas, config, constraints=None):
+        if config.seed == 77:
+            raise RuntimeError("no room")
+        return join(self, canvas, config, constraints)
+
+    monkeypatch.setattr(Batch, "join", broken)
+    with pytest.raises(RowFailed, match=r"^the request could not begin: .*no room"):
+        engine.submit(request(opened, seed=77)).result(10)
+    assert other.result(30).written == 30
+    assert (engine.running, engine.waiting) == (0, 0)
+
+
+def test_a_text_that_cannot_be_told_is_lost_alone(slow, opened, monkeypatch):
+    """Was: all rows of the pass were lost."""
+    engine, update = slow(0.01), FinalText.update
+
+    def broken(self, ids, last=False):
+        if self.stop:
+            raise UnicodeError("no such text")
+        return update(self, ids, last)
+
+    monkeypatch.setattr(FinalText, "update", broken)
+    other, bad = engine.submit_all([request(opened, length=20), request(opened, stop=("x",))])
+    with pytest.raises(RowFailed, match=r"^the text cannot be told: .*no such text"):
+        bad.result(10)
+    assert other.result(30).written == 20
+    assert engine.stats.outcomes == {"error": 1, "length": 1} and engine.running == 0
+
+
+def test_an_event_loop_that_was_closed_takes_nobody_along(slow, opened):
+    """Was: the engine's thread raised where it told a loop that was gone, all rows were lost, and then the thread."""
+    engine = slow(0.01)
+    handle, loop = engine.submit(request(opened, length=30, stream=True)), asyncio.new_event_loop()
+    events = aiter(handle)
+    loop.run_until_complete(anext(events))
+    loop.close()
+    assert handle.result(30).written == 30
+    assert engine.submit(request(opened)).result(30).written == 8
+
+
+def test_a_request_that_comes_while_the_engine_closes_is_refused(slow, opened):
+    """Was: behind the last emptying of the queue it was taken, and never answered."""
+    engine, late = slow(0.01), []
+    engine.submit(request(opened, length=60))
+    end_all = engine._end_all
+
+    def emptied(error):
+        end_all(error)
+        with pytest.raises(Closing):
+            engine.submit(request(opened))
+        late.append(True)
+
+    engine._end_all = emptied
+    engine.drain = lambda timeout=None: engine.ended.wait(10)  # the thread ends before this one asks it to
+    engine.close()
+    assert late and engine.state == "closed"
+
+
+def test_an_engine_that_fails_says_so_to_all_who_wait(make_engine, opened):
+    """Was: its thread went in silence, and requests waited for ever."""
+    engine = make_engine()
+    engine._work_came = lambda: 1 / 0
+    with pytest.raises(Closing, match="division by zero"):
+        engine.submit(request(opened)).result(10)
+    assert engine.state == "failed"
+    with pytest.raises(Closing, match="division by zero"):
+        engine.submit(request(opened))
 
 
 def test_cancelled_row_leaves_at_the_next_pass(slow, opened):

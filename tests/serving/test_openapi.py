@@ -6,7 +6,7 @@ from dlm.serving.server import ServerSettings, build_app
 
 
 def test_page_names_every_sampling_field(engine):
-    from dlm.sampling.config import SAMPLING
+    from dlm.sampling.options import SAMPLING
 
     schemas = build_app(engine).openapi()["components"]["schemas"]
     for body in ("CompletionBody", "ChatBody"):

@@ -20,7 +20,7 @@ from dlm.sampling import denoise as loop
 from dlm.sampling import generate as whole
 from dlm.sampling.canvas import Canvas, check_slots
 from dlm.sampling.choose import Chosen
-from dlm.sampling.config import SamplingConfig, as_ids
+from dlm.sampling.config import SamplingConfig, as_config, as_ids
 from dlm.sampling.constraints import Constraint
 from dlm.sampling.denoise import DenoiseState
 from dlm.sampling.generate import GenerationOutput
@@ -62,7 +62,6 @@ def generate(
         tokenizer = model.optional_tokenizer if tokenizer is None else tokenizer
     if config is None:
         config = own_settings(model, "blanks" if isinstance(inputs, Canvas) else "text")
-    _check_config(config)
     return whole.generate(_predictor(model), inputs, config, tokenizer=tokenizer, telemetry=telemetry)
 
 
@@ -146,8 +145,8 @@ def infill(
     """
     tokenizer, predictor = _tokenizer_of(model, tokenizer), _predictor(model)
     settings = predictor.config
-    config, eos = own_settings(model, "blanks") if config is None else config, as_ids(settings.eos_token_id)
-    _check_config(config)
+    config = own_settings(model, "blanks") if config is None else as_config(config)
+    eos = as_ids(settings.eos_token_id)
     config = replace(config, suppress_eos=bool(config.eos_ids or eos))
     known = {"tokenizer": tokenizer, "mask_id": mask_id(tokenizer, settings), "eos": config.eos_ids or eos}
     return fill_lengths(predictor, text, config, blank_length=blank_length, draws=draws, **known)
@@ -171,15 +170,7 @@ def denoise(
     """
     known = {"vocab_size": vocab_size, "eos_token_ids": eos_token_ids, "constraints": constraints}
     known |= {"growth_tokens": growth_tokens, "telemetry": telemetry, "likely": likely}
-    return loop.denoise(_predictor(model), canvas, config, **known)
-
-
-def _check_config(config) -> None:
-    if not isinstance(config, SamplingConfig):
-        raise ValueError(
-            f"config is of type {type(config).__name__}: give a dlm.SamplingConfig, or of an open checkpoint its "
-            "`sampling(gen_length=64)`"
-        )
+    return loop.denoise(_predictor(model), canvas, as_config(config), **known)
 
 
 def _tokenizer_of(model, tokenizer):

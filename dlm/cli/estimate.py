@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dlm.models.flops import PEAKS, peak_flops
-from dlm.objectives.config import OBJECTIVE_NAMES
+from dlm.objectives.config import AS_MODEL, OBJECTIVE_NAMES
+from dlm.training.config import BOTH_SHARE
 from dlm.training.estimate import (
     GB,
     LLADA_8B,
@@ -50,7 +51,10 @@ def options() -> OptionParser:
     add("--inner", type=int, default=1, metavar="N", help="grpo: optimizer steps that use the same answers (1)")
     add("--no-kl", action="store_true", help="grpo: without a reference")
     add("--teacher-passes", type=int, default=0, metavar="N", help="distill: 2 for sdtt, 1 for consistency (0)")
-    add("--objective", choices=OBJECTIVE_NAMES, default="diffusion", metavar="NAME", help=_names(OBJECTIVE_NAMES))
+    add(
+        "--objective", choices=(*OBJECTIVE_NAMES, AS_MODEL), metavar="NAME",
+        help=f"{', '.join(OBJECTIVE_NAMES)}, or that of the model (pretrain: diffusion, else the model's)",
+    )  # fmt: skip
     add("--optimizer", choices=("adamw", "muon"), default="adamw", metavar="NAME", help="adamw, muon (adamw)")
     add("--sharding", choices=SHARDING, default="none", metavar="NAME", help="none (DDP), zero2, fsdp (also ZeRO-3)")
     add("--activation-checkpointing", action="store_true", help="less memory, a third more arithmetic")
@@ -88,6 +92,7 @@ def main(argv: Sequence[str]) -> int:
     if not memory > 0:
         raise ValueError(f"--gpu-memory is {memory}: it must be above 0")
     config = read_shape(args)
+    objective, blocks = trained_for(args, config)
     work = work_of(
         args.recipe, lora=args.lora > 0, draws=args.draws, steps=args.steps, passes=args.passes, inner=args.inner,
         kl=not args.no_kl, teacher_passes=args.teacher_passes,
@@ -100,8 +105,8 @@ def main(argv: Sequence[str]) -> int:
         } | changes  # fmt: skip
         return estimate(
             config, tokens=args.tokens, peak=peak, mfu=args.mfu, width=args.sequence_length, ema=not args.no_ema,
-            optimizer=args.optimizer, block_diffusion=args.objective == "block_diffusion",
-            predicted=1.0 if args.objective == "autoregressive" else 0.5, work=work, lora=args.lora, **asked,
+            optimizer=args.optimizer, blocks=blocks,
+            predicted=1.0 if objective == "autoregressive" else 0.5, work=work, lora=args.lora, **asked,
         )  # fmt: skip
 
     result = run()
@@ -111,6 +116,17 @@ def main(argv: Sequence[str]) -> int:
     else:
         print(table(result, args, advice))
     return 0
+
+
+def trained_for(args, config) -> tuple[str, float]:
+    """The objective of the run, and the share of its rows under block diffusion: half of them where it is that of a
+    model of both visibilities."""
+    objective = args.objective or ("diffusion" if args.recipe == "pretrain" else AS_MODEL)
+    if objective != AS_MODEL:
+        return objective, float(objective == "block_diffusion")
+    if getattr(config, "block_length", None) is None:
+        return config.objective, 0.0
+    return config.objective, 1 - BOTH_SHARE if getattr(config, "full_attention", False) else 1.0
 
 
 def what_fits(run: Callable[..., Estimate], args, memory: float) -> tuple[bool, str]:

@@ -374,7 +374,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     groups = heads // k.shape[2]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if groups > 1:
-        q = q.reshape(batch, -1, groups * queries, size)
+        q = q.reshape(batch, k.shape[1], groups * queries, size)
     fused = q.device.type != "cpu" or q.dtype == torch.float32
     if fused or q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] > WIDEST:
         out = F.scaled_dot_product_attention(q, k, v, mask)

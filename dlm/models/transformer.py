@@ -93,15 +93,16 @@ class LLaDABlock(GradientCheckpointingLayer):
         return x + self._drop(y)
 
     def _attend(self, x: Tensor, rotary, kernel, mask, positions, cache) -> Tensor:
-        heads = (*x.shape[:2], -1, self.head_dim)
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.qk_norm == "all":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = q.view(heads), k.view(heads), v.view(heads)  # (B, Q, H, D)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))  # (B, Q, H, D)
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if not q.numel():  # no row or no token: kernels refuse it
+            return q.flatten(2)
         if cache is not None:
             k, v = cache.update(self.layer, positions, k, v)  # (B, T, H, D)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(kernel, eager_attention)
@@ -109,7 +110,7 @@ class LLaDABlock(GradientCheckpointingLayer):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         scale = self.head_dim**-0.5
         out, _ = attend(self, q, k, v, mask, scaling=scale, dropout=dropout, is_causal=False)  # (B, Q, H, D)
-        return out.reshape(*x.shape[:2], -1)
+        return out.flatten(2)
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.residual_dropout, self.training) if self.residual_dropout else x

@@ -7,6 +7,7 @@ wherever the row holds the mask token. Prompts of different lengths are the ordi
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -27,6 +28,14 @@ class Canvas:
     mask_id: int
 
     def __post_init__(self):
+        for name in ("tokens", "editable", "valid"):
+            if not isinstance(getattr(self, name), Tensor):
+                raise TypeError(
+                    f"canvas {name} is a {type(getattr(self, name)).__name__}: give a tensor (rows, slots), or make "
+                    "the canvas of lists of ids (Canvas.from_prompts, Canvas.from_templates)"
+                )
+        if not isinstance(self.mask_id, Integral) or isinstance(self.mask_id, bool):
+            raise TypeError(f"canvas mask_id is {self.mask_id!r}: give the id of the mask token, a whole number")
         if self.tokens.ndim != 2:
             raise ValueError(f"canvas tokens have shape {tuple(self.tokens.shape)}; they must be (rows, slots)")
         if self.tokens.dtype != torch.int64:

@@ -4,7 +4,10 @@ Shapes: N rows, T slots, V vocabulary.
 
 A filling of all blanks has the probability that the chain rule gives its tokens in some order, each predicted with
 those after it masked. A true joint distribution has the same for every order; a model's differs, so several orders are
-averaged and their spread is the standard error. Up to three tokens all orders are taken, and nothing is estimated.
+averaged and their spread is the standard error. Up to six orders all are taken, and nothing is estimated.
+
+A block-causal model does not see what stands behind a blank's block. There all from the first blank on is predicted,
+block by block: the probability of a filling and of the text behind it, given the text before (Bayes' rule).
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ __all__ = ["Chosen", "Ranked", "choose", "read_options"]
 OPTIONS = re.compile(r"_{3,}\{((?:[^{}|]+)(?:\|[^{}|]+)+)\}")
 MOST = 4096  # fillings of all blanks together
 MOST_ORDERS = 1000
-EXACT = 3  # tokens of a filling of which every order is taken
+EXACT = 6  # orders of a filling of which every one is taken
+MOST_ROWS = 200_000  # rows that the model computes
 BATCH = 64
 
 
@@ -96,12 +100,28 @@ def _filled(tokenizer, text: str, options: Sequence[str], mask_id: int) -> tuple
     return ids + encode_prompt(tokenizer, text[at:], mask_id, beginning=False), slots
 
 
+def _predicted(filled: Sequence[tuple[list[int], list[int]]], settings) -> list[list[list[int]]]:
+    """The slots that are predicted of each (ids, the options' slots), block by block: those of the options, which see
+    all that is given. Where a block-causal model does not see all of it, everything from the first option on."""
+    length = settings.block_length if getattr(settings, "attention", "full") == "block_causal" else None
+    if length is None or all((len(ids) - 1) // length == slots[0] // length for ids, slots in filled):
+        return [[slots] for _, slots in filled]
+    every = [range(slots[0], len(ids)) for ids, slots in filled]
+    return [[list(block) for _, block in itertools.groupby(row, key=lambda slot: slot // length)] for row in every]
+
+
+def _drawn(blocks: Sequence[Sequence[int]], keys: Sequence[float]) -> list[int]:
+    """The slots block by block, those of a block in the order of their keys; as many keys as slots, or more."""
+    pairs = iter(keys)
+    return [slot for block in blocks for _, slot in sorted((next(pairs), slot) for slot in block)]
+
+
 @torch.inference_mode()
 def choose(predictor, text: str, *, tokenizer, mask_id: int, orders: int = 8, seed: int = 0) -> Chosen:
     """Ranks all fillings of the blanks of a text by their probability.
 
-    orders: how many orders of the tokens are averaged where a filling has more than three. Raises ValueError for a text
-    without options, and where the same option stands twice.
+    orders: how many orders of the tokens are averaged where a filling has more than six. Raises ValueError for a text
+    without options, where the same option stands twice, and for more than MOST_ROWS rows.
     """
     if not 2 <= orders <= MOST_ORDERS:
         raise ValueError(f"orders is {orders}: give 2 (for a standard error) to {MOST_ORDERS}")
@@ -109,19 +129,26 @@ def choose(predictor, text: str, *, tokenizer, mask_id: int, orders: int = 8, se
     filled = [_filled(tokenizer, text, options, mask_id) for options in fillings]
     settings, most = getattr(predictor, "config", None), max(len(ids) for ids, _ in filled)
     check_slots(most, settings, what="text and options are", fix="shorten the text")
-    exact = all(len(slots) <= EXACT for _, slots in filled)
-    longest = max(len(slots) for _, slots in filled)
-    count = math.lcm(*(math.factorial(len(slots)) for _, slots in filled)) if exact else orders
+    blocks = _predicted(filled, settings)
+    different = [math.prod(math.factorial(len(block)) for block in each) for each in blocks]
+    exact = max(different) <= EXACT
+    count = math.lcm(*different) if exact else orders
+    predicted = [sum(map(len, each)) for each in blocks]
+    if count * sum(predicted) > MOST_ROWS:
+        raise ValueError(
+            f"{len(filled):,} fillings of up to {max(predicted)} predicted tokens take {count * sum(predicted):,} rows "
+            f"of the model, above {MOST_ROWS:,}: give fewer options, or orders below {orders}"
+        )
     rng = random.Random(seed)
-    keys = [[rng.random() for _ in range(longest)] for _ in range(count)]
+    keys = [[rng.random() for _ in range(max(predicted))] for _ in range(count)]
     rows, wanted = [], []  # (ids with masks, slot, token), and whose filling and order it is
-    for number, (ids, slots) in enumerate(filled):
-        every = list(itertools.permutations(slots)) if exact else []
+    for number, (ids, _) in enumerate(filled):
+        every = list(itertools.product(*map(itertools.permutations, blocks[number]))) if exact else []
         for draw in range(count):
             if exact:
-                order = every[draw % len(every)]
+                order = list(itertools.chain(*every[draw % len(every)]))
             else:
-                order = [slot for _, slot in sorted(zip(keys[draw], slots, strict=False))]
+                order = _drawn(blocks[number], keys[draw])
             for i, slot in enumerate(order):
                 hidden = set(order[i:])
                 masked = tuple(mask_id if place in hidden else token for place, token in enumerate(ids))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dlm.kernels.by_rows import RowSizes
 from dlm.sampling.canvas import Canvas
-from dlm.sampling.config import SamplingConfig
+from dlm.sampling.config import SamplingConfig, as_config
 from dlm.sampling.constraints import Constraint
 from dlm.sampling.growth import resize, tail_slots, take_tail
 from dlm.sampling.outcome import Pages, commit, prediction
@@ -73,7 +73,7 @@ def denoise(
     ValueError for settings that do not fit the model or the canvas, FloatingPointError for NaN logits.
     """
     batch = Batch(predictor, vocab_size=vocab_size, eos_token_ids=eos_token_ids, growth_tokens=growth_tokens)
-    batch.join(canvas, config or SamplingConfig(), constraints)
+    batch.join(canvas, as_config(config), constraints)
     batch.likely, batch.telemetry = likely, telemetry
     try:
         while batch.active:

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from dlm.sampling.canvas import Canvas
-from dlm.sampling.config import SamplingConfig
+from dlm.sampling.config import SamplingConfig, as_config
 from dlm.sampling.denoise import denoise
 from dlm.sampling.prompts import prepare
 from dlm.sampling.telemetry import Telemetry
@@ -47,7 +47,7 @@ def generate(
     template returns (a mapping with `input_ids` and `attention_mask`), or a `Canvas`. telemetry: watches the passes.
     Raises ValueError for inputs or settings that do not fit the model, FloatingPointError for NaN logits.
     """
-    config = config or SamplingConfig()
+    config = as_config(config)
     canvas, settings = prepare(predictor, inputs, config, tokenizer)
     state, committed = None, torch.zeros(len(canvas.tokens), dtype=torch.int64, device=canvas.tokens.device)
     for state in denoise(predictor, canvas, config, **settings, telemetry=telemetry):

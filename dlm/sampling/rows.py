@@ -94,6 +94,11 @@ class Batch:
         method = METHODS[config.method]
         block_length, visible = visibility(self.predictor, config.method, config.block_length)
         settings = getattr(self.predictor, "config", None)
+        if (own := getattr(settings, "mask_token_id", None)) is not None and canvas.mask_id != own:
+            raise ValueError(
+                f"the canvas has mask_id {canvas.mask_id}, and the model's mask token is {own}: give the "
+                "canvas that one"
+            )
         limit = getattr(settings, "max_sequence_length", None)
         if config.moves:
             check_growth(canvas, config, visible, eos, self.growth_tokens[0])

@@ -24,12 +24,13 @@ USABLE = 0.9  # of the memory; the rest is the CUDA context, communication buffe
 @dataclass(frozen=True)
 class Work:
     """What a recipe computes for each row of its batch. trained, forward: passes with a gradient and without one;
-    copies: whole frozen models beside the one that is trained (a reference, a teacher), which sharding does not divide.
-    """
+    copies: whole frozen models beside the one that is trained (a reference, a teacher), which sharding does not divide;
+    together: trained passes that are one forward pass of so many rows."""
 
     trained: float = 1.0
     forward: float = 0.0
     copies: int = 0
+    together: float = 1.0
 
 
 RECIPES = ("pretrain", "sft", "preference", "grpo", "distill")
@@ -44,7 +45,7 @@ def work_of(
     `teacher_passes`, 0 for certainty-forcing. With adapters (lora) the model without them is the reference.
     """
     if recipe == "preference":
-        return Work(draws, draws, int(not lora))
+        return Work(draws, draws, int(not lora), draws)
     if recipe == "grpo":
         learned = inner * passes
         return Work(learned, steps + (learned if inner > 1 else 0) + learned * kl, int(kl and not lora))
@@ -106,22 +107,30 @@ def activation_bytes(config, tokens: int, predicted: int, *, checkpointing: bool
 
 def estimate(
     config, *, tokens: float, gpus: int, peak: float, mfu: float, width: int, rows: int, sharding: str = "none",
-    checkpointing: bool = False, ema: bool = True, optimizer: str = "adamw", block_diffusion: bool = False,
+    checkpointing: bool = False, ema: bool = True, optimizer: str = "adamw", blocks: float = 0.0,
     predicted: float = 0.5, work: Work | None = None, lora: int = 0,
 ) -> Estimate:  # fmt: skip
     """Memory and time of training on `tokens` tokens.
 
     peak: operations a second of one GPU; mfu: the share of it that is reached. width, rows: of one micro-batch on one
-    GPU. predicted: share of the tokens that logits are computed at (half of them are masked on average). Block
-    diffusion computes every row twice, noisy and clean. work: what a recipe computes of each row, which `tokens` and
-    `rows` count once; its trained passes are taken one after another. lora: rank of adapters, 0 where all is trained.
+    GPU. predicted: share of the tokens that logits are computed at (half of them are masked on average). blocks: share
+    of the rows under block diffusion, which computes a row twice, noisy and clean ([x_t ; x_0]); a micro-batch takes
+    them and the others one after another. work: what a recipe computes of each row, which `tokens` and `rows` count
+    once; its trained passes are taken one after another but for those `together`. lora: rank of adapters, 0 where all
+    is trained.
     """
     from dlm.models.head import loss_chunk
 
-    copies = 2 if block_diffusion else 1
-    work, sizes = work or Work(), (tokens * copies, width * copies, tokens * predicted)
-    total = work.trained * training_flops(config, *sizes, frozen=lora > 0)
-    total += work.forward * training_flops(config, *sizes) / 3  # forward is two of the six operations
+    work, total = work or Work(), 0.0
+    chunk = loss_chunk(rows * width, config.embedding_size)
+    forward = work.forward
+    if work.together > 1 and chunk is not None:  # their weights in the loss are known after a pass without a gradient
+        forward += work.trained
+    for share, copies in ((blocks, 2), (1 - blocks, 1)):
+        sizes = share * tokens * copies, width * copies, share * tokens * predicted
+        total += work.trained * training_flops(config, *sizes, frozen=lora > 0)
+        total += forward * training_flops(config, *sizes) / 3  # forward is two of the six operations
+    rows_held = rows * work.together * max(2 * blocks, 1 - blocks)
     size = parameters(config)
     trained = adapter_parameters(config, lora) if lora else size
     weights, gradients, states = (gpus if share else 1 for share in SHARDING[sharding])
@@ -137,10 +146,10 @@ def estimate(
         copies=work.copies * size * (4 + 2),
         activations=activation_bytes(
             config,
-            rows * width * copies,
-            int(rows * width * predicted),
+            int(rows_held * width),
+            int(rows * work.together * max(blocks, 1 - blocks) * width * predicted),
             checkpointing=checkpointing,
-            chunk=loss_chunk(rows * width, config.embedding_size),
+            chunk=chunk,
         ),
         tokens_per_second=tokens / seconds,
         seconds=seconds,

@@ -266,7 +266,7 @@ def test_what_is_no_setting_is_said_in_one_line(checkpoint):
     """Faults: a dict ended in an AttributeError; an unknown use was taken for text; the repr named every tensor."""
     opened = load_pretrained(checkpoint)
     for call in (dlm.generate, dlm.infill):
-        with pytest.raises(ValueError, match=r"config is of type dict: give a dlm.SamplingConfig"):
+        with pytest.raises(TypeError, match=r"config is a dict: give dlm\.SamplingConfig"):
             call(opened, "The ___ cat", {"gen_length": 4})
     with pytest.raises(ValueError, match="use is 'chat', which is not known"):
         opened.sampling("chat")

@@ -263,6 +263,15 @@ def test_bad_input(run, words, says):
     assert code == 2 and says in error and error.count("\n") == 1
 
 
+def test_thresholds_alone_are_a_table():
+    """Was: refused as a table without rows."""
+    from eval.sudoku import parse, settings
+
+    args = parse(["--model", "x", "--orders", "", "--thresholds", "0.9,0.5"])
+    rows = settings(args.orders, args.steps, args.thresholds, args.methods, args.rules)
+    assert [row.rule for row in rows] == ["all above 0.9", "all above 0.5"]
+
+
 def test_a_model_of_text_is_refused(run, checkpoint):
     code, _, error = run("eval", "sudoku", "--model", checkpoint)
     assert code == 2 and "does not read Sudokus" in error

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
 import dlm
+from dlm.kernels.packing import packed
 from tests.helpers import oracle
 from tests.helpers.toys import tiny_config, tiny_model
 
@@ -401,3 +402,14 @@ def test_errors_are_one_line(checkpoint):
     with pytest.raises(ValueError, match="alibi") as error:
         dlm.load(checkpoint)
     assert "\n" not in str(error.value).strip()
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)])
+def test_a_batch_of_nothing_has_no_logits(kv_heads, shape):
+    """Was: with fewer heads of keys than of queries an error about a reshape."""
+    model = tiny_model(0, dtype=torch.float32, n_kv_heads=kv_heads)
+    tokens = torch.zeros(shape, dtype=torch.int64)
+    with torch.no_grad():
+        assert model(tokens).logits.shape == (*shape, 40)
+        assert packed(model)(tokens).shape == (*shape, 40)

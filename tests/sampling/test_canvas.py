@@ -89,3 +89,23 @@ def test_ids_are_whole_numbers():
     canvas = dlm.Canvas.from_prompts([[1, 2]], 3, M)
     with pytest.raises(ValueError, match="int64"):
         dataclasses.replace(canvas, tokens=canvas.tokens.float())
+
+
+def test_lists_in_place_of_tensors_are_one_line():
+    """Was: an AttributeError about 'ndim'."""
+    good = dlm.Canvas.from_prompts([[1]], 1, M)
+    for name in ("tokens", "editable", "valid"):
+        with pytest.raises(TypeError, match=rf"^canvas {name} is a list: give a tensor \(rows, slots\), or .*$"):
+            dataclasses.replace(good, **{name: getattr(good, name).tolist()})
+    for wrong in (None, "99", 99.0, True):
+        with pytest.raises(TypeError, match=r"^canvas mask_id is .*: give the id of the mask token"):
+            dataclasses.replace(good, mask_id=wrong)
+
+
+def test_another_mask_than_the_model_s_is_refused(tiny):
+    """Was: taken in silence, and the model read the masks as a token of the vocabulary."""
+    canvas = dlm.Canvas.from_prompts([[1, 2]], 3, 37)
+    with pytest.raises(ValueError, match=r"^the canvas has mask_id 37, and the model's mask token is 39: "):
+        dlm.generate(tiny, canvas)
+    with pytest.raises(ValueError, match="mask_id 37"):
+        next(dlm.denoise(tiny, canvas))

@@ -82,6 +82,43 @@ def test_the_guess_of_a_shifted_model_stands_one_place_before():
     assert [got["a"], got["b"]] == pytest.approx(logits.softmax(dim=0).tolist())
 
 
+def letters_model(**changes):
+    return tiny_model(0, vocab_size=5, embedding_size=5, mask_token_id=MASK, eos_token_id=3, **changes)
+
+
+def test_a_block_causal_model_weighs_the_text_behind_the_blank():
+    """Was: text behind the blank's block had no effect, since the model does not see it from there."""
+    model = letters_model(block_length=1)  # one order, left to right: the probability of the whole text
+    chosen = choose(model, "ba___{a|b}ab", tokenizer=Letters(), mask_id=MASK)
+    got, logs = {row.options[0]: row.probability for row in chosen.ranked}, []
+    for option in (0, 1):
+        ids, total = [1, 0, option, 0, 1], 0.0
+        for slot in range(2, 5):
+            logits = model.predict(torch.tensor([[*ids[:slot], MASK]]))[0, slot].detach()
+            total += float(logits[:MASK].log_softmax(dim=0)[ids[slot]])
+        logs.append(total)
+    assert [got["a"], got["b"]] == pytest.approx(torch.tensor(logs).softmax(dim=0).tolist())
+    assert all(row.error == 0 for row in chosen.ranked)
+    blocks = letters_model(block_length=4)
+    ranked = [choose(blocks, f"ba___{{a|b}}a{tail}", tokenizer=Letters(), mask_id=MASK) for tail in ("bab", "---")]
+    assert ranked[0].ranked[0].log_probability != ranked[1].ranked[0].log_probability
+
+
+def test_what_a_block_causal_model_sees_is_given_and_not_predicted():
+    """Text that ends in the blank's block, and a model of both visibilities: one pass over one place, as before."""
+    for model in (letters_model(block_length=8), letters_model(block_length=2, full_attention=True)):
+        chosen = choose(model, "ba___{a|b}ab", tokenizer=Letters(), mask_id=MASK)
+        logits = model.predict(torch.tensor([[1, 0, MASK, 0, 1]]))[0, 2, :2].detach()
+        got = {row.options[0]: row.probability for row in chosen.ranked}
+        assert [got["a"], got["b"]] == pytest.approx(logits.softmax(dim=0).tolist())
+        assert chosen.passes == 1
+
+
+def test_more_rows_than_anyone_waits_for_are_refused_first():
+    with pytest.raises(ValueError, match="rows of the model, above 200,000: give fewer options"):
+        choose(Joint(), "___{a|b}-" * 12, tokenizer=Letters(), mask_id=MASK, orders=1000)
+
+
 def test_an_open_checkpoint_brings_its_tokenizer_and_limits():
     """`dlm.choose` asked for the tokenizer all the same; a blank of 2 * 10^9 tokens took memory first."""
     opened, text = dlm.load_pretrained(), "The dog ran to the ___{ball|house}."

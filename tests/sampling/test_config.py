@@ -7,7 +7,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+import dlm
 from dlm import SamplingConfig
+from dlm.serving.requests import Request
 
 
 @pytest.mark.parametrize(
@@ -114,3 +116,15 @@ def test_numbers_of_any_kind_are_numbers():
     config = SamplingConfig(temperature=Fraction(1, 2), threshold=np.float32(0.5))
     assert config == SamplingConfig(temperature=0.5, threshold=0.5)
     assert (type(config.temperature), type(config.threshold)) == (float, float)
+
+
+@pytest.mark.parametrize("config", [{"gen_length": 4}, "none", 4, dlm.SamplingConfig])
+def test_settings_of_another_type_are_one_line(tiny, config):
+    """Was: an AttributeError about 'start_length'."""
+    canvas = dlm.Canvas.from_prompts([[1, 2]], 3, 39)
+    fix = r"dlm\.SamplingConfig\(\*\*config\)" if isinstance(config, dict) else r"a dlm\.SamplingConfig, or None"
+    for call in (dlm.generate, dlm.denoise):
+        with pytest.raises(TypeError, match=rf"^config is a {type(config).__name__}: give {fix}$"):
+            call(tiny, canvas, config)
+    with pytest.raises(TypeError, match=r"^config is a "):
+        Request([1, 39], config)

@@ -65,7 +65,7 @@ def test_operations_are_those_that_torch_counts(frozen):
 def test_the_work_of_post_training_by_hand():
     """Preference: draws of policy and reference. GRPO: the sampler's passes, what is learned from, the reference."""
     assert work_of("sft") == Work(1, 0, 0)
-    assert work_of("preference", draws=4) == Work(4, 4, 1) and work_of("preference", draws=4, lora=True).copies == 0
+    assert work_of("preference", draws=4) == Work(4, 4, 1, 4) and work_of("preference", draws=4, lora=True).copies == 0
     assert work_of("grpo", steps=16, passes=4, inner=2) == Work(8, 16 + 8 + 8, 1)
     assert work_of("grpo", steps=16, kl=False) == Work(1, 16, 0)
     assert work_of("distill", teacher_passes=2) == Work(1, 2, 1)
@@ -194,7 +194,30 @@ def test_sharding_and_checkpointing_save_what_they_should():
     assert fsdp.weights == plain.weights / 8 and memory(ema=False).average == 0
     assert memory(optimizer="muon").optimizer == 4 * size
     assert memory(checkpointing=True).activations < 0.25 * plain.activations
-    assert memory(block_diffusion=True).flops > 2 * plain.flops * 0.9
+    assert memory(blocks=1.0).flops > 2 * plain.flops * 0.9
+
+
+def test_preferences_in_blocks_count_every_row_twice_and_every_draw(tmp_path, capsys):
+    """Was: the model's blocks were not looked at, and the activations were those of one draw of the eight that one
+    forward pass computes."""
+    asked = {"tokens": 1000, "gpus": 1, "peak": 1e12, "mfu": 1.0, "width": 100, "rows": 2}
+    config = model_of().config
+    plain, blocks, both = (
+        estimate(config, **asked, work=work_of("preference", draws=4), blocks=share) for share in (0.0, 1.0, 0.5)
+    )
+    one, two = (4 * (training_flops(config, t, w, 500) * 4 / 3) for t, w in ((1000, 100), (2000, 200)))
+    assert (plain.flops, blocks.flops, both.flops) == pytest.approx((one, two, (one + two) / 2))
+    assert plain.activations == activation_bytes(config, 4 * 2 * 100, 4 * 100, checkpointing=False)
+    assert blocks.activations == activation_bytes(config, 2 * 4 * 2 * 100, 4 * 100, checkpointing=False)
+    assert both.activations < blocks.activations
+    model_of(block_length=4).config.save_pretrained(tmp_path)
+    said = []
+    for more in ([], ["--objective", "block_diffusion"], ["--objective", "diffusion"]):
+        assert (
+            dlm_main(["train", "--estimate", "--model", str(tmp_path), "--recipe", "preference", "--json", *more]) == 0
+        )
+        said.append(json.loads(capsys.readouterr().out)["flops"])
+    assert said[0] == said[1] > 1.9 * said[2]
 
 
 def test_the_command_prints_a_table_or_json(capsys, tmp_path):

@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from benchmarks.trainers import check_others
 from dlm.cli.parser import Parser, check_least
 from dlm.cli.scripts import guarded
 from dlm.models.choices import ATTENTION, float_name
@@ -179,6 +178,8 @@ def run(argv: Sequence[str]) -> int:
 
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check(args)
+    from benchmarks.trainers import check_others  # with torch, which help does without
+
     others = check_others(args.beside)
     variants = list(itertools.product(COMPILE[args.compile], dict.fromkeys(args.loss_chunk)))
     with tempfile.TemporaryDirectory() as folder:

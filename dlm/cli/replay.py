@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
+from dlm.cli.live import is_live
 from dlm.cli.parser import Parser, check_least
 from dlm.utils.jsonio import to_json
 from dlm.utils.printable import safe
@@ -61,6 +62,8 @@ def check(args) -> None:
         raise ValueError("--columns is the width of a film, and there is no --svg: leave it out, or add --svg OUT")
     if args.step and (args.html or args.svg):
         raise ValueError("--step waits in the terminal, and --html and --svg write files: leave one of them out")
+    if args.step and not is_live(sys.stdout):
+        raise ValueError("--step waits in a terminal, and standard output is none: leave it out")
     if args.speed is not None and args.html and not args.svg:
         raise ValueError("--speed has no effect on the page of --html, which has a slider: leave it out")
 

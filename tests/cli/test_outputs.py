@@ -53,7 +53,13 @@ def test_replay_writes_over_no_recording(run, tmp_path):
     assert path.read_text() == other.read_text() == before
     page = tmp_path / "run.html"
     assert run("replay", path, "--html", page)[0] == run("replay", path, "--html", page)[0] == 0
-    for words in (["--columns", 40], ["--step", "--html", page], ["--speed", 3, "--html", page], ["--speed", "1e-300"]):
+    for words in (
+        ["--columns", 40],
+        ["--step", "--html", page],
+        ["--step"],
+        ["--speed", 3, "--html", page],
+        ["--speed", "1e-300"],
+    ):
         refused(run("replay", path, *words), words[0])
 
 

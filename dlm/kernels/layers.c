@@ -182,19 +182,24 @@ ptrdiff_t attention_room(ptrdiff_t keys, ptrdiff_t size) {
     return ROWS * (2 * size + padded(keys) + 1) + PANEL * (size + padded(keys));
 }
 
+#define LINE 64 /* bytes that a processor fetches at once */
+#define NEAR 131072 /* bytes of keys that are fetched while others are read: they fit into the second cache */
+
+/* Rows that meet a panel; beside its inputs the lines from `ahead` on are fetched. */
 static void tiled_all(const float *x, ptrdiff_t rows, ptrdiff_t stride, const float *panel, ptrdiff_t step, ptrdiff_t inputs,
-                      float *y, ptrdiff_t outputs, ptrdiff_t columns) {
+                      float *y, ptrdiff_t outputs, ptrdiff_t columns, const char *ahead) {
     ptrdiff_t groups = (rows + GROUP - 1) / GROUP;
     for (ptrdiff_t g = 0; g < groups; g++) {
         ptrdiff_t row = rows * g / groups, many = rows * (g + 1) / groups - row;
         tiled(many, x + row * stride, stride, panel, step, inputs, NULL, NULL, y + row * outputs, outputs, columns,
-              (const char *)(panel + inputs * step), 0);
+              ahead ? ahead : (const char *)panel, ahead && !g ? LINE : 0);
     }
 }
 
-/* Queries of `count` tokens of a piece, from its token `from` on, in the heads that share one head of keys. */
+/* Queries of `count` tokens of a piece, from its token `from` on, in the heads that share one head of keys. Values are fetched
+   while keys are read, and while they are read the keys of the head that is `further` on, which are read next. */
 static void attend(const struct heads *all, const struct piece *piece, ptrdiff_t head, ptrdiff_t from, ptrdiff_t count,
-                   float *room) {
+                   ptrdiff_t further, float *room) {
     ptrdiff_t size = all->size, groups = all->heads / all->kv_heads, rows = count * groups, keys = piece->keys, wide = padded(keys);
     float *asking = room, *mixed = asking + ROWS * size, *factors = mixed + ROWS * size, *panel = factors + ROWS,
           *filled = panel + PANEL * size, *scores = filled + PANEL * wide;
@@ -207,12 +212,15 @@ static void attend(const struct heads *all, const struct piece *piece, ptrdiff_t
     }
     for (ptrdiff_t t = 0; t < keys; t += PANEL) {
         transposed(key + t * all->key_slot, all->key_slot, keys - t < PANEL ? keys - t : PANEL, size, panel);
-        tiled_all(asking, rows, size, panel, PANEL, size, scores + t, wide, PANEL);
+        tiled_all(asking, rows, size, panel, PANEL, size, scores + t, wide, PANEL,
+                  (const char *)(value + t * all->value_slot));
     }
     for (ptrdiff_t r = 0; r < rows; r++)
         factors[r] = weighed(scores + r * wide, keys, wide,
                              piece->mask ? piece->mask + (from + r / groups) * piece->mask_row : NULL);
-    for (ptrdiff_t d = 0; d < size; d += PANEL) {
+    const char *next_keys = (const char *)(key + further * all->key_head);
+    ptrdiff_t part = keys * size * (ptrdiff_t)sizeof(float) <= NEAR ? keys * LINE : 0;
+    for (ptrdiff_t d = 0; d < size; d += PANEL, next_keys += part) {
         ptrdiff_t columns = size - d < PANEL ? size - d : PANEL, step = all->value_slot;
         const float *values = value + d;
         if (columns < PANEL) { /* not beyond the last value */
@@ -220,7 +228,7 @@ static void attend(const struct heads *all, const struct piece *piece, ptrdiff_t
                 for (ptrdiff_t c = 0; c < PANEL; c++) filled[t * PANEL + c] = c < columns ? values[t * step + c] : 0;
             values = filled, step = PANEL;
         }
-        tiled_all(scores, rows, wide, values, step, keys, mixed + d, size, columns);
+        tiled_all(scores, rows, wide, values, step, keys, mixed + d, size, columns, part ? next_keys : NULL);
     }
     for (ptrdiff_t r = 0; r < rows; r++) {
         float *out = all->out + ((piece->first + from + r / groups) * all->heads + head * groups + r % groups) * size;
@@ -236,7 +244,7 @@ static void attend_all(struct member *me, const struct heads *all, const struct 
         for (; part - before < parts; part = next(me, PTRDIFF_MAX)) {
             ptrdiff_t head = (part - before) / chunks, chunk = (part - before) % chunks;
             ptrdiff_t from = piece->count * chunk / chunks;
-            attend(all, piece, head, from, piece->count * (chunk + 1) / chunks - from, room);
+            attend(all, piece, head, from, piece->count * (chunk + 1) / chunks - from, me->threads, room);
         }
         before += parts;
     }

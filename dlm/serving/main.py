@@ -23,7 +23,7 @@ from dlm.serving.server import ServerSettings, build_app
 __all__ = ["serve"]
 
 log = logging.getLogger("dlm.serving")
-PROGRAMS = 512  # that oneDNN and ideep may keep each, of products for as many numbers of rows: up to 0.3 GB
+PROGRAMS = 512  # of products that oneDNN and ideep keep, 0.8 MB in both of each number of rows: 0.4 GB, not 0.8
 PLACING = ("dtype", "device", "attn_implementation", "cuda_graphs", "compile", "tensor_parallel")
 
 

@@ -50,7 +50,8 @@ class KVCache:
             shape = (self.rows, like.shape[-2], self.length, like.shape[-1])
             self._every = self._every.to(like.device)
             # Zeros, not garbage: a slot that no pass has computed is hidden, but 0 x NaN would still be NaN.
-            self._layers[layer] = (like.new_zeros(shape), like.new_zeros(shape))
+            with torch.inference_mode(False):  # it outlives the caller's mode, and is written outside of it too
+                self._layers[layer] = (like.new_zeros(shape), like.new_zeros(shape))
         return self._layers[layer]
 
     def clear(self, rows: list[int]) -> None:
@@ -75,7 +76,8 @@ class KVCache:
             if layer not in self._layers:
                 shape = (self.rows, stored[0].shape[1], self.length, stored[0].shape[3])
                 self._every = self._every.to(stored[0].device)
-                self._layers[layer] = (stored[0].new_zeros(shape), stored[1].new_zeros(shape))
+                with torch.inference_mode(False):
+                    self._layers[layer] = (stored[0].new_zeros(shape), stored[1].new_zeros(shape))
             for mine, theirs in zip(self._layers[layer], stored, strict=True):
                 mine[to : to + rows.stop - rows.start, :, : other.length] = theirs[rows]
 

@@ -140,6 +140,20 @@ def test_blocks_of_a_prompt_are_computed_once(make_engine, opened):
     assert again.prefixes.reused == again.prefixes.bytes == 0
 
 
+def test_a_known_prompt_joins_a_batch_that_goes_on(make_engine, opened):
+    """Fault: keys and values that a pass had made could not be written between passes: a request that began as one
+    before it, and took a place in their batch, lost all of its rows with "Inplace update to inference tensor"."""
+    engine = make_engine(max_rows=2)
+    head = "The cat sat on the mat, and then it slept."
+    long, short = engine.submit_all([request(opened, head, 40, likely=0), request(opened, head, 4, seed=2, likely=0)])
+    short.result(60)
+    third = request(opened, head, 40, seed=3, likely=0)
+    result = engine.submit(third).result(60)
+    assert list(result.ids) == alone(opened, head, 40, third.config)[0] and len(long.result(60).ids) == 40
+    if getattr(opened.predictor, "exact_rows", False):
+        assert engine.prefixes.reused > 0
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_a_row_of_nan_fails_alone(slow, opened, temperature):
     bad = opened.tokenizer(" fox", add_special_tokens=False)["input_ids"][0]

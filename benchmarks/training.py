@@ -195,7 +195,14 @@ def run(argv: Sequence[str]) -> int:
             f"{args.optimizer}, {device}, {torch.get_num_threads()} threads: {peak / 1e9:,.0f} GFLOP/s {source}",
             flush=True,
         )
-        rows = []
+        rows: list[dict] = []
+
+        def keep(row: dict, told: str) -> None:
+            print(told, flush=True)
+            rows.append(row)
+            if args.json:
+                write_json(Path(args.json), {"options": vars(args), "peak": peak, "rows": rows}, indent=1)
+
         for (compiled, chunk), config in zip(variants, configs, strict=True):
             row = {"compile": compiled, "loss_chunk": chunk}
             try:
@@ -206,15 +213,11 @@ def run(argv: Sequence[str]) -> int:
             gc.collect()  # a run and its model refer to each other
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-            print(line(row), flush=True)
-            rows.append(row)
-            if args.json:
-                write_json(Path(args.json), {"options": vars(args), "peak": peak, "rows": rows}, indent=1)
+            keep(row, line(row))
+    ours = next((row["seconds"] for row in rows if "seconds" in row), math.nan)
     for name, path in others.items():
-        rows.append(beside(args, name, path, next((row["seconds"] for row in rows if "seconds" in row), math.nan)))
-        print(other_line(rows[-1]), flush=True)
-        if args.json:
-            write_json(Path(args.json), {"options": vars(args), "peak": peak, "rows": rows}, indent=1)
+        row = beside(args, name, path, ours)
+        keep(row, other_line(row))
     return 0
 
 

@@ -58,6 +58,12 @@ class ChatFormat:
     def columns(self) -> Columns:
         return Columns(self.messages, self.prompt, self.response)
 
+    def bad_row(self, counts: dict[str, int], error: ValueError) -> None:
+        """Counts a row that cannot be used among `counts`. Raises the error where rows stop at one."""
+        if self.on_bad_row == "stop":
+            raise ValueError(f"{error} (or leave such rows out: --on-bad-row skip)") from error
+        counts["bad_rows"] = counts.get("bad_rows", 0) + 1
+
 
 class Encoder:
     """Rows -> tokens and targets, with `counts` of what happened to them."""
@@ -71,10 +77,8 @@ class Encoder:
 
     def bad(self, error: ValueError) -> None:
         """Count a row that cannot be used. Raises the error where the format says so."""
-        if self.form.on_bad_row == "stop":
-            raise ValueError(f"{error} (or leave such rows out: --on-bad-row skip)") from error
+        self.form.bad_row(self.counts, error)
         self.first_bad = self.first_bad or str(error)
-        self.counts["bad_rows"] = self.counts.get("bad_rows", 0) + 1
 
     def encode(self, row: dict, where: str) -> tuple[np.ndarray, np.ndarray, int] | None:
         """Tokens (L,), target (L,) and the bytes of the answers; None where the row is left out."""

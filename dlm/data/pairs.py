@@ -7,6 +7,7 @@ differ in their last answer.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
@@ -60,12 +61,7 @@ def _tokenize(path, tokenizer, form: ChatFormat, split: str) -> Documents:
     template = ChatTemplate.of(tokenizer, pinned=True) if form.chat else None
     counts = {"rows": 0, "too_long": 0, "bad_rows": 0}
     pieces, targets, size = [], [], 0
-
-    def bad(error: ValueError) -> None:
-        if form.on_bad_row == "stop":
-            raise ValueError(f"{error} (or leave such rows out: --on-bad-row skip)") from error
-        counts["bad_rows"] += 1
-
+    bad = partial(form.bad_row, counts)
     for where, row in read_rows(path, split, on_bad=bad):
         counts["rows"] += 1
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -69,12 +70,7 @@ def load_questions(
     """
     counts = {"rows": 0, "too_long": 0, "bad_rows": 0}
     pieces, prompts, rows, places = [], [], [], []
-
-    def bad(error: ValueError) -> None:
-        if form.on_bad_row == "stop":
-            raise ValueError(f"{error} (or leave such rows out: --on-bad-row skip)") from error
-        counts["bad_rows"] += 1
-
+    bad = partial(form.bad_row, counts)
     for path in paths:
         for where, row in read_rows(path, split, on_bad=bad):
             counts["rows"] += 1

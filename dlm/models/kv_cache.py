@@ -73,12 +73,7 @@ class KVCache:
     def copy_rows(self, other: KVCache, rows: slice, to: int) -> None:
         """Copies these rows of a cache that is not longer to the rows from `to` on."""
         for layer, stored in other._layers.items():
-            if layer not in self._layers:
-                shape = (self.rows, stored[0].shape[1], self.length, stored[0].shape[3])
-                self._every = self._every.to(stored[0].device)
-                with torch.inference_mode(False):
-                    self._layers[layer] = (stored[0].new_zeros(shape), stored[1].new_zeros(shape))
-            for mine, theirs in zip(self._layers[layer], stored, strict=True):
+            for mine, theirs in zip(self.stored(layer, stored[0].transpose(1, 2)), stored, strict=True):
                 mine[to : to + rows.stop - rows.start, :, : other.length] = theirs[rows]
 
 

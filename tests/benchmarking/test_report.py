@@ -147,6 +147,19 @@ def test_plot_writes_one_page_that_holds_everything(run, grid, tmp_path):
     assert "url(#hatch)" in (tmp_path / "svg" / "grid-perplexity-under-the-judge-dual.svg").read_text()
 
 
+def test_a_grid_without_a_judge_has_a_page(run, tmp_path):
+    """Fault: `bench plot` of a grid of --judge none, which names that command as the next one, ended in an error."""
+    cells = {str(steps): cell(0.1 * steps, None, nfe=steps, positions_computed=80) for steps in (4, 8)}
+    path = tmp_path / "unjudged.json"
+    path.write_text(json.dumps({"none": [{"question": "A?", "result": {"8": cells}}]}))
+    assert front_chart([read_grid(path)], "front", [0]) is None
+    code, _, error = run("bench", "plot", path, "--out", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert code == 0, error
+    assert "Latency against quality" not in page and "<svg" in page
+    assert run("bench", "compare", path, path, "--out", tmp_path / "both.html")[0] == 0
+
+
 def test_compare_two_grids_and_the_reference(run, grid, tmp_path):
     reference = tmp_path / "reference.csv"
     reference.write_text(CSV)
